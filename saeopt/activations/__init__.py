@@ -1,0 +1,1 @@
+"""Language model, token data and the stream of activations."""

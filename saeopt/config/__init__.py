@@ -1,0 +1,17 @@
+"""Config models of a run and of a study; YAML in and out; overrides; the replaced system's field names."""
+
+from saeopt.config.io import apply_overrides, dump_yaml, load_run_config, read_yaml, validate_run
+from saeopt.config.run import DataConfig, RunConfig, stream_key
+from saeopt.config.saes import SAEConfig
+
+__all__ = [
+    "DataConfig",
+    "RunConfig",
+    "SAEConfig",
+    "apply_overrides",
+    "dump_yaml",
+    "load_run_config",
+    "read_yaml",
+    "stream_key",
+    "validate_run",
+]

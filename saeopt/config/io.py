@@ -1,0 +1,121 @@
+"""YAML in and out, overrides, and one clear line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from saeopt.config.base import explain
+from saeopt.config.run import DataConfig, RunConfig, run_model
+from saeopt.config.saes import SAEConfig
+from saeopt.errors import UserError
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: must hold 'key: value' pairs")
+    return loaded
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key.path=value` as key and YAML value."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UserError(f"--set {text}: must be key.path=value")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML") from None
+
+
+def apply_overrides(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with dotted keys set; `saes.field@hook point` goes to `saes.per_hook`.
+
+    Choosing another `sae_type` drops the fields of `saes` that the new architecture does not have.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(raw))
+    for key in sorted(values, key=lambda k: k != "saes.sae_type"):
+        field, _, hook = key.partition("@")
+        path = field.split(".")
+        if hook:
+            if path[0] != "saes" or len(path) != 2:
+                raise UserError(f"'{key}': only fields of 'saes' can differ per hook point")
+            path = ["saes", "per_hook", hook, path[1]]
+        if key == "saes.sae_type":
+            _drop_foreign_fields(result, str(values[key]))
+        section = result
+        for part in path[:-1]:
+            child = section.get(part)
+            if child is None:
+                child = section[part] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"'{key}': '{part}' has no fields")
+            section = child
+        section[path[-1]] = values[key]
+    return result
+
+
+def _drop_foreign_fields(raw: dict[str, Any], sae_type: str) -> None:
+    from saeopt.saes.registry import sae_config_class
+
+    saes = raw.get("saes")
+    if isinstance(saes, dict) and saes.get("sae_type") != sae_type:
+        known = sae_config_class(sae_type).model_fields
+        raw["saes"] = {k: v for k, v in saes.items() if k in known}
+
+
+def known_names(raw: Mapping[str, Any]) -> dict[tuple[str, ...], list[str]]:
+    """The names that each section of a run config accepts."""
+    return {
+        (): list(RunConfig.model_fields),
+        ("data",): list(DataConfig.model_fields),
+        ("saes",): list(_sae_class(raw).model_fields),
+    }
+
+
+def _sae_class(raw: Mapping[str, Any]) -> type[SAEConfig]:
+    saes = raw.get("saes")
+    if not isinstance(saes, dict) or "sae_type" not in saes:
+        return SAEConfig
+    from saeopt.saes.registry import sae_config_class
+
+    return sae_config_class(saes["sae_type"])
+
+
+def validate_run(raw: Mapping[str, Any], source: str | Path) -> RunConfig:
+    """A run config from a mapping; :class:`UserError` names `source` and the field."""
+    try:
+        return run_model(_sae_class(raw)).model_validate(dict(raw))
+    except ValidationError as error:
+        raise explain(error, str(source), known_names(raw)) from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """A run config from a YAML file, with `key.path=value` overrides applied in order."""
+    raw = read_yaml(path)
+    for text in overrides:
+        raw = apply_overrides(raw, dict([parse_override(text)]))
+    return validate_run(raw, path)
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The complete config as YAML, in the order of the fields; loading it gives an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

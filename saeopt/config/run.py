@@ -1,0 +1,193 @@
+"""A run: which language model, which tokens, which SAEs, and how they are trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, SerializeAsAny, create_model, model_validator
+
+from saeopt.config.base import Float, Int, StrictModel
+from saeopt.config.saes import SAEConfig
+
+PositiveInt = Annotated[Int, Field(gt=0)]
+Cadence = Annotated[Int, Field(ge=0)] | None
+
+
+class DataConfig(StrictModel):
+    """The `data:` section. A sample is one token sequence of `context_length` tokens."""
+
+    dataset_name: str
+    """Hub name, local folder, or `.parquet`, `.jsonl`, `.json`, `.txt` file or glob."""
+    tokenizer_name: str | None = None
+    """Hub name or local folder; null: the language model's own."""
+    context_length: PositiveInt = 1024
+    """Tokens per sample."""
+    n_train_samples: PositiveInt | None = None
+    """Samples to train on; null: one pass over the training documents."""
+    n_eval_samples: Annotated[Int, Field(ge=0)] = 500
+    """Held-out samples; whole documents are set aside for them."""
+    train_batch_size: PositiveInt = 20
+    """Samples per micro-batch and process."""
+    eval_batch_size: PositiveInt = 20
+    """Samples per evaluation batch."""
+    streaming: bool = True
+    """Read the data set as a stream instead of downloading it first."""
+    is_tokenized: bool = True
+    """true: `column_name` holds token ids; false: text."""
+    column_name: str = "input_ids"
+    """The column to read."""
+    split: str = "train"
+    """The split to read."""
+    subset: str | None = None
+    """The data set's configuration name on the hub."""
+    seed: Annotated[Int, Field(ge=0)] | None = None
+    """Seed of the data order, apart from the run's, so that a sweep over `seed` keeps one stream; null: 0."""
+    prepend_bos: bool = False
+    """Put BOS before every sample (which then holds one token less)."""
+    separator: Literal["auto", "bos", "eos"] = "auto"
+    """Token between documents; auto: BOS where the tokenizer adds one by itself, else EOS."""
+    text_unit: Literal["auto", "blank_line", "endoftext", "file"] = "auto"
+    """Where documents end in `.txt` files; auto: at `<|endoftext|>` where it occurs, else at blank lines."""
+    shuffle_documents: bool = True
+    """Shuffle the order of documents (streaming: within a buffer)."""
+    shuffle_buffer_tokens: Annotated[Int, Field(ge=0)] = 0
+    """Size of the activation shuffle buffer; 0: samples keep their order."""
+    mask_special_tokens: bool = True
+    """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
+    mask_norm_outliers: Annotated[Float, Field(gt=1)] | None = None
+    """Also leave out tokens whose activation norm exceeds so many medians (attention sinks); null: keep them."""
+
+
+class RunConfig(StrictModel):
+    """One run. Unknown keys are errors; the seed's base configs load unchanged."""
+
+    wandb_project: str | None = None
+    """W&B project; null: no W&B."""
+    wandb_run_name: str | None = None
+    """null: generated from the parameters that matter."""
+    wandb_tags: list[str] = Field(default_factory=list)
+    """Tags of the W&B run."""
+    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    """More sinks for the metrics, through Accelerate's trackers (`wandb_project` alone switches W&B on)."""
+    seed: Annotated[Int, Field(ge=0)] = 0
+    """Decides initial weights and gate noise (the data order has `data.seed`)."""
+    tlens_model_name: str | None = None
+    """Hub name of the language model; exactly one of name and path."""
+    tlens_model_path: str | None = None
+    """A local Hugging Face directory."""
+    lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
+    lm_processing: Literal["raw", "compatibility"] = "raw"
+    """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Accelerate's; auto: bf16 on a GPU, no on the CPU. Master weights stay float32."""
+    save_dir: str = "output"
+    """Run folders are made below it."""
+    save_every_n_samples: Cadence = 0
+    """Checkpoint cadence; 0 and null: at the end only."""
+    keep_checkpoints: PositiveInt | None = None
+    """Weights files kept; null: all."""
+    eval_every_n_samples: Cadence = 0
+    """Evaluation cadence; 0: at the end, null: never."""
+    log_every_n_grad_steps: PositiveInt = 20
+    """Metrics are read from the device, logged and written so often."""
+    lr: Annotated[Float, Field(gt=0)] = 1e-3
+    """Peak learning rate of Adam."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`)."""
+    min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end as a share of `lr`."""
+    warmup_samples: Annotated[Int, Field(ge=0)] = 0
+    """Linear warm-up from 0."""
+    cooldown_samples: Annotated[Int, Field(ge=0)] | None = None
+    """Length of the final linear fall (`lr_schedule: linear`); null: all samples after the warm-up."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per optimiser step."""
+    max_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
+    """Clip each member's gradient to this norm; null: no clipping."""
+    adam_betas: tuple[Float, Float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    legacy_scaling: bool | None = None
+    """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
+    data: DataConfig
+    saes: SerializeAsAny[SAEConfig]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.tlens_model_name is None) == (self.tlens_model_path is None):
+            raise ValueError("exactly one of 'tlens_model_name' and 'tlens_model_path' must be given")
+        if self.tlens_model_path is not None and self.tlens_model_path.endswith(".pt"):
+            raise ValueError(
+                "'tlens_model_path': TransformerLens .pt files cannot be read any more; "
+                "give the Hugging Face directory of the model (save_pretrained of the original weights)"
+            )
+        n = self.data.n_train_samples
+        if self.lr_schedule == "cosine" and n is None:
+            raise ValueError("'lr_schedule: cosine' needs 'data.n_train_samples'")
+        if self.lr_schedule == "linear" and n is None:
+            raise ValueError("'lr_schedule: linear' needs 'data.n_train_samples'")
+        if self.cooldown_samples is not None and self.lr_schedule != "linear":
+            raise ValueError("'cooldown_samples' needs 'lr_schedule: linear'")
+        if n is not None and self.warmup_samples + (self.cooldown_samples or 0) > n:
+            raise ValueError("'warmup_samples' + 'cooldown_samples' exceed 'data.n_train_samples'")
+        return self
+
+    @property
+    def effective_batch(self) -> int:
+        """Samples per optimiser step and process."""
+        return self.data.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def model(self) -> str:
+        """Name or path of the language model."""
+        return self.tlens_model_name or self.tlens_model_path or ""
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order."""
+        return self.data.seed or 0
+
+    def sae_at(self, hook_point: str) -> SAEConfig:
+        """The SAE section as it holds at one hook point."""
+        return self.saes.at(hook_point)
+
+
+@cache
+def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
+    """`RunConfig` whose `saes` section is that of one architecture (so that errors name the field)."""
+    return create_model("RunConfig", __base__=RunConfig, saes=(sae_class, ...))
+
+
+MEMBER_FIELDS = frozenset(
+    [
+        "seed",
+        "lr",
+        "lr_schedule",
+        "min_lr_factor",
+        "warmup_samples",
+        "cooldown_samples",
+        "max_grad_norm",
+        "adam_betas",
+        "legacy_scaling",
+        "saes",
+        "save_dir",
+        "wandb_project",
+        "wandb_run_name",
+        "wandb_tags",
+        "trackers",
+        "keep_checkpoints",
+    ]
+)
+"""Fields in which the trials of one pack may differ; every other field fixes the stream or its cadence."""
+
+
+def stream_key(config: RunConfig) -> str:
+    """Hash of everything that fixes the stream: trials with equal keys may share a pack (hook points may differ)."""
+    fixed: dict[str, Any] = config.model_dump(mode="json", exclude=set(MEMBER_FIELDS))
+    fixed["data"]["seed"] = config.data_seed
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]

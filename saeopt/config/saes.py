@@ -1,0 +1,66 @@
+"""What every SAE's section of a config holds; an architecture adds its own fields beside its class."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from saeopt.config.base import Float, Int, StrictModel
+
+
+class SAEConfig(StrictModel):
+    """The `saes:` section. λ multiplies a penalty in the units of the spec (see `legacy_scaling`)."""
+
+    sae_type: str
+    """A registered architecture, or `package.module:Class`."""
+    name: str | None = None
+    """A label for people; the run's name starts with it."""
+    sae_positions: Annotated[list[str], Field(min_length=1)]
+    """Hook points: one name, a list, or glob patterns."""
+    dict_size_to_input_ratio: Annotated[Float, Field(gt=0)] = 8.0
+    """h / d."""
+    sparsity_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    """λ."""
+    mse_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    """Weight of the reconstruction term."""
+    decoder_norm: Literal["free", "unit"] = "free"
+    """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step."""
+    init_decoder_orthogonal: bool = True
+    """Orthonormal initial decoder (rows, or columns where h > d) instead of random unit rows."""
+    bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    """What b_dec starts from, over the first batch."""
+    normalize_activations: bool = True
+    """Scale the activations of a hook point by one scalar so that E‖x‖ = √d."""
+    dead_after_tokens: Annotated[Int, Field(gt=0)] | None = None
+    """A latent is dead when it has not fired for so many tokens; null: 10M, scaled down for short runs."""
+    pretrained_sae_paths: list[str] | None = None
+    """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
+    retrain_saes: bool = True
+    """false keeps the pretrained SAEs as they are: the run only evaluates them."""
+    per_hook: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Fields of this section that differ at one hook point: `{hook point: {field: value}}`."""
+
+    @field_validator("sae_positions", "pretrained_sae_paths", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _per_hook_fields(self) -> Self:
+        for hook, fields in self.per_hook.items():
+            for field in fields:
+                if field not in type(self).model_fields or field in _NOT_PER_HOOK:
+                    raise ValueError(f"'per_hook.{hook}.{field}' is no field that can differ per hook point")
+            self._merged(fields)
+        return self
+
+    def _merged(self, fields: dict[str, Any]) -> Self:
+        return type(self).model_validate({**self.model_dump(exclude={"per_hook"}), **fields})
+
+    def at(self, hook_point: str) -> Self:
+        """This section with the overrides of one hook point applied."""
+        return self._merged(self.per_hook.get(hook_point, {}))
+
+
+_NOT_PER_HOOK = {"sae_type", "sae_positions", "per_hook", "name", "pretrained_sae_paths"}

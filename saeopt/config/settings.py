@@ -1,0 +1,39 @@
+"""Secrets and machine settings: environment variables or `.env`, never written to a run folder or a study."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEFAULT_STORAGE = "sqlite:///studies/saeopt.db"
+_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/]+(?=@)", re.IGNORECASE)
+
+
+class Settings(BaseSettings):
+    """What the environment or `.env` in the working directory says; `HF_ACCESS_TOKEN` is the old name of `HF_TOKEN`."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", env_ignore_empty=True)
+
+    wandb_api_key: SecretStr | None = None
+    wandb_entity: str | None = None
+    hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("HF_TOKEN", "HF_ACCESS_TOKEN"))
+    storage: SecretStr = Field(SecretStr(DEFAULT_STORAGE), validation_alias="SAEOPT_STORAGE")
+    cache_dir: str | None = Field(None, validation_alias="SAEOPT_CACHE_DIR")
+
+
+@cache
+def settings() -> Settings:
+    """The process's settings, read once."""
+    return Settings.model_validate({})
+
+
+def redact(text: str) -> str:
+    """The text without known secrets and without the password of any URL."""
+    current = settings()
+    for secret in (current.wandb_api_key, current.hf_token):
+        if secret is not None and len(secret.get_secret_value()) >= 6:
+            text = text.replace(secret.get_secret_value(), "***")
+    return _URL_PASSWORD.sub(r"\g<head>***", text)

@@ -1,0 +1,1 @@
+"""Metrics, spliced cross-entropy, plots and reports."""

@@ -1,0 +1,152 @@
+"""What every sparse autoencoder has: parameters, initialisation, normalisation, folding.
+
+Shape suffixes: N tokens, d model width, h dictionary width. Rows of W_dec are features.
+Everything but :meth:`SAE.forward` works on normalised activations x · scale.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saeopt.config.saes import SAEConfig
+
+
+@dataclass
+class StepInputs:
+    """What a training forward depends on besides x and the weights.
+
+    `keep_N` weighs tokens with 0 or 1 (None: all count); `u_Nh` is uniform noise in (0, 1);
+    `dead_h` marks dead latents.
+    """
+
+    sparsity_coeff: Tensor | float
+    beta: Tensor | float = 1.0
+    u_Nh: Tensor | None = None
+    dead_h: Tensor | None = None
+    keep_N: Tensor | None = None
+
+
+@dataclass
+class Forward:
+    """A training forward. The loss of a window is Σ terms / N + Σ numerator / denominator of the ratios.
+
+    `terms` hold sums over the kept tokens, already multiplied by their coefficients. `ratios` hold
+    (coefficient-weighted numerator, denominator) of terms with a denominator of their own; both are summed
+    over the window before they are divided, and no gradient flows through the denominator.
+    """
+
+    x_hat_Nd: Tensor
+    f_Nh: Tensor
+    terms: dict[str, Tensor]
+    ratios: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class SAE(nn.Module):
+    """Base of all architectures: a subclass gives `encode`, `training_forward` and its extra parameters.
+
+    Source of the common form: Anthropic, April 2024 update; Bricken et al. 2023.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = SAEConfig
+    needs_noise: ClassVar[bool] = False
+    needs_dead: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        d: int,
+        h: int,
+        config: SAEConfig,
+        *,
+        legacy_scaling: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.d, self.h, self.config, self.legacy_scaling = d, h, config, legacy_scaling
+        self.dtype, self.device = dtype, device
+        self.W_enc = self.parameter(d, h)
+        self.W_dec = self.parameter(h, d)
+        self.b_enc = self.parameter(h)
+        self.b_dec = self.parameter(d)
+        self.scale: Tensor
+        self.tokens_since_fired: Tensor
+        self.register_buffer("scale", torch.ones((), dtype=dtype, device=device))
+        self.register_buffer("tokens_since_fired", torch.zeros(h, dtype=torch.int64, device=device))
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """A new parameter of zeros in the module's dtype and on its device."""
+        return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
+
+    # ---- what an architecture defines
+    def encode(self, x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N h"]:
+        """The evaluation code of normalised activations."""
+        raise NotImplementedError
+
+    def training_forward(self, x_Nd: Float[Tensor, "N d"], inputs: StepInputs) -> Forward:
+        """Code, reconstruction and loss terms of normalised activations."""
+        raise NotImplementedError
+
+    # ---- common
+    def decode(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N d"]:
+        """f W_dec + b_dec."""
+        return f_Nh @ self.W_dec + self.b_dec
+
+    def forward(self, x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
+        """Reconstruction of raw activations in raw units."""
+        return self.decode(self.encode(x_Nd * self.scale)) / self.scale
+
+    @torch.no_grad()
+    def initialise(self, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
+        """Set the initial weights from normalised, unmasked activations and a CPU generator."""
+        from saeopt.saes.init import initialise
+
+        initialise(self, x_Nd, generator)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Change gradients before clipping: `decoder_norm: unit` removes the part along each decoder row."""
+        if self.config.decoder_norm == "unit" and self.W_dec.grad is not None:
+            along_h1 = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
+            self.W_dec.grad -= along_h1 * self.W_dec
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Restore constraints after the optimiser's step."""
+        if self.config.decoder_norm == "unit":
+            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def folded(self) -> Self:
+        """A copy that takes raw activations: the scale is folded into the weights, the code is unchanged."""
+        other = copy.deepcopy(self)
+        other.W_enc.mul_(self.scale)
+        other.b_dec.div_(self.scale)
+        other.W_dec.div_(self.scale)
+        other.scale.fill_(1.0)
+        return other
+
+    # ---- pieces shared by the losses
+    def pre_activation(self, x_Nd: Tensor) -> Tensor:
+        """π = (x − b_dec) W_enc + b_enc."""
+        return (x_Nd - self.b_dec) @ self.W_enc + self.b_enc
+
+    def decoder_norm_h(self) -> Tensor:
+        """‖W_dec‖ per row; ones where the rows are kept at norm 1."""
+        return torch.ones_like(self.b_enc) if self.config.decoder_norm == "unit" else self.W_dec.norm(dim=-1)
+
+    def squared_error(self, x_hat_Nd: Tensor, x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:
+        """Σ over kept tokens of ‖x̂ − x‖², per unit of d under `legacy_scaling`."""
+        error_N = (x_hat_Nd - x_Nd).square().sum(-1)
+        total = error_N.sum() if keep_N is None else (error_N * keep_N).sum()
+        return total / self.d if self.legacy_scaling else total
+
+    @staticmethod
+    def masked(f_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
+        """The code with the rows of masked tokens set to 0."""
+        return f_Nh if keep_N is None else f_Nh * keep_N.unsqueeze(-1)

@@ -1,0 +1,48 @@
+"""Which architecture a name stands for. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from saeopt.config.base import nearest
+from saeopt.config.saes import SAEConfig
+from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    from saeopt.saes.base import SAE
+
+ARCHITECTURES = {
+    "relu": "saeopt.saes.relu:ReluSAE",
+    "gated": "saeopt.saes.gated:GatedSAE",
+    "hard_concrete": "saeopt.saes.hard_concrete:HardConcreteSAE",
+    "gated_hard_concrete": "saeopt.saes.gated_hard_concrete:GatedHardConcreteSAE",
+    "topk": "saeopt.saes.topk:TopKSAE",
+}
+
+
+def get_sae(sae_type: str) -> type[SAE]:
+    """The class of a registered name or of `package.module:Class`."""
+    target = ARCHITECTURES.get(sae_type, sae_type)
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise UserError(
+            f"'saes.sae_type': unknown architecture '{sae_type}'{nearest(sae_type, list(ARCHITECTURES))}"
+            f" (known: {', '.join(ARCHITECTURES)}, or package.module:Class)"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"'saes.sae_type': cannot import '{sae_type}': {error}") from None
+    from saeopt.saes.base import SAE
+
+    if not (isinstance(found, type) and issubclass(found, SAE)):
+        raise UserError(f"'saes.sae_type': '{sae_type}' is no subclass of saeopt.saes.base.SAE")
+    return found
+
+
+def sae_config_class(sae_type: object) -> type[SAEConfig]:
+    """The config class that an architecture declares beside itself."""
+    if not isinstance(sae_type, str):
+        raise UserError("'saes.sae_type': must be the name of an architecture")
+    return get_sae(sae_type).Config

@@ -1,0 +1,43 @@
+"""The ReLU SAE with the L1 penalty (Anthropic, April 2024; Bricken et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import SAE, Forward, StepInputs
+
+
+class ReluConfig(SAEConfig):
+    """`sae_type: relu`."""
+
+
+class ReluSAE(SAE):
+    """f = relu(π); loss = mean ‖x − x̂‖² + λ mean Σ f ‖W_dec‖.
+
+    `decoder_norm: unit` keeps the decoder rows at norm 1, the penalty is then λ mean Σ f.
+    Under `legacy_scaling` both terms are divided by d.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = ReluConfig
+
+    def encode(self, x_Nd: Tensor) -> Tensor:
+        """relu(π)."""
+        return torch.relu(self.pre_activation(x_Nd))
+
+    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+        """Terms `mse` and `sparsity`."""
+        f_Nh = self.masked(self.encode(x_Nd), inputs.keep_N)
+        x_hat_Nd = self.decode(f_Nh)
+        penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.d if self.legacy_scaling else 1)
+        return Forward(
+            x_hat_Nd,
+            f_Nh,
+            {
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "sparsity": inputs.sparsity_coeff * penalty,
+            },
+        )

@@ -1,0 +1,1 @@
+"""Search space, storage, claims and retries, objectives and packing. Never touches a tensor."""

@@ -1,0 +1,1 @@
+"""The pack, its stacks, the loop that trains it, checkpoints and loggers."""

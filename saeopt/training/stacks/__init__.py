@@ -1,0 +1,1 @@
+"""Stacks: members of one architecture and shape that are stepped together."""
