@@ -1,0 +1,95 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from saeopt.errors import UserError
+from saeopt.files import atomic_write, remove_temporaries, write_error, write_json, write_text
+
+
+def write_half(path: Path, error: Exception) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_the_temporary_name_starts_with_a_dot_and_the_target_stays_old_until_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.name.startswith(".")
+        assert temporary.parent == tmp_path
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError):
+        write_half(path, ZeroDivisionError())
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(UserError, match="disk is full") as error:
+        write_half(path, OSError(errno.ENOSPC, "No space left on device"))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_text_of_a_library_is_understood_as_a_full_disk() -> None:
+    assert "disk is full" in str(write_error("x", RuntimeError("I/O error: No space left on device (os error 28)")))
+    assert "Permission denied" in str(write_error("x", PermissionError(errno.EACCES, "Permission denied")))
+
+
+def test_a_write_beyond_the_size_limit_of_the_process_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A real short write by the system, in a process of its own because the limit cannot be raised again."""
+    program = f"""
+import resource, signal
+from saeopt.files import write_bytes
+from saeopt.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    write_bytes({str(tmp_path / "file")!r}, b"x" * 100_000)
+except UserError as error:
+    raise SystemExit(str(error))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "file: cannot be written: the file is too big" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": float("nan"), "y": [float("inf"), 1.5], "z": {"b": True}})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1.5], "z": {"b": True}}
+
+
+def test_leftovers_of_a_killed_process_can_be_removed(tmp_path: Path) -> None:
+    (tmp_path / ".samples_1.safetensors.77-0.tmp").write_text("half")
+    (tmp_path / ".keep").write_text("")
+    remove_temporaries(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".keep"]
