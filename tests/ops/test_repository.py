@@ -1,0 +1,73 @@
+"""The project's own files: scripts parse, pins agree with the declared ranges, no machine or registry is named."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in done.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def shell_scripts() -> list[Path]:
+    folders = [ROOT / "scripts", ROOT / ".ci"]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return sorted(f for f in files if f.suffix in {".sh", ".sbatch"} or f.read_bytes()[:19] == b"#!/usr/bin/env bash")
+
+
+@pytest.mark.parametrize("script", shell_scripts(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_script_parses(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed")
+    command = ["shellcheck", "-S", "warning", "-x", "-P", str(ROOT), *map(str, shell_scripts())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line) for line in found), "exact pins only"
+    return {normal(line.split("==")[0]): line.split("==")[1] for line in found}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        declared += extra
+    pinned = pins()
+    for line in declared:
+        requirement = Requirement(line)
+        version = pinned.get(normal(requirement.name))
+        assert version is not None, f"{requirement.name} is not in constraints.txt (scripts/lock.sh --keep)"
+        assert requirement.specifier.contains(version), f"{line} does not admit the pinned {version}"
+
+
+def test_no_registry_host_and_no_machine_path_in_any_file() -> None:
+    hosts = ["py" + "pi.org", "python" + "hosted.org", "registry." + "npmjs", "deb.debian" + ".org"]
+    places = ["/" + "work/", "/" + "root/.", "/opt/" + "wheels", "/opt/" + "pypi", "--extra-" + "index-url"]
+    for path in tracked_files():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        found = [word for word in hosts + places if word in text]
+        assert not found, f"{path.relative_to(ROOT)} names {found}"
