@@ -1,0 +1,78 @@
+"""Checkpoints of a trial: the state first, then the weights, each file complete or not there at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeopt.console import log
+from saeopt.evaluation.load import save_weights
+from saeopt.tensor_file import DamagedFile, read_metadata, read_tensors, write_tensors
+from saeopt.training.pack import Member, Pack
+from saeopt.training.run_folder import RunFolder
+
+
+@dataclass
+class Restored:
+    """What a checkpoint gives back: samples consumed, the stream's cursor, each hook point's optimiser state."""
+
+    samples: int
+    cursor: dict[str, Any]
+    states: dict[str, dict[str, Tensor]]
+
+
+def save(folder: RunFolder, members: Sequence[Member], pack: Pack, samples: int, cursor: dict[str, Any]) -> Path:
+    """Write state and weights of one trial; returns the weights file.
+
+    Raises:
+        UserError: the disk is full; older checkpoints stay as they are.
+    """
+    folder.path.joinpath("state").mkdir(exist_ok=True)
+    tensors = {f"{m.hook_point}/{name}": t for m in members for name, t in pack.state(m).items()}
+    metadata = {
+        "samples": samples,
+        "cursor": cursor,
+        "threads": torch.get_num_threads(),
+        "world": pack.runtime.world,
+        "stopped": {m.hook_point: m.reason for m in members if m.reason is not None},
+    }
+    write_tensors(folder.state_path(samples), tensors, metadata)
+    save_weights(folder.weights_path(samples), members[0].config, {m.hook_point: m.sae for m in members}, samples)
+    folder.prune(members[0].config.keep_checkpoints)
+    return folder.weights_path(samples)
+
+
+def restore(folder: RunFolder, members: Sequence[Member]) -> Restored | None:
+    """Load the newest usable checkpoint's weights into `members`; None (with a warning) if there is none."""
+    for samples in folder.usable():
+        try:
+            metadata: Any = read_metadata(folder.state_path(samples))
+            state = read_tensors(folder.state_path(samples))
+            weights = read_tensors(folder.weights_path(samples))
+            for member in members:
+                member.sae.load_state_dict(_of(weights, member.hook_point))
+        except (DamagedFile, KeyError, RuntimeError) as error:
+            log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
+            continue
+        for member in members:
+            member.reason = metadata["stopped"].get(member.hook_point)
+        if metadata["threads"] != torch.get_num_threads():
+            log.info(
+                "resuming with %d threads instead of %d: results may differ in the last bits",
+                torch.get_num_threads(),
+                metadata["threads"],
+            )
+        states = {m.hook_point: _of(state, m.hook_point) for m in members}
+        return Restored(samples, metadata["cursor"], states)
+    log.warning("%s holds no usable checkpoint: starting over", folder.path)
+    return None
+
+
+def _of(tensors: dict[str, Tensor], hook_point: str) -> dict[str, Tensor]:
+    prefix = hook_point + "/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,301 @@
+"""The one training loop: it trains a pack, whoever asked for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from saeopt.activations.language_model import LanguageModel
+from saeopt.activations.stream import ActivationStream
+from saeopt.activations.tokens import TokenData
+from saeopt.console import log
+from saeopt.evaluation.evaluate import evaluate
+from saeopt.evaluation.plots import plot_run
+from saeopt.files import write_json
+from saeopt.training import checkpoint
+from saeopt.training.loggers import Sink, open_sinks
+from saeopt.training.pack import Member, Pack
+from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.run_folder import RunFolder
+from saeopt.training.runtime import Runtime
+from saeopt.training.setup import blank_members, calibrate, check_plans, hook_points_of, total_samples
+
+_INTERRUPT_POLL = 10  # several ranks agree on an interrupt only so often: agreeing synchronises
+
+
+@dataclass
+class _Trial:
+    """A trial of the pack while it trains."""
+
+    plan: TrialPlan
+    folder: RunFolder
+    members: list[Member]
+    sinks: list[Sink] = field(default_factory=list)
+    result: TrialResult | None = None
+
+    @property
+    def active(self) -> list[Member]:
+        return [m for m in self.members if m.reason is None]
+
+
+def train_pack(
+    plans: Sequence[TrialPlan], runtime: Runtime, observer: Observer | None = None
+) -> dict[str, TrialResult]:
+    """Train all plans on one activation stream; one result per plan's name.
+
+    Raises:
+        UserError: something in a config, the data or the disk that the user can mend.
+        torch.OutOfMemoryError: the pack does not fit on the device.
+    """
+    config = check_plans(plans)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model = runtime.language_model(config)
+    hooks = hook_points_of(plans, model)
+    tokens = runtime.token_data(config, model)
+    trials = [
+        _Trial(plan, RunFolder(plan.run_dir), blank_members(plan, hooks[plan.name], model, runtime)) for plan in plans
+    ]
+    loop = _Loop(trials, model, tokens, runtime, observer or Observer())
+    try:
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class _Loop:
+    def __init__(
+        self, trials: list[_Trial], model: LanguageModel, tokens: TokenData, runtime: Runtime, observer: Observer
+    ) -> None:
+        self.trials, self.model, self.tokens = trials, model, tokens
+        self.runtime, self.observer = runtime, observer
+        self.config = trials[0].plan.config
+        self.total = total_samples(self.config, tokens, runtime.world)
+        if not any(t.plan.config.saes.retrain_saes for t in trials):
+            self.total = 0
+        self.window = self.config.effective_batch * runtime.world
+        self.samples, cursor, states = self._restore()
+        self.last_save = self.samples
+        self.pack = Pack([m for t in trials for m in t.members], runtime, total_samples=self.total)
+        for trial in trials:
+            for member in trial.active:
+                if state := states.get(trial.plan.name, {}).get(member.hook_point):
+                    self.pack.load_state(member, state)
+        self.cursor: dict[str, Any] = cursor
+        self.stream: ActivationStream | None = None
+
+    # ---- start
+    def _restore(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
+        """Weights from checkpoints or from calibration; the samples at which the whole pack starts."""
+        restored = {}
+        for trial in self.trials:
+            if trial.plan.resume and (found := checkpoint.restore(trial.folder, trial.members)):
+                restored[trial.plan.name] = found
+        starts = {found.samples for found in restored.values()}
+        fresh = [t for t in self.trials if t.plan.name not in restored]
+        if len(starts | ({0} if fresh else set())) > 1:
+            raise ValueError("the trials of a pack must resume from the same sample")
+        calibrate([m for t in fresh for m in t.members], self.model, self.tokens, self.config, self.runtime)
+        first = next(iter(restored.values()), None)
+        states = {name: found.states for name, found in restored.items()}
+        return (first.samples, first.cursor, states) if first else (0, {}, {})
+
+    def run(self) -> dict[str, TrialResult]:
+        for trial in self.trials:
+            self._open(trial)
+        if self.samples < self.total and self.pack.groups:
+            self.stream = ActivationStream(
+                self.model,
+                self.tokens,
+                self.pack.hook_points,
+                self.config,
+                rank=self.runtime.rank,
+                world=self.runtime.world,
+                start=self.samples,
+                cursor=self.cursor,
+            )
+            self._train()
+        for trial in self.trials:
+            if trial.result is None:
+                self._finish(trial)
+        return {t.plan.name: t.result for t in self.trials if t.result is not None}
+
+    def _open(self, trial: _Trial) -> None:
+        if self.runtime.is_main:
+            trial.folder.path.mkdir(parents=True, exist_ok=True)
+            trial.folder.write_config(trial.plan.config)
+            trial.folder.rewind_metrics(self.samples)
+            trial.folder.write_status("running", self.samples, None)
+            trial.sinks = open_sinks(trial.plan.config, trial.plan.run_dir, trial.plan.run_dir.name)
+        self.observer.on_start(trial.plan.name, self.samples, self.total)
+
+    # ---- the loop
+    def _train(self) -> None:
+        assert self.stream is not None
+        clock, since = time.perf_counter(), self.samples
+        windows = 0
+        while self.samples < self.total and self.pack.groups:
+            after = self.samples + self.window
+            for _ in range(self.config.gradient_accumulation_steps):
+                self.pack.accumulate(next(self.stream), after)
+            self.pack.apply(after)
+            before, self.samples, windows = self.samples, after, windows + 1
+            due = self._due(before)
+            if due["log"]:
+                rate = (self.samples - since) * self.config.data.context_length / (time.perf_counter() - clock)
+                self._log(rate)
+            if due["eval"]:
+                self._evaluate()
+            if due["save"]:
+                self._save()
+            if due["log"] or due["eval"] or due["save"]:
+                clock, since = time.perf_counter(), self.samples
+            if self._interrupted(windows):
+                return
+
+    def _due(self, before: int) -> dict[str, bool]:
+        """What falls on this window: logging by steps, evaluation and checkpoints by samples."""
+        config, last = self.config, self.samples >= self.total
+        step = self.samples // self.window
+
+        def crossed(every: int | None) -> bool:
+            return bool(every) and not last and self.samples // int(every or 1) > before // int(every or 1)
+
+        return {
+            "log": step % config.log_every_n_grad_steps == 0 or last,
+            "eval": crossed(config.eval_every_n_samples),
+            "save": crossed(config.save_every_n_samples),
+        }
+
+    def _interrupted(self, windows: int) -> bool:
+        runtime = self.runtime
+        if runtime.world > 1 and windows % min(_INTERRUPT_POLL, self.config.log_every_n_grad_steps):
+            return False
+        if not runtime.agree(self.observer.should_interrupt()) or self.samples >= self.total:
+            return False
+        self._save()
+        for trial in self.trials:
+            if trial.result is None:
+                self._close(trial, TrialResult("interrupted", self.samples))
+        return True
+
+    def _log(self, tokens_per_s: float) -> None:
+        measured = self.pack.metrics(self.samples)
+        self.observer.progress(self.samples, self.total, tokens_per_s * self.runtime.world)
+        for trial in self.trials:
+            if trial.result is not None:
+                continue
+            metrics = {m.hook_point: values for m, values in measured if m.trial == trial.plan.name}
+            for values in metrics.values():
+                values["tokens_per_s"] = tokens_per_s * self.runtime.world
+            self._write(trial, metrics)
+            broken = [m for m, values in measured if m.trial == trial.plan.name and not values["finite"]]
+            if broken:
+                reason = f"NaN or Inf in loss or gradient before sample {self.samples}"
+                log.warning("%s: %s at %s", trial.plan.name, reason, ", ".join(m.hook_point for m in broken))
+                self.pack.drop(broken, reason)
+            if not trial.active:
+                self._stop(trial, "diverged", trial.members[0].reason or "")
+            elif reason := self.runtime.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
+                self._stop(trial, "stopped", reason)
+
+    def _evaluate(self) -> None:
+        running = [t for t in self.trials if t.result is None]
+        found = self._measure(running)
+        for trial in running:
+            metrics = found.get(trial.plan.name, {})
+            self._write(trial, {hook: {f"eval_{k}": v for k, v in row.items()} for hook, row in metrics.items()})
+            if reason := self.runtime.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
+                self._stop(trial, "stopped", reason, metrics)
+
+    def _measure(self, trials: Sequence[_Trial]) -> dict[str, Metrics]:
+        """Held-out metrics of trials: one language-model pass for all of them."""
+        data = self.config.data
+        if self.config.eval_every_n_samples is None or data.n_eval_samples == 0 or not trials:
+            return {}
+        saes = {(t.plan.name, m.hook_point): (m.hook_point, m.sae) for t in trials for m in t.members}
+        batches = islice(self.tokens.eval_batches(data.eval_batch_size), self.runtime.rank, None, self.runtime.world)
+        reduce = self.runtime.reduce if self.runtime.world > 1 else None
+        rows = evaluate(saes, self.model, batches, data=data, device=self.runtime.device, reduce=reduce)
+        found: dict[str, Metrics] = {}
+        for (name, hook), row in rows.items():
+            found.setdefault(name, {})[hook] = row
+        return found
+
+    # ---- writing
+    def _write(self, trial: _Trial, metrics: Metrics) -> None:
+        if not self.runtime.is_main or not metrics:
+            return
+        trial.folder.append_metrics(
+            {"samples": self.samples, "hook_point": hook, **_scalars(row)} for hook, row in metrics.items()
+        )
+        for sink in trial.sinks:
+            sink.log(self.samples, {hook: _scalars(row) for hook, row in metrics.items()})
+
+    def _save(self) -> None:
+        if self.last_save == self.samples and self.samples > 0:
+            return
+        if self.stream is not None:
+            self.cursor = self.stream.cursor()
+        for trial in self.trials:
+            if trial.result is None:
+                self._checkpoint(trial)
+        self.last_save = self.samples
+        self.runtime.barrier()
+
+    def _checkpoint(self, trial: _Trial) -> None:
+        if self.runtime.is_main:
+            path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor)
+            self.observer.on_checkpoint(trial.plan.name, self.samples, path)
+
+    # ---- the end of a trial
+    def _stop(self, trial: _Trial, status: Any, reason: str, evaluation: Metrics | None = None) -> None:
+        if self.stream is not None:
+            self.cursor = self.stream.cursor()
+        self._checkpoint(trial)
+        self.pack.drop(trial.active, reason)
+        if self.stream is not None and self.pack.groups:
+            self.stream.set_hook_points(self.pack.hook_points)
+        self._close(trial, TrialResult(status, self.samples, reason, evaluation or {}))
+
+    def _finish(self, trial: _Trial) -> None:
+        """All trials that reached the end together share one evaluation pass."""
+        self._save()
+        together = [t for t in self.trials if t.result is None]
+        found = self._measure(together)
+        for other in together:
+            metrics = found.get(other.plan.name, {})
+            if self.runtime.is_main and metrics:
+                write_json(other.folder.evaluation_path, metrics)
+            self._write(other, {hook: {f"eval_{k}": v for k, v in row.items()} for hook, row in metrics.items()})
+            lost = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
+            self._close(other, TrialResult("finished", self.samples, "; ".join(lost) or None, metrics))
+
+    def _close(self, trial: _Trial, result: TrialResult) -> None:
+        weights = trial.folder.weights_path(self.samples)
+        result.checkpoint = weights if weights.exists() else None
+        trial.result = result
+        if self.runtime.is_main:
+            trial.folder.write_status(result.status, result.samples, result.reason)
+            if result.status != "interrupted":
+                plot_run(trial.folder.path)
+        for sink in trial.sinks:
+            sink.finish(result.status)
+        trial.sinks = []
+
+    def close(self) -> None:
+        """Stop background work, also after an error."""
+        if self.stream is not None:
+            self.stream.close()
+        for trial in self.trials:
+            for sink in trial.sinks:
+                sink.finish("failed")
+
+
+def _scalars(row: dict[str, Any]) -> dict[str, float]:
+    return {k: v for k, v in row.items() if isinstance(v, int | float)}

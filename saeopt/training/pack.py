@@ -1,0 +1,180 @@
+"""The pack: members on one activation stream, grouped into stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saeopt.activations.stream import Batch
+from saeopt.config.run import RunConfig
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import SAE
+from saeopt.saes.noise import derived_seed
+from saeopt.training.runtime import Runtime
+from saeopt.training.schedules import hyper
+from saeopt.training.stacks import make_stack
+from saeopt.training.stacks.base import Stack, StackBatch, StackOptions
+
+DEAD_AFTER_TOKENS = 10_000_000
+DEAD_SHARE_OF_RUN = 10
+"""Latents of a short run count as dead after a tenth of its tokens."""
+
+
+@dataclass
+class Member:
+    """One SAE of one trial at one hook point. `reason` says why it no longer trains."""
+
+    trial: str
+    hook_point: str
+    config: RunConfig
+    sae: SAE
+    reason: str | None = None
+
+    @property
+    def sae_config(self) -> SAEConfig:
+        """The SAE section as it holds at this hook point."""
+        return self.sae.config
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of this member's gate noise."""
+        return derived_seed("gate noise", self.config.seed, self.hook_point)
+
+
+@dataclass
+class _Group:
+    """A stack and whom its rows belong to."""
+
+    stack: Stack
+    members: list[Member]
+
+
+class Pack:
+    """Trains its members on whatever batches it is given. Members never influence each other."""
+
+    def __init__(self, members: Sequence[Member], runtime: Runtime, *, total_samples: int) -> None:
+        self.members, self.runtime, self.total = list(members), runtime, total_samples
+        self.groups: list[_Group] = []
+        by_key: dict[tuple[object, ...], list[Member]] = {}
+        for member in members:
+            if member.reason is None:
+                by_key.setdefault(self._key(member), []).append(member)
+        for group in by_key.values():
+            first = group[0]
+            options = StackOptions(
+                self.dead_after_tokens(first), first.config.adam_betas, autocast=runtime.autocast(first.config)
+            )
+            stack = make_stack([m.sae for m in group], [m.noise_seed for m in group], options, first.config.performance)
+            for member, sae in zip(group, stack.saes, strict=True):
+                member.sae = sae
+            self.groups.append(_Group(stack, group))
+
+    def dead_after_tokens(self, member: Member) -> int:
+        """Tokens without firing after which a latent of this member counts as dead."""
+        given = member.sae_config.dead_after_tokens
+        run_tokens = self.total * member.config.data.context_length
+        return given or max(1, min(DEAD_AFTER_TOKENS, run_tokens // DEAD_SHARE_OF_RUN))
+
+    def _key(self, member: Member) -> tuple[object, ...]:
+        sae = member.sae
+        static = sae.config.model_dump_json(exclude=set(sae.stack_fields) | _NO_MATHS)
+        return (
+            member.hook_point,
+            type(sae),
+            sae.d,
+            sae.h,
+            sae.W_enc.dtype,
+            sae.legacy_scaling,
+            member.config.adam_betas,
+            member.config.performance,
+            static,
+        )
+
+    @property
+    def hook_points(self) -> list[str]:
+        """Hook points that still have training members."""
+        return sorted({m.hook_point for m in self.active})
+
+    @property
+    def active(self) -> list[Member]:
+        """Members that train."""
+        return [m for group in self.groups for m in group.members]
+
+    def accumulate(self, batch: Batch, samples_after: int) -> None:
+        """One micro-batch of the window that ends at `samples_after`."""
+        for group in self.groups:
+            x_Nd = batch.x[group.members[0].hook_point]
+            group.stack.accumulate(
+                StackBatch(
+                    x_Nd, batch.keep(group.members[0].hook_point), batch.first_slot, batch.n_slots, batch.tokens_per_slot
+                ),
+                self._hyper(group, samples_after),
+            )
+
+    def apply(self, samples_after: int) -> None:
+        """End the window: sum over ranks, then one optimiser step for every member."""
+        if self.runtime.world > 1:
+            for group in self.groups:
+                self.runtime.reduce(group.stack.sums())
+        for group in self.groups:
+            group.stack.apply(self._hyper(group, samples_after))
+
+    def _hyper(self, group: _Group, samples: int) -> list:  # type: ignore[type-arg]
+        return [hyper(m.config, m.sae_config, samples, self.total) for m in group.members]
+
+    def metrics(self, samples: int) -> list[tuple[Member, dict[str, float]]]:
+        """Training metrics of every active member since the last call, with its learning rate (synchronises)."""
+        found = []
+        for group in self.groups:
+            numbers = self._hyper(group, samples)
+            for member, measured, number in zip(group.members, group.stack.metrics(), numbers, strict=True):
+                measured["lr"] = number.lr
+                if member.sae.needs_noise:
+                    measured["beta"] = number.beta
+                found.append((member, measured))
+        return found
+
+    def drop(self, members: Iterable[Member], reason: str) -> None:
+        """Members leave their stacks with their weights as they are; the others go on and get faster."""
+        for member in members:
+            if member.reason is not None:
+                continue
+            member.reason = reason
+            for group in self.groups:
+                if member in group.members:
+                    index = group.members.index(member)
+                    member.sae = detached(member.sae)
+                    group.stack.remove(index)
+                    group.members.remove(member)
+                    for other, sae in zip(group.members, group.stack.saes, strict=True):
+                        other.sae = sae
+            self.groups = [group for group in self.groups if group.members]
+
+    def state(self, member: Member) -> dict[str, Tensor]:
+        """The optimiser state of an active member; empty for one that stopped."""
+        for group in self.groups:
+            if member in group.members:
+                return group.stack.state(group.members.index(member))
+        return {}
+
+    def load_state(self, member: Member, state: dict[str, Tensor]) -> None:
+        """Inverse of :meth:`state`."""
+        for group in self.groups:
+            if member in group.members:
+                group.stack.load_state(group.members.index(member), state)
+
+
+_NO_MATHS = {"name", "sae_positions", "per_hook", "pretrained_sae_paths", "bias_init", "init_decoder_orthogonal"}
+
+
+def detached(sae: SAE) -> SAE:
+    """A copy with tensors of its own (a member's SAE is a view of its stack)."""
+    copied = type(sae)(
+        sae.d, sae.h, sae.config, legacy_scaling=sae.legacy_scaling, dtype=sae.W_enc.dtype, device=sae.W_enc.device
+    )
+    with torch.no_grad():
+        copied.load_state_dict(sae.state_dict())
+    return copied

@@ -1,0 +1,63 @@
+"""What is to be trained, what comes of it, and who watches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from saeopt.config.run import RunConfig
+
+Metrics = dict[str, dict[str, float]]
+"""Hook point → metric → value."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """One run of a pack: a name that is unique in the pack, its config, its folder, and whether to go on from there."""
+
+    name: str
+    config: RunConfig
+    run_dir: Path
+    resume: bool = False
+
+
+@dataclass
+class TrialResult:
+    """How a trial of a pack ended.
+
+    finished: all samples were consumed; stopped: the observer gave a reason; diverged: NaN or Inf in every
+    member; interrupted: a checkpoint was written and the trial can be resumed. `reason` also names single
+    members that diverged in a trial that finished.
+    """
+
+    status: Literal["finished", "stopped", "diverged", "interrupted"]
+    samples: int
+    reason: str | None = None
+    evaluation: Metrics = field(default_factory=dict)
+    checkpoint: Path | None = None
+
+
+class Observer:
+    """What a caller learns and decides while a pack trains. The default decides nothing."""
+
+    def on_start(self, name: str, samples: int, total: int) -> None:
+        """A trial starts at `samples` of `total`."""
+
+    def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
+        """Training metrics of a log step; a returned reason stops the trial."""
+        return None
+
+    def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
+        """Held-out metrics; a returned reason stops the trial."""
+        return None
+
+    def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
+        """A checkpoint is complete on the disk."""
+
+    def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
+        """The stream has come so far."""
+
+    def should_interrupt(self) -> bool:
+        """True: write checkpoints and return `interrupted` results. Polled at every step."""
+        return False

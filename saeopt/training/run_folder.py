@@ -1,0 +1,146 @@
+"""The run folder: which files lie where, and how they come and go. Importing this imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saeopt.config.io import dump_yaml
+from saeopt.config.run import RunConfig
+from saeopt.files import atomic_write, write_json
+from saeopt.tensor_file import DamagedFile, verify
+
+_WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
+_STATE = re.compile(r"(\d+)\.safetensors$")
+STATES_KEPT = 2
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`final_config.yaml`, `samples_<N>.safetensors`, `state/<N>.safetensors`, `metrics.jsonl`, `evaluation.json`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, save_dir: str | Path, name: str) -> RunFolder:
+        """A new folder below `save_dir`; a suffix keeps equal names apart."""
+        parent = Path(save_dir)
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return cls(path)
+            except FileExistsError:
+                number += 1
+
+    @property
+    def config_path(self) -> Path:
+        """The complete, re-runnable config."""
+        return self.path / "final_config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per line: samples, hook point, metrics of a log step or an evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation_path(self) -> Path:
+        """Hook point → metric → value."""
+        return self.path / "evaluation.json"
+
+    @property
+    def status_path(self) -> Path:
+        """How the run ended: status, samples, reason."""
+        return self.path / "status.json"
+
+    def weights_path(self, samples: int) -> Path:
+        """The weights after so many samples."""
+        return self.path / f"samples_{samples}.safetensors"
+
+    def state_path(self, samples: int) -> Path:
+        """What resuming needs besides the weights."""
+        return self.path / "state" / f"{samples}.safetensors"
+
+    def weights(self) -> list[int]:
+        """Samples of the weights files, newest first."""
+        return _numbers(self.path, _WEIGHTS)
+
+    def states(self) -> list[int]:
+        """Samples of the state files, newest first."""
+        return _numbers(self.path / "state", _STATE)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write `final_config.yaml`."""
+        with atomic_write(self.config_path) as temporary:
+            temporary.write_text(dump_yaml(config), encoding="utf-8")
+
+    def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add lines to `metrics.jsonl`."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def rewind_metrics(self, samples: int) -> None:
+        """Drop lines that a resumed run will write again, and a line that a crash cut short."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["samples"] <= samples:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        with atomic_write(self.metrics_path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+    def status(self) -> dict[str, Any]:
+        """The content of `status.json`; empty where there is none."""
+        try:
+            found: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def write_status(self, status: str, samples: int, reason: str | None) -> None:
+        """Write `status.json`."""
+        write_json(self.status_path, {"status": status, "samples": samples, "reason": reason})
+
+    def prune(self, keep_checkpoints: int | None) -> None:
+        """Delete states beyond the last two, and weights beyond `keep_checkpoints` (never those of a kept state)."""
+        states = self.states()
+        for samples in states[STATES_KEPT:]:
+            self.state_path(samples).unlink(missing_ok=True)
+        if keep_checkpoints is not None:
+            for samples in self.weights()[max(keep_checkpoints, 1) :]:
+                if samples not in states[:STATES_KEPT]:
+                    self.weights_path(samples).unlink(missing_ok=True)
+
+    def usable(self) -> Iterable[int]:
+        """Samples of the checkpoints whose state and weights are whole, newest first; damaged ones give a warning."""
+        from saeopt.console import log
+
+        for samples in self.states():
+            try:
+                verify(self.state_path(samples))
+                verify(self.weights_path(samples))
+            except DamagedFile as error:
+                log.warning("checkpoint %d cannot be used: %s", samples, error)
+                continue
+            yield samples
+
+
+def resume_point(run_dir: str | Path) -> int:
+    """Samples of the newest usable checkpoint of a run folder, 0 if there is none."""
+    return next(iter(RunFolder(Path(run_dir)).usable()), 0)
+
+
+def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted((int(m[1]) for p in folder.iterdir() if (m := pattern.fullmatch(p.name))), reverse=True)

@@ -1,0 +1,115 @@
+"""Devices, ranks and the parts of a run that stay warm between packs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor
+
+from saeopt.activations.language_model import LanguageModel
+from saeopt.activations.tokens import TokenData
+from saeopt.config.run import RunConfig
+
+_DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Runtime:
+    """One process's Accelerator, device, language model and tokens.
+
+    Accelerate decides device, rank and precision where the config does not. The last language model and the
+    last token data are kept: a worker trains pack after pack without loading them again.
+    """
+
+    def __init__(
+        self, device: str | torch.device | None = None, *, weights_dtype: torch.dtype = torch.float32
+    ) -> None:
+        wanted = None if device is None or str(device) == "auto" else torch.device(device)
+        self.accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu")
+        if wanted is not None and wanted.type == "cuda":
+            torch.cuda.set_device(wanted)
+        self.device: torch.device = wanted if wanted is not None else self.accelerator.device
+        self.weights_dtype = weights_dtype
+        self._kept: dict[str, tuple[object, Any]] = {}
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """Number of processes that train together."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which alone writes files and talks to services."""
+        return bool(self.accelerator.is_main_process)
+
+    def autocast(self, config: RunConfig) -> torch.dtype | None:
+        """Dtype of the SAEs' matrix products: the config's, `accelerate launch`'s, or bf16 on a GPU."""
+        choice: str = config.mixed_precision
+        if choice == "auto":
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            fallback: Literal["bf16", "no"] = "bf16" if self.device.type == "cuda" else "no"
+            choice = launched if launched in ("bf16", "fp16") else fallback
+        return _DTYPES[choice]
+
+    def language_model(self, config: RunConfig) -> LanguageModel:
+        """The config's language model on this device."""
+        key = (config.model, config.lm_dtype, config.lm_processing, config.data.context_length)
+        return self._keep("model", key, lambda: LanguageModel.load(config, self.device))
+
+    def token_data(self, config: RunConfig, model: LanguageModel) -> TokenData:
+        """The config's token data, tokenised for `model`."""
+        key = (config.model, config.data.model_dump_json(exclude={"train_batch_size", "eval_batch_size"}))
+        return self._keep("tokens", key, lambda: TokenData.load(config.data, model))
+
+    def _keep(self, kind: str, key: object, load: Any) -> Any:
+        kept = self._kept.get(kind)
+        if kept is None or kept[0] != key:
+            self._kept.pop(kind, None)
+            self._kept[kind] = (key, load())
+        return self._kept[kind][1]
+
+    # ---- ranks
+    def reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the ranks in place, one message per dtype."""
+        if self.world == 1:
+            return
+        for dtype in sorted({t.dtype for t in tensors}, key=str):
+            group = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in group])
+            dist.all_reduce(flat)
+            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Give every rank rank 0's values."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value on every rank, so that all of them take the same decision."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+    def free(self) -> None:
+        """Forget the kept parts and give memory back to the device."""
+        self._kept.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

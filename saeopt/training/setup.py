@@ -1,0 +1,139 @@
+"""From plans to members: hook points, calibration, initial or pretrained weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saeopt.activations.language_model import LanguageModel
+from saeopt.activations.masks import keep_mask
+from saeopt.activations.tokens import TokenData
+from saeopt.config.run import RunConfig, stream_key
+from saeopt.console import log
+from saeopt.errors import UserError
+from saeopt.evaluation.load import load_saes
+from saeopt.saes.base import SAE
+from saeopt.saes.noise import derived_seed
+from saeopt.saes.registry import get_sae
+from saeopt.training.pack import Member
+from saeopt.training.plan import TrialPlan
+from saeopt.training.runtime import Runtime
+
+CALIBRATION_TOKENS = 8192
+"""Tokens of the stream's beginning that fix normalisation, bias and initial scale; the same on every rank."""
+
+
+def check_plans(plans: Sequence[TrialPlan]) -> RunConfig:
+    """The config that fixes the stream; an error if the plans do not share one."""
+    if len({plan.name for plan in plans}) < len(plans):
+        raise ValueError("the names of a pack's trials must differ")
+    if len({stream_key(plan.config) for plan in plans}) != 1:
+        raise ValueError("the trials of a pack must agree in everything that fixes the activation stream")
+    return plans[0].config
+
+
+def total_samples(config: RunConfig, tokens: TokenData, world: int) -> int:
+    """Samples of the whole run: whole windows over all ranks, rounded up."""
+    wanted = config.data.n_train_samples or tokens.n_train_available
+    if wanted is None:
+        raise UserError("'data.n_train_samples' must be given: the length of a streamed data set is not known")
+    window = config.effective_batch * world
+    total = math.ceil(wanted / window) * window
+    if total != wanted:
+        log.info("training on %d samples instead of %d: whole windows of %d samples", total, wanted, window)
+    return total
+
+
+def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
+    """The hook points of each trial."""
+    return {plan.name: model.resolve(plan.config.saes.sae_positions) for plan in plans}
+
+
+def blank_members(
+    plan: TrialPlan, hook_points: Sequence[str], model: LanguageModel, runtime: Runtime
+) -> list[Member]:
+    """A trial's members with weights of zeros."""
+    members = []
+    for hook in hook_points:
+        section, d = plan.config.sae_at(hook), model.width(hook)
+        sae = get_sae(section.sae_type)(
+            d,
+            dictionary_width(section.dict_size_to_input_ratio, d),
+            section,
+            legacy_scaling=bool(plan.config.legacy_scaling),
+            dtype=runtime.weights_dtype,
+            device=runtime.device,
+        )
+        members.append(Member(plan.name, hook, plan.config, sae))
+    return members
+
+
+def dictionary_width(ratio: float, d: int) -> int:
+    """h = round(ratio · d), at least 1."""
+    return max(1, round(ratio * d))
+
+
+def calibrate(
+    members: Sequence[Member], model: LanguageModel, tokens: TokenData, config: RunConfig, runtime: Runtime
+) -> None:
+    """Set scale and initial weights of new members from the first samples of the stream.
+
+    Every rank reads the same samples and then takes rank 0's weights.
+    """
+    if not members:
+        return
+    x = calibration_activations(sorted({m.hook_point for m in members}), model, tokens, config)
+    for member in members:
+        sae, x_Nd = member.sae, x[member.hook_point].to(runtime.weights_dtype)
+        if member.config.saes.pretrained_sae_paths:
+            load_pretrained(member)
+        else:
+            if member.sae_config.normalize_activations and not member.config.legacy_scaling:
+                sae.scale.fill_(math.sqrt(sae.d) / x_Nd.double().norm(dim=-1).mean().item())
+            seed = derived_seed("initial weights", member.config.seed, member.hook_point)
+            sae.initialise((x_Nd * sae.scale.cpu()).to(runtime.device), torch.Generator().manual_seed(seed))
+        runtime.broadcast(list(sae.state_dict().values()))
+
+
+def calibration_activations(
+    hooks: Sequence[str], model: LanguageModel, tokens: TokenData, config: RunConfig
+) -> dict[str, Tensor]:
+    """Unmasked activations x_Nd (float32, CPU) of the first samples at each hook point."""
+    sample_BT = tokens.calibration(math.ceil(CALIBRATION_TOKENS / config.data.context_length))
+    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+    for part_bT in sample_BT.split(config.data.train_batch_size):
+        x = model.activations(part_bT, list(hooks))
+        for hook in hooks:
+            x_Nd = x[hook].flatten(0, 1).float().cpu()
+            keep_N = keep_mask(part_bT, model.special_ids, config.data, x_Nd).cpu()
+            kept[hook].append(x_Nd[keep_N])
+    return {hook: torch.cat(parts) for hook, parts in kept.items()}
+
+
+def load_pretrained(member: Member) -> None:
+    """Start from the SAE of the same hook point (or the only one) among `pretrained_sae_paths`.
+
+    Raises:
+        UserError: no such SAE, or one of another architecture or shape.
+    """
+    found: dict[str, tuple[SAE, Path]] = {}
+    paths = member.config.saes.pretrained_sae_paths or []
+    for text in paths:
+        for hook, sae in load_saes(Path(text)).items():
+            found[hook] = (sae, Path(text))
+    if member.hook_point not in found and len(found) != 1:
+        raise UserError(
+            f"'saes.pretrained_sae_paths': no SAE for {member.hook_point} (found: {', '.join(sorted(found)) or 'none'})"
+        )
+    sae, path = found.get(member.hook_point) or next(iter(found.values()))
+    own = member.sae
+    if type(sae) is not type(own) or (sae.d, sae.h) != (own.d, own.h):
+        raise UserError(
+            f"{path}: holds a {sae.config.sae_type} SAE with d={sae.d}, h={sae.h}; "
+            f"the config asks for {own.config.sae_type} with d={own.d}, h={own.h} at {member.hook_point}"
+        )
+    own.load_state_dict({name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()})
