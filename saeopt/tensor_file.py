@@ -8,16 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saeopt.files import atomic_write
+from saeopt.errors import UserError
+from saeopt.files import atomic_write, write_error
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+METADATA_KEY = "saeopt"
 _CHUNK = 1 << 24
 
 
-class DamagedFile(Exception):
-    """The file is truncated or its bytes have changed."""
+class CorruptCheckpoint(UserError):
+    """The file is truncated, damaged or not one of ours."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -26,23 +29,33 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         UserError: the disk is full or the folder cannot be written; nothing is left behind.
     """
+    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums = {name: zlib.crc32(memoryview(tensor.view(-1).numpy()).cast("B")) for name, tensor in cpu.items()}
-    header = {"saeopt": json.dumps(metadata), "crc32": json.dumps(sums)}
-    with atomic_write(path) as temporary:
-        save_file(cpu, temporary, metadata=header)
+    # copies: members of a stack are views of shared storage, which the format refuses
+    cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    sums = {name: zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) for name, t in cpu.items()}
+    header = {METADATA_KEY: json.dumps(metadata), "crc32": json.dumps(sums)}
+    try:
+        with atomic_write(path) as temporary:
+            save_file(cpu, temporary, metadata=header)
+    except SafetensorError as error:
+        raise write_error(path, error) from error
 
 
 def read_metadata(path: Path) -> dict[str, object]:
     """The JSON metadata of a file, after its length has been checked; imports no torch.
 
     Raises:
-        DamagedFile: truncated, or no file of this kind.
+        CorruptCheckpoint: truncated, or no file of this system.
+        UserError: no such file.
     """
     metadata, _, _ = _header(path)
-    found: dict[str, object] = json.loads(metadata["saeopt"])
+    try:
+        found: dict[str, object] = json.loads(metadata[METADATA_KEY])
+    except (KeyError, ValueError):
+        raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a file of this system") from None
     return found
 
 
@@ -50,7 +63,7 @@ def verify(path: Path) -> None:
     """Read the whole file and compare every checksum.
 
     Raises:
-        DamagedFile: names the tensor whose bytes differ.
+        CorruptCheckpoint: names the tensor whose bytes differ.
     """
     metadata, tensors, start = _header(path)
     sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
@@ -62,33 +75,39 @@ def verify(path: Path) -> None:
             while left:
                 part = file.read(min(left, _CHUNK))
                 if not part:
-                    raise DamagedFile(f"{path}: ends inside '{name}'")
+                    raise CorruptCheckpoint(f"{path}: ends inside '{name}'")
                 found, left = zlib.crc32(part, found), left - len(part)
             if found != expected:
-                raise DamagedFile(f"{path}: '{name}' has changed since it was written")
+                raise CorruptCheckpoint(f"{path}: '{name}' has changed since it was written")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors, on the CPU, verified."""
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors, verified.
+
+    Raises:
+        CorruptCheckpoint: as :func:`verify`.
+    """
     from safetensors.torch import load_file
 
     verify(path)
     tensors: dict[str, Tensor] = load_file(path)
-    return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, list[int]]], int]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > size:
-                raise DamagedFile(f"{path}: truncated")
+                raise ValueError("truncated")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFile(f"{path}: not a readable checkpoint file ({error})") from None
+        raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     if size != 8 + length + end:
-        raise DamagedFile(f"{path}: {size} bytes instead of {8 + length + end}")
+        raise CorruptCheckpoint(f"{path}: truncated or damaged: {size} bytes instead of {8 + length + end}")
     return metadata, header, 8 + length

@@ -5,18 +5,16 @@ Importing this module imports no torch, so that looking for checkpoints stays ch
 
 from __future__ import annotations
 
-import json
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, validate_run
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.files import atomic_write, write_error
+from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +22,7 @@ if TYPE_CHECKING:
 
     from saeopt.saes.base import SAE
 
-METADATA_KEY = "saeopt"
 _NAME = re.compile(r"samples_(\d+)\.safetensors")
-
-
-class CorruptCheckpoint(UserError):
-    """A weights file that is truncated, damaged or not one of ours."""
 
 
 @dataclass(frozen=True)
@@ -54,49 +47,6 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 over names and bytes of CPU tensors, in the order of the names."""
-    import torch
-
-    value = 0
-    for name in sorted(tensors):
-        value = zlib.crc32(name.encode(), value)
-        flat = tensors[name].contiguous().reshape(-1).view(torch.uint8)
-        value = zlib.crc32(flat.numpy().data, value)
-    return value
-
-
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically; a full disk is a :class:`UserError` and leaves nothing behind."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    # copies: members of a stack are views of shared storage, which the format refuses
-    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    try:
-        with atomic_write(path) as temporary:
-            save_file(copies, temporary, metadata={**(metadata or {}), "crc32": str(checksum(copies))})
-    except SafetensorError as error:
-        raise write_error(path, error) from error
-
-
-def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of a safetensors file; :class:`CorruptCheckpoint` when its bytes are not what was written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-    except (SafetensorError, OSError, ValueError) as error:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such file") from None
-        raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from error
-    if "crc32" in metadata and metadata["crc32"] != str(checksum(tensors)):
-        raise CorruptCheckpoint(f"{path}: damaged: its checksum does not match")
-    return {name: t.to(device) for name, t in tensors.items()}, metadata
-
-
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
     """Write the SAEs of one run, by hook point, atomically."""
     described = {
@@ -105,7 +55,7 @@ def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], s
         "hook_points": {hook: {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type} for hook, sae in saes.items()},
     }
     tensors = {f"{hook}/{name}": t for hook, sae in saes.items() for name, t in sae.state_dict().items()}
-    save_tensors(path, tensors, {METADATA_KEY: json.dumps(described)})
+    write_tensors(Path(path), tensors, described)
 
 
 def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -113,9 +63,9 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
 
     Raises :class:`CorruptCheckpoint` when the file is damaged and :class:`UserError` when it is absent.
     """
-    tensors, metadata = load_tensors(path, device)
+    tensors = read_tensors(Path(path), device)
+    described: Any = read_metadata(Path(path))
     try:
-        described = json.loads(metadata[METADATA_KEY])
         config_raw, samples, hook_points = described["config"], int(described["samples"]), described["hook_points"]
     except (KeyError, TypeError, ValueError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a weights file of this system") from None

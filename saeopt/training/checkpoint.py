@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from saeopt.console import log
+from saeopt.errors import UserError
 from saeopt.evaluation.load import save_weights
-from saeopt.tensor_file import DamagedFile, read_metadata, read_tensors, write_tensors
+from saeopt.tensor_file import read_metadata, read_tensors, write_tensors
 from saeopt.training.pack import Member, Pack
 from saeopt.training.run_folder import RunFolder
 
@@ -56,7 +57,7 @@ def restore(folder: RunFolder, members: Sequence[Member]) -> Restored | None:
             weights = read_tensors(folder.weights_path(samples))
             for member in members:
                 member.sae.load_state_dict(_of(weights, member.hook_point))
-        except (DamagedFile, KeyError, RuntimeError) as error:
+        except (UserError, KeyError, RuntimeError) as error:
             log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
             continue
         for member in members:

@@ -106,10 +106,14 @@ class Pack:
     def accumulate(self, batch: Batch, samples_after: int) -> None:
         """One micro-batch of the window that ends at `samples_after`."""
         for group in self.groups:
-            x_Nd = batch.x[group.members[0].hook_point]
+            hook = group.members[0].hook_point
             group.stack.accumulate(
                 StackBatch(
-                    x_Nd, batch.keep(group.members[0].hook_point), batch.first_slot, batch.n_slots, batch.tokens_per_slot
+                    x_Nd,
+                    batch.keep(group.members[0].hook_point),
+                    batch.first_slot,
+                    batch.n_slots,
+                    batch.tokens_per_slot,
                 ),
                 self._hyper(group, samples_after),
             )

@@ -11,8 +11,9 @@ from typing import Any
 
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
 from saeopt.files import atomic_write, write_json
-from saeopt.tensor_file import DamagedFile, verify
+from saeopt.tensor_file import verify
 
 _WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
 _STATE = re.compile(r"(\d+)\.safetensors$")
@@ -129,7 +130,7 @@ class RunFolder:
             try:
                 verify(self.state_path(samples))
                 verify(self.weights_path(samples))
-            except DamagedFile as error:
+            except UserError as error:
                 log.warning("checkpoint %d cannot be used: %s", samples, error)
                 continue
             yield samples

@@ -25,9 +25,7 @@ class Runtime:
     last token data are kept: a worker trains pack after pack without loading them again.
     """
 
-    def __init__(
-        self, device: str | torch.device | None = None, *, weights_dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, device: str | torch.device | None = None, *, weights_dtype: torch.dtype = torch.float32) -> None:
         wanted = None if device is None or str(device) == "auto" else torch.device(device)
         self.accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu")
         if wanted is not None and wanted.type == "cuda":

@@ -15,7 +15,7 @@ from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig, stream_key
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_saes
+from saeopt.evaluation.load import load_checkpoint
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae
@@ -53,9 +53,7 @@ def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str
     return {plan.name: model.resolve(plan.config.saes.sae_positions) for plan in plans}
 
 
-def blank_members(
-    plan: TrialPlan, hook_points: Sequence[str], model: LanguageModel, runtime: Runtime
-) -> list[Member]:
+def blank_members(plan: TrialPlan, hook_points: Sequence[str], model: LanguageModel, runtime: Runtime) -> list[Member]:
     """A trial's members with weights of zeros."""
     members = []
     for hook in hook_points:
@@ -123,7 +121,7 @@ def load_pretrained(member: Member) -> None:
     found: dict[str, tuple[SAE, Path]] = {}
     paths = member.config.saes.pretrained_sae_paths or []
     for text in paths:
-        for hook, sae in load_saes(Path(text)).items():
+        for hook, sae in load_checkpoint(text).saes.items():
             found[hook] = (sae, Path(text))
     if member.hook_point not in found and len(found) != 1:
         raise UserError(
