@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -32,19 +32,39 @@ class StepInputs:
     keep_N: Tensor | None = None
 
 
+class Ratio(NamedTuple):
+    """A loss term with a denominator of its own: numerator / (square − ‖total_d‖² / N).
+
+    Each part is a sum over the kept tokens and is summed over the whole window before the division, so that
+    accumulation and ranks do not matter. The numerator carries the coefficient and the gradient; `square` and
+    `total_d` (float64, no gradient) are Σ‖e‖² and Σe of what the term is measured against.
+    """
+
+    numerator: Tensor
+    square: Tensor
+    total_d: Tensor
+
+    def inverse_denominator(self, n: Tensor | float) -> Tensor:
+        """1 / (square − ‖total_d‖² / n), or 0 where that is nothing but rounding (one token, no error)."""
+        spread = self.square - self.total_d.square().sum() / n
+        return torch.where(spread > 1e-6 * self.square, 1 / spread, 0.0)
+
+    def value(self, n: Tensor | float) -> Tensor:
+        """The term's value over n kept tokens."""
+        return self.numerator * self.inverse_denominator(n).to(self.numerator.dtype)
+
+
 @dataclass
 class Forward:
-    """A training forward. The loss of a window is Σ terms / N + Σ numerator / denominator of the ratios.
+    """A training forward. The loss of a window is Σ terms / N + Σ ratios.
 
-    `terms` hold sums over the kept tokens, already multiplied by their coefficients. `ratios` hold
-    (coefficient-weighted numerator, denominator) of terms with a denominator of their own; both are summed
-    over the window before they are divided, and no gradient flows through the denominator.
+    `terms` hold sums over the kept tokens, already multiplied by their coefficients.
     """
 
     x_hat_Nd: Tensor
     f_Nh: Tensor
     terms: dict[str, Tensor]
-    ratios: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ratios: dict[str, Ratio] = field(default_factory=dict)
 
 
 class SAE(nn.Module):
@@ -56,6 +76,18 @@ class SAE(nn.Module):
     Config: ClassVar[type[SAEConfig]] = SAEConfig
     needs_noise: ClassVar[bool] = False
     needs_dead: ClassVar[bool] = False
+    latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Names of the parameters that hold one number per latent; all start at 0."""
+    stack_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("name", "sae_positions", "per_hook", "pretrained_sae_paths"),
+            *("init_decoder_orthogonal", "bias_init", "normalize_activations"),
+            *("sparsity_coeff", "initial_beta", "final_beta", "beta_annealing"),
+        }
+    )
+    """Config fields in which the members of one stack may differ; every other field must be equal."""
+
+    b_enc: nn.Parameter
 
     def __init__(
         self,
@@ -72,12 +104,17 @@ class SAE(nn.Module):
         self.dtype, self.device = dtype, device
         self.W_enc = self.parameter(d, h)
         self.W_dec = self.parameter(h, d)
-        self.b_enc = self.parameter(h)
+        for name in self.latent_vectors:
+            setattr(self, name, self.parameter(h))
         self.b_dec = self.parameter(d)
         self.scale: Tensor
         self.tokens_since_fired: Tensor
         self.register_buffer("scale", torch.ones((), dtype=dtype, device=device))
         self.register_buffer("tokens_since_fired", torch.zeros(h, dtype=torch.int64, device=device))
+        self.build()
+
+    def build(self) -> None:
+        """Make the further parameters and buffers that an architecture needs."""
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new parameter of zeros in the module's dtype and on its device."""
@@ -109,6 +146,11 @@ class SAE(nn.Module):
         initialise(self, x_Nd, generator)
 
     @torch.no_grad()
+    def start_encoder(self, directions_dh: Tensor, x_Nd: Tensor) -> None:
+        """Point the encoder along the initial decoder (called with b_dec set and all other parameters 0)."""
+        self.W_enc.copy_(directions_dh)
+
+    @torch.no_grad()
     def before_step(self) -> None:
         """Change gradients before clipping: `decoder_norm: unit` removes the part along each decoder row."""
         if self.config.decoder_norm == "unit" and self.W_dec.grad is not None:
@@ -138,7 +180,9 @@ class SAE(nn.Module):
 
     def decoder_norm_h(self) -> Tensor:
         """‖W_dec‖ per row; ones where the rows are kept at norm 1."""
-        return torch.ones_like(self.b_enc) if self.config.decoder_norm == "unit" else self.W_dec.norm(dim=-1)
+        if self.config.decoder_norm == "unit":
+            return torch.ones(self.h, dtype=self.W_dec.dtype, device=self.W_dec.device)
+        return self.W_dec.norm(dim=-1)
 
     def squared_error(self, x_hat_Nd: Tensor, x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:
         """Σ over kept tokens of ‖x̂ − x‖², per unit of d under `legacy_scaling`."""

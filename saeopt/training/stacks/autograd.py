@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
 from saeopt.saes.noise import uniform
 from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
 
@@ -119,13 +119,13 @@ class _Member:
     def _ratio_gradients(self, forward: Forward) -> dict[str, dict[str, Tensor]]:
         """Gradients of the numerators, kept apart: the denominator is known only at the end of the window."""
         found = {}
-        for name, (numerator, denominator) in forward.ratios.items():
+        for name, (numerator, square, total_d) in forward.ratios.items():
             names, parameters = zip(*self.sae.named_parameters(), strict=True)
             grads = torch.autograd.grad(
                 numerator * self.flags["loss_scale"], parameters, retain_graph=True, allow_unused=True
             )
             found[name] = {n: g for n, g in zip(names, grads, strict=True) if g is not None}
-            sums = torch.stack([numerator.detach().double(), denominator.detach().double()])
+            sums = torch.cat([numerator.detach().double().view(1), square.double().view(1), total_d.double()])
             self.ratio_sums[name] = self.ratio_sums[name] + sums if name in self.ratio_sums else sums
         return found
 
@@ -166,9 +166,10 @@ class _Member:
         for parameter in sae.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * inverse
         for name, store in self.ratio_grads.items():
-            numerator, denominator = self.ratio_sums[name]
-            aux += torch.nan_to_num(numerator / denominator, 0.0, 0.0, 0.0)
-            factor = torch.nan_to_num(1 / denominator, 0.0, 0.0, 0.0) / flags["loss_scale"]
+            parts = self.ratio_sums[name]
+            over = Ratio(parts[0], parts[1], parts[2:]).inverse_denominator(n)
+            aux += parts[0] * over
+            factor = over / flags["loss_scale"]
             for parameter_name, parameter in sae.named_parameters():
                 if parameter_name in store:
                     assert parameter.grad is not None

@@ -1,0 +1,79 @@
+"""The gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from saeopt.config.base import Float
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import SAE, Forward, StepInputs
+
+MAGNITUDES = {"relu": torch.relu, "softplus": nn.functional.softplus, "identity": lambda m_Nh: m_Nh}
+
+
+class MagnitudeConfig(SAEConfig):
+    """Fields of the architectures that compute a magnitude apart from a gate."""
+
+    magnitude_activation: Literal["relu", "softplus", "identity"] = "relu"
+    """What the magnitude passes through; null means `identity`."""
+
+    @field_validator("magnitude_activation", mode="before")
+    @classmethod
+    def _null_is_identity(cls, value: object) -> object:
+        return "identity" if value is None else value
+
+
+class GatedConfig(MagnitudeConfig):
+    """`sae_type: gated`."""
+
+    aux_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""
+
+
+class GatedSAE(SAE):
+    """f = 1[π_gate > 0] ⊙ relu(e^{r_mag} ⊙ (x̄ W_enc) + b_mag), π_gate = x̄ W_enc + b_gate, x̄ = x − b_dec.
+
+    Loss = mean ‖x − x̂‖² + λ mean Σ relu(π_gate) ‖W_dec‖ + α mean ‖x − (relu(π_gate) sg[W_dec] + sg[b_dec])‖²,
+    sg = stop gradient. The step function gives no gradient: the gate learns from the penalty and the auxiliary
+    term only. Deviations from the paper: the decoder is free and its norm stands in the penalty (`decoder_norm:
+    unit` keeps the rows at 1); b_dec in x̄ is never frozen. Under `legacy_scaling` both squared errors are
+    divided by d and the penalty is not.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = GatedConfig
+    latent_vectors: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag", "r_mag")
+    config: GatedConfig
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
+
+    def encode(self, x_Nd: Tensor) -> Tensor:
+        """1[π_gate > 0] ⊙ magnitude."""
+        return self.gate_and_code(x_Nd)[1]
+
+    def gate_and_code(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        """π_gate and f."""
+        shared_Nh = (x_Nd - self.b_dec) @ self.W_enc
+        gate_Nh = shared_Nh + self.b_gate
+        magnitude_Nh = MAGNITUDES[self.config.magnitude_activation](self.r_mag.exp() * shared_Nh + self.b_mag)
+        return gate_Nh, magnitude_Nh * (gate_Nh > 0)
+
+    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+        """Terms `mse`, `sparsity` and `aux`."""
+        gate_Nh, f_Nh = self.gate_and_code(x_Nd)
+        f_Nh, open_Nh = self.masked(f_Nh, inputs.keep_N), self.masked(torch.relu(gate_Nh), inputs.keep_N)
+        x_hat_Nd = self.decode(f_Nh)
+        from_gate_Nd = open_Nh @ self.W_dec.detach() + self.b_dec.detach()
+        return Forward(
+            x_hat_Nd,
+            f_Nh,
+            {
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "sparsity": inputs.sparsity_coeff * (open_Nh * self.decoder_norm_h()).sum(),
+                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, x_Nd, inputs.keep_N),
+            },
+        )

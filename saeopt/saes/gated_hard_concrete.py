@@ -1,0 +1,69 @@
+"""The gated SAE with hard-concrete gates (the replaced system's; arXiv 2404.16014 and 1712.01312)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from saeopt.config.base import Float
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import Forward, StepInputs
+from saeopt.saes.gated import MAGNITUDES
+from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
+
+
+class GatedHardConcreteConfig(NoisyGateConfig):
+    """`sae_type: gated_hard_concrete`."""
+
+    aux_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    """α, the weight of the auxiliary reconstruction by the gate alone."""
+    aux_form: Literal["gated", "seed"] = "gated"
+    """What reconstructs in the auxiliary term: z ⊙ relu(log α), or z alone as in the replaced system."""
+
+
+class GatedHardConcreteSAE(NoisyGateSAE):
+    """f = z ⊙ relu(e^{r_mag} ⊙ (x̄ W_enc) + b_mag), log α = x̄ W_enc + b_gate, x̄ = x − b_dec.
+
+    Loss = mean ‖x − x̂‖² + λ mean Σ P(z ≠ 0) + α mean ‖x − ((z ⊙ relu(log α)) sg[W_dec] + sg[b_dec])‖²,
+    sg = stop gradient; `aux_form: seed` has z sg[W_dec] + sg[b_dec]. Under `legacy_scaling` every term is
+    divided by d.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = GatedHardConcreteConfig
+    latent_vectors: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag", "r_mag")
+    config: GatedHardConcreteConfig
+    b_gate: nn.Parameter
+    b_mag: nn.Parameter
+    r_mag: nn.Parameter
+
+    def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        """log α and the magnitude."""
+        shared_Nh = (x_Nd - self.b_dec) @ self.W_enc
+        magnitude = MAGNITUDES[self.config.magnitude_activation]
+        return shared_Nh + self.b_gate, magnitude(self.r_mag.exp() * shared_Nh + self.b_mag)
+
+    def encode(self, x_Nd: Tensor) -> Tensor:
+        """z ⊙ magnitude with the gate that `eval_gate` names."""
+        log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
+        return self.eval_gate(log_alpha_Nh) * magnitude_Nh
+
+    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+        """Terms `mse`, `sparsity` and `aux`."""
+        log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
+        z_Nh = self.train_gate(log_alpha_Nh, inputs)
+        f_Nh = self.masked(z_Nh * magnitude_Nh, inputs.keep_N)
+        x_hat_Nd = self.decode(f_Nh)
+        aux_Nh = z_Nh * torch.relu(log_alpha_Nh) if self.config.aux_form == "gated" else z_Nh
+        from_gate_Nd = aux_Nh @ self.W_dec.detach() + self.b_dec.detach()
+        return Forward(
+            x_hat_Nd,
+            f_Nh,
+            {
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
+                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, x_Nd, inputs.keep_N),
+            },
+        )

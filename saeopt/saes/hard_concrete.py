@@ -1,0 +1,177 @@
+"""SAEs whose gates are hard-concrete random variables (Louizos et al. 2018, arXiv 1712.01312).
+
+A gate with location log α and temperature β, from uniform noise u and with limits γ < 0 < 1 < ζ:
+s = σ((log u − log(1 − u) + log α) / β), z = clip(s (ζ − γ) + γ, 0, 1), P(z ≠ 0) = σ(log α − β log(−γ / ζ)).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from saeopt.config.base import Float
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
+
+Limits = tuple[float, float]
+Temperature = Annotated[Float, Field(gt=0)]
+
+
+class NoisyGateConfig(MagnitudeConfig):
+    """Fields of both hard-concrete architectures."""
+
+    initial_beta: Temperature = 0.5
+    """β, the temperature of the gates (at the start, where it is annealed)."""
+    final_beta: Temperature | None = None
+    """β at the end."""
+    beta_annealing: bool = False
+    """Move β exponentially from `initial_beta` to `final_beta` after the warm-up."""
+    hard_concrete_stretch_limits: tuple[Float, Float] = (-0.1, 1.1)
+    """γ and ζ: the gate is stretched to them and clipped to [0, 1]."""
+    eval_gate: Literal["median", "paper"] = "median"
+    """The gate without noise: σ(log α / β), the median over the noise, or the paper's σ(log α)."""
+
+    @field_validator("hard_concrete_stretch_limits")
+    @classmethod
+    def _around_0_and_1(cls, value: Limits) -> Limits:
+        if not value[0] < 0 < 1 < value[1]:
+            raise ValueError("must be a number below 0 and a number above 1")
+        return value
+
+    @model_validator(mode="after")
+    def _annealing_has_an_end(self) -> Self:
+        if self.beta_annealing and self.final_beta is None:
+            raise ValueError("'beta_annealing' needs 'final_beta'")
+        return self
+
+
+class HardConcreteConfig(NoisyGateConfig):
+    """`sae_type: hard_concrete`."""
+
+    magnitude_activation: Literal["relu", "softplus", "identity"] = "identity"
+    """What the magnitude passes through; null means `identity`: the code can be negative."""
+    input_dependent_gates: bool = True
+    """false: log α is one learned number per latent."""
+
+
+def noisy_gate(log_alpha_Nh: Tensor, u_Nh: Tensor, beta: Tensor | float, limits: Limits) -> Tensor:
+    """z in [0, 1]."""
+    logit_Nh = u_Nh.log() - torch.log1p(-u_Nh)
+    return _stretch(torch.sigmoid((logit_Nh + log_alpha_Nh) / beta), limits)
+
+
+def quiet_gate(log_alpha_Nh: Tensor, beta: Tensor | float, limits: Limits, form: str) -> Tensor:
+    """z without noise."""
+    return _stretch(torch.sigmoid(log_alpha_Nh / beta if form == "median" else log_alpha_Nh), limits)
+
+
+def probability_nonzero(log_alpha_Nh: Tensor, beta: Tensor | float, limits: Limits) -> Tensor:
+    """P(z ≠ 0) over the noise."""
+    return torch.sigmoid(log_alpha_Nh - beta * math.log(-limits[0] / limits[1]))
+
+
+def _stretch(s_Nh: Tensor, limits: Limits) -> Tensor:
+    low, high = limits
+    return (s_Nh * (high - low) + low).clamp(0, 1)
+
+
+class NoisyGateSAE(SAE):
+    """What both hard-concrete architectures share. The buffer `beta` is that of the last training step."""
+
+    needs_noise: ClassVar[bool] = True
+    config: NoisyGateConfig
+    beta: Tensor
+
+    def build(self) -> None:
+        self.register_buffer("beta", torch.full_like(self.scale, self.config.initial_beta))
+
+    def train_gate(self, log_alpha_Nh: Tensor, inputs: StepInputs) -> Tensor:
+        """z with this step's noise; remembers β for the evaluation form."""
+        if inputs.u_Nh is None:
+            raise ValueError("hard-concrete gates are trained with noise: StepInputs.u_Nh is missing")
+        with torch.no_grad():
+            self.beta.fill_(inputs.beta)
+        return noisy_gate(log_alpha_Nh, inputs.u_Nh, inputs.beta, self.config.hard_concrete_stretch_limits)
+
+    def eval_gate(self, log_alpha_Nh: Tensor) -> Tensor:
+        """z without noise, in the form that `eval_gate` names."""
+        config = self.config
+        return quiet_gate(log_alpha_Nh, self.beta, config.hard_concrete_stretch_limits, config.eval_gate)
+
+    def penalty(self, log_alpha_Nh: Tensor, inputs: StepInputs) -> Tensor:
+        """Σ over kept tokens of the expected number of open gates; divided by d under `legacy_scaling`."""
+        open_Nh = probability_nonzero(log_alpha_Nh, inputs.beta, self.config.hard_concrete_stretch_limits)
+        return self.masked(open_Nh, inputs.keep_N).sum() / (self.d if self.legacy_scaling else 1)
+
+
+class HardConcreteSAE(NoisyGateSAE):
+    """f = z ⊙ (x̄ W_enc + b_enc), log α = x̄ W_gate + b_gate, x̄ = x − b_dec; x̂ uses decoder rows of norm 1.
+
+    Loss = mean ‖x − x̂‖² + λ mean Σ P(z ≠ 0). `input_dependent_gates: false` makes log α = b_gate.
+    Under `legacy_scaling` both terms are divided by d.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = HardConcreteConfig
+    latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc", "b_gate")
+    config: HardConcreteConfig
+    b_gate: nn.Parameter
+    row_norm: Tensor
+
+    def build(self) -> None:
+        super().build()
+        if self.config.input_dependent_gates:
+            self.W_gate = self.parameter(self.d, self.h)
+        self.register_buffer("row_norm", torch.ones_like(self.scale))
+
+    def start_encoder(self, directions_dh: Tensor, x_Nd: Tensor) -> None:
+        """The gates look along the decoder too, with log α of order 1 whatever the units of x."""
+        super().start_encoder(directions_dh, x_Nd)
+        if self.config.input_dependent_gates:
+            typical = (x_Nd - self.b_dec).norm(dim=-1).mean().clamp_min(1e-12)
+            self.W_gate.copy_(directions_dh * (math.sqrt(self.d) / typical))
+
+    def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
+        """log α and m."""
+        centred_Nd = x_Nd - self.b_dec
+        m_Nh = MAGNITUDES[self.config.magnitude_activation](centred_Nd @ self.W_enc + self.b_enc)
+        if self.config.input_dependent_gates:
+            return centred_Nd @ self.W_gate + self.b_gate, m_Nh
+        return self.b_gate.expand_as(m_Nh), m_Nh
+
+    def encode(self, x_Nd: Tensor) -> Tensor:
+        """z ⊙ m with the gate that `eval_gate` names."""
+        log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
+        return self.eval_gate(log_alpha_Nh) * m_Nh
+
+    def decode(self, f_Nh: Tensor) -> Tensor:
+        """f times the decoder with every row at norm `row_norm` (1 until the scale is folded in), plus b_dec."""
+        rows_hd = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return f_Nh @ (rows_hd * self.row_norm) + self.b_dec
+
+    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+        """Terms `mse` and `sparsity`."""
+        log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
+        f_Nh = self.masked(self.train_gate(log_alpha_Nh, inputs) * m_Nh, inputs.keep_N)
+        x_hat_Nd = self.decode(f_Nh)
+        return Forward(
+            x_hat_Nd,
+            f_Nh,
+            {
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
+            },
+        )
+
+    @torch.no_grad()
+    def folded(self) -> Self:
+        """As in the base; the decoder's units go into `row_norm`, and the gates see raw activations too."""
+        other = super().folded()
+        other.row_norm.div_(self.scale)
+        if self.config.input_dependent_gates:
+            other.W_gate.mul_(self.scale)
+        return other

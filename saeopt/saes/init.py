@@ -1,0 +1,124 @@
+"""How every architecture starts: decoder directions, decoder bias, and an encoder of the right size.
+
+Random numbers come from a CPU generator in float32 and are worked on there, so that the start does not depend
+on the device. Shape suffixes: N tokens, d model width, h dictionary width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saeopt.saes.base import SAE
+
+_MATCH_ROWS = 2048  # tokens on which the encoder's size is matched; more change c by less than a percent
+_MATCH_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
+    """Decoder rows of norm 1, W_enc = c · W_decᵀ with mean ‖x̂‖ = mean ‖x‖, biases 0, b_dec as `bias_init` says.
+
+    c is found through the architecture's own evaluation form, so that gates and k are accounted for.
+    """
+    x_Nd = x_Nd.to(sae.W_dec)
+    W_dec_hd = initial_decoder(sae.h, sae.d, sae.config.init_decoder_orthogonal, generator).to(sae.W_dec)
+    for parameter in sae.parameters():
+        parameter.zero_()
+    sae.W_dec.copy_(W_dec_hd)
+    sae.b_dec.copy_(initial_bias(x_Nd, sae.config.bias_init))
+    sae.start_encoder(W_dec_hd.T, x_Nd)
+    match_norm(sae, x_Nd)
+
+
+def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Float[Tensor, "h d"]:
+    """Random unit rows; or orthonormal rows, or for h > d orthonormal columns whose rows are scaled to norm 1."""
+    W_hd = torch.randn(h, d, generator=generator)
+    if orthogonal:
+        tall = W_hd if h >= d else W_hd.T
+        q, r = torch.linalg.qr(tall)
+        q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)  # LAPACK fixes no signs: this makes the choice unique
+        W_hd = q if h >= d else q.T
+    return W_hd / W_hd.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def initial_bias(x_Nd: Float[Tensor, "N d"], kind: str) -> Float[Tensor, " d"]:
+    """Geometric median, mean or zero."""
+    if kind == "zero" or len(x_Nd) == 0:
+        return torch.zeros_like(x_Nd[0]) if len(x_Nd) else x_Nd.new_zeros(x_Nd.shape[1])
+    return geometric_median(x_Nd) if kind == "geometric_median" else x_Nd.double().mean(0).to(x_Nd.dtype)
+
+
+def geometric_median(
+    x_Nd: Float[Tensor, "N d"], tolerance: float = 1e-8, max_iterations: int = 500
+) -> Float[Tensor, " d"]:
+    """The point of least mean distance, by Weiszfeld's iteration in float64.
+
+    Where an iterate meets a data point, the modification of Vardi & Zhang (2000) leaves it or stays.
+    Stops when a move is shorter than `tolerance` times the mean distance.
+    """
+    points_Nd = x_Nd.double()
+    median_d = points_Nd.mean(0)
+    for _ in range(max_iterations):
+        offset_Nd = points_Nd - median_d
+        distance_N = offset_Nd.norm(dim=-1)
+        spread = distance_N.mean()
+        met_N = distance_N <= 1e-12 * spread
+        weight_N = torch.where(met_N, 0.0, 1 / distance_N.clamp_min(1e-300))
+        pull_d = weight_N @ offset_Nd
+        share = (met_N.sum() / pull_d.norm().clamp_min(1e-300)).clamp(max=1.0)
+        move_d = (1 - share) * pull_d / weight_N.sum().clamp_min(1e-300)
+        median_d = median_d + move_d
+        if move_d.norm() <= tolerance * spread:
+            break
+    return median_d.to(x_Nd.dtype)
+
+
+def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"]) -> None:
+    """Scale W_enc by the c for which mean ‖x̂‖ = mean ‖x‖ (regula falsi).
+
+    Where ‖b_dec‖ alone exceeds mean ‖x‖ the distances from b_dec are matched. Where no c does it, W_enc stays.
+    """
+    rows_Nd = x_Nd[:: math.ceil(len(x_Nd) / _MATCH_ROWS)] if len(x_Nd) else x_Nd
+    target = rows_Nd.double().norm(dim=-1).mean().item() if len(rows_Nd) else 0.0
+    origin_d = torch.zeros_like(sae.b_dec)
+    floor = sae.b_dec.double().norm().item()
+    if floor >= target:
+        origin_d, floor = sae.b_dec.clone(), 0.0
+        target = (rows_Nd - origin_d).double().norm(dim=-1).mean().item() if len(rows_Nd) else 0.0
+    directions_dh = sae.W_enc.clone()
+
+    def excess(c: float) -> float:
+        sae.W_enc.copy_(directions_dh * c)
+        x_hat_Nd = sae.decode(sae.encode(rows_Nd))
+        return (x_hat_Nd - origin_d).double().norm(dim=-1).mean().item() - target
+
+    c = _root(excess, floor - target, min(1.0, 2 * sae.d / sae.h), _MATCH_TOLERANCE * target) if target > 0 else 1.0
+    sae.W_enc.copy_(directions_dh * c)
+
+
+def _root(function: Callable[[float], float], at_zero: float, guess: float, tolerance: float) -> float:
+    """A zero of a function that is negative at 0 and grows; 1 where none is found."""
+    low, f_low, high, f_high = 0.0, at_zero, guess, function(guess)
+    for _ in range(30):
+        if f_high >= 0:
+            break
+        low, f_low, high = high, f_high, 2 * high
+        f_high = function(high)
+    else:
+        return 1.0
+    middle = high
+    for _ in range(60):
+        middle = (low * f_high - high * f_low) / (f_high - f_low)
+        value = function(middle)
+        if abs(value) <= tolerance:
+            break
+        if value < 0:
+            low, f_low, f_high = middle, value, f_high / 2  # Illinois: an end that stays loses half its weight
+        else:
+            high, f_high, f_low = middle, value, f_low / 2
+    return middle

@@ -1,0 +1,77 @@
+"""The TopK SAE with the auxiliary loss that revives dead latents (Gao et al. 2024, arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from saeopt.config.base import Float, Int
+from saeopt.config.saes import SAEConfig
+from saeopt.errors import UserError
+from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
+
+
+class TopKConfig(SAEConfig):
+    """`sae_type: topk`. `sparsity_coeff` has no effect: k fixes L0."""
+
+    k: Annotated[Int, Field(gt=0)] = 32
+    """Latents kept per token."""
+    aux_k: Annotated[Int, Field(gt=0)] | None = None
+    """Dead latents that the auxiliary loss uses per token; null: the power of two at or below d / 2."""
+    aux_coeff: Annotated[Float, Field(ge=0)] = 1 / 32
+    """α, the weight of the auxiliary loss."""
+
+
+def keep_largest(values_Nh: Tensor, k: int) -> Tensor:
+    """The k largest of each row, 0 elsewhere."""
+    largest = values_Nh.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(values_Nh).scatter(-1, largest.indices, largest.values)
+
+
+class TopKSAE(SAE):
+    """f = the k largest of relu(π) per token; loss = mean ‖x − x̂‖² + α AuxK.
+
+    AuxK = Σ‖e − ê‖² / Σ‖e − mean e‖² over the window, with e = sg[x − x̂] and ê = (the k_aux largest of relu(π)
+    among dead latents) W_dec, no bias; k_aux = min(number of dead latents, aux_k). 0 without dead latents, and
+    0 / 0 counts as 0. Under `legacy_scaling` the mean is divided by d; AuxK has no units.
+    """
+
+    Config: ClassVar[type[SAEConfig]] = TopKConfig
+    needs_dead: ClassVar[bool] = True
+    config: TopKConfig
+
+    def build(self) -> None:
+        if self.config.k > self.h:
+            raise UserError(f"'saes.k': {self.config.k} exceeds the dictionary's {self.h} latents")
+        self.aux_k = min(self.h, self.config.aux_k or 2 ** max(0, math.floor(math.log2(self.d / 2))))
+
+    def encode(self, x_Nd: Tensor) -> Tensor:
+        """The k largest of relu(π)."""
+        return keep_largest(torch.relu(self.pre_activation(x_Nd)), self.config.k)
+
+    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+        """Term `mse`, ratio `aux` (where a mask of dead latents is given)."""
+        acts_Nh = torch.relu(self.pre_activation(x_Nd))
+        f_Nh = self.masked(keep_largest(acts_Nh, self.config.k), inputs.keep_N)
+        x_hat_Nd = self.decode(f_Nh)
+        forward = Forward(
+            x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N)}
+        )
+        if inputs.dead_h is not None:
+            forward.ratios["aux"] = self.aux_ratio((x_Nd - x_hat_Nd).detach(), acts_Nh, inputs.dead_h, inputs.keep_N)
+        return forward
+
+    def aux_ratio(self, error_Nd: Tensor, acts_Nh: Tensor, dead_h: Tensor, keep_N: Tensor | None) -> Ratio:
+        """α AuxK's parts."""
+        # Living latents count as 0 here: with fewer dead ones than aux_k the rest of the selection adds nothing,
+        # so that the number of dead latents is never needed on the host.
+        dead_Nh = keep_largest(acts_Nh * dead_h, self.aux_k)
+        if keep_N is not None:
+            error_Nd, dead_Nh = error_Nd * keep_N.unsqueeze(-1), self.masked(dead_Nh, keep_N)
+        left_Nd = error_Nd - dead_Nh @ self.W_dec
+        numerator = self.config.aux_coeff * left_Nd.square().sum() * dead_h.any()
+        return Ratio(numerator, error_Nd.square().sum(dtype=torch.float64), error_Nd.sum(0, dtype=torch.float64))
