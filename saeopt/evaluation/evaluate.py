@@ -1,0 +1,150 @@
+"""Evaluate any number of SAEs on held-out tokens: the language model runs once per batch for all of them.
+
+Shape suffixes: B sequences, T positions, N = B·T tokens, d model width, h dictionary width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
+from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
+from saeopt.saes.base import SAE
+
+CODE_BYTES = {"cpu": 2**26, "cuda": 2**30}
+"""Memory for the code of one block of tokens."""
+
+Key = TypeVar("Key")
+Keep = Callable[[Tensor, Tensor], Tensor]
+"""(tokens_BT, x_BTd of a hook point) → which positions count, bool (B, T)."""
+
+
+class SplicingModel(Protocol):
+    """What evaluation needs of a language model."""
+
+    def activations(self, tokens_BT: Tensor, hooks: Sequence[str]) -> Mapping[str, Tensor]:
+        """x_BTd of each hook point."""
+
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V)."""
+
+    def spliced_logits(self, tokens_BT: Tensor, hook: str, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits with the activations of one hook point replaced by `fn` of them."""
+
+
+@dataclass
+class _Member:
+    hook: str
+    sae: SAE
+    sums: Accumulator
+    cross_entropy: CrossEntropy
+
+
+@torch.no_grad()
+def reconstruct(
+    sae: SAE, x_Nd: Float[Tensor, "N d"], keep_N: Bool[Tensor, " N"] | None = None, sums: Accumulator | None = None
+) -> Float[Tensor, "N d"]:
+    """x̂ of raw activations in raw units, block by block; adds to `sums` on the way."""
+    out = []
+    block = max(1, CODE_BYTES.get(x_Nd.device.type, 2**26) // (4 * sae.h))
+    for start in range(0, len(x_Nd), block):
+        x_bd = x_Nd[start : start + block].to(sae.W_enc.dtype)
+        f_bh = sae.encode(x_bd * sae.scale)
+        x_hat_bd = sae.decode(f_bh) / sae.scale
+        out.append(x_hat_bd)
+        if sums is not None:
+            sums.update(x_bd, x_hat_bd, f_bh, None if keep_N is None else keep_N[start : start + block])
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def evaluate(
+    saes: Mapping[Key, SAE | tuple[str, SAE]],
+    lm: SplicingModel,
+    tokens: Iterable[Int[Tensor, "B T"]],
+    *,
+    keep: Keep,
+    cross_entropy: bool = True,
+    device: torch.device | str | None = None,
+    reduce: Reduce | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[Key, Metrics]:
+    """Metrics of every SAE over all batches, as plain Python numbers.
+
+    `saes` maps a hook point to its SAE, or any key to (hook point, SAE); several may share a hook point. `keep`
+    says which positions count. With several ranks each gives its own tokens, and `reduce` sums a tensor over them; the
+    ranks must name the SAEs in the same order. `progress` gets the number of sequences of each finished batch.
+    """
+    if not saes:
+        return {}
+    first = next(iter(saes.values()))
+    device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
+    members = {key: _member(key, value) for key, value in saes.items()}
+    rows = 1  # of the first part; then as many as the memory for logits holds
+    for batch in tokens:
+        start = 0
+        rows = rows if cross_entropy else max(1, len(batch))
+        while start < len(batch):
+            tokens_BT = batch[start : start + rows].to(device)
+            start += rows
+            vocabulary = _evaluate_batch(list(members.values()), lm, tokens_BT, keep, cross_entropy)
+            if vocabulary is not None:
+                rows = sequences_at_once(tokens_BT.shape[1], vocabulary, device)
+        if progress is not None:
+            progress(len(batch))
+    return {key: _result(member, cross_entropy, reduce) for key, member in members.items()}
+
+
+def _member(key: object, value: SAE | tuple[str, SAE]) -> _Member:
+    hook, sae = value if isinstance(value, tuple) else (str(key), value)
+    device = sae.W_enc.device
+    return _Member(hook, sae, Accumulator(sae.d, sae.h, scale=sae.scale, device=device), CrossEntropy(device))
+
+
+def _evaluate_batch(
+    members: list[_Member], lm: SplicingModel, tokens_BT: Tensor, keep: Keep, cross_entropy: bool
+) -> int | None:
+    """Add one batch to every member; the size of the vocabulary where logits were computed."""
+    hooks = list(dict.fromkeys(member.hook for member in members))
+    x = lm.activations(tokens_BT, hooks)
+    clean_BTV = lm.logits(tokens_BT) if cross_entropy else None
+    for hook in hooks:
+        at_hook = [member for member in members if member.hook == hook]
+        _evaluate_hook(at_hook, lm, tokens_BT, x[hook], keep(tokens_BT, x[hook]), clean_BTV)
+    return None if clean_BTV is None else clean_BTV.shape[-1]
+
+
+def _evaluate_hook(
+    members: list[_Member],
+    lm: SplicingModel,
+    tokens_BT: Tensor,
+    x_BTd: Tensor,
+    keep_BT: Tensor,
+    clean_BTV: Tensor | None,
+) -> None:
+    hook, x_Nd, keep_N = members[0].hook, x_BTd.flatten(0, 1), keep_BT.flatten()
+    if clean_BTV is not None:
+        clean = pass_sums(clean_BTV, clean_BTV, tokens_BT, keep_BT, with_kl=False)
+        zeroed_BTV = lm.spliced_logits(tokens_BT, hook, splicer(None, keep_BT))
+        zero = pass_sums(clean_BTV, zeroed_BTV, tokens_BT, keep_BT, with_kl=False)
+        del zeroed_BTV
+    for member in members:
+        x_hat_BTd = reconstruct(member.sae, x_Nd, keep_N, member.sums).view_as(x_BTd)
+        if clean_BTV is not None:
+            spliced_BTV = lm.spliced_logits(tokens_BT, hook, splicer(x_hat_BTd, keep_BT))
+            sums = pass_sums(clean_BTV, spliced_BTV, tokens_BT, keep_BT, with_kl=True)
+            member.cross_entropy.update(clean, zero, sums, keep_BT)
+
+
+def _result(member: _Member, cross_entropy: bool, reduce: Reduce | None) -> Metrics:
+    if reduce is not None:
+        member.sums.reduce(reduce)
+        member.cross_entropy.reduce(reduce)
+    metrics = member.sums.result()
+    return {**metrics, **member.cross_entropy.result()} if cross_entropy else metrics
