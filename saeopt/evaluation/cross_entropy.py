@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saeopt.evaluation.metrics import Metrics, Reduce, divide
+from saeopt.evaluation.metrics import Metrics, divide
 
 LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**31}
 """Memory for one pass's logits in float32."""
@@ -97,23 +97,19 @@ def pass_sums(
 
 
 class CrossEntropy:
-    """Sums of one SAE over batches; :meth:`result` divides."""
+    """Sums of one SAE over batches and, once `sums` is reduced in place, over ranks; :meth:`result` divides."""
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        self._sums = torch.zeros(5, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
 
     def update(self, clean: Tensor, zero: Tensor, sae: Tensor, keep_BT: Bool[Tensor, "B T"]) -> None:
         """Add one batch: what :func:`pass_sums` gave for the clean, the zeroed and the spliced pass."""
         n = counted_positions(keep_BT).sum().double()
-        self._sums += torch.stack([n, clean[0], zero[0], sae[0], sae[1]]).to(self._sums.device)
-
-    def reduce(self, reduce: Reduce) -> None:
-        """Sum over ranks; call once, before :meth:`result`."""
-        self._sums = reduce(self._sums)
+        self.sums += torch.stack([n, clean[0], zero[0], sae[0], sae[1]]).to(self.sums.device)
 
     def result(self) -> Metrics:
         """Means per counted prediction; `n_predictions` says how many there were."""
-        n, clean, zero, sae, kl = self._sums.tolist()
+        n, clean, zero, sae, kl = self.sums.tolist()
         return {
             "ce_clean": divide(clean, n),
             "ce_sae": divide(sae, n),

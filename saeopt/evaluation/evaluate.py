@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saeopt.config.run import DataConfig
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
 from saeopt.saes.base import SAE
@@ -27,6 +28,8 @@ Keep = Callable[[Tensor, Tensor], Tensor]
 
 class SplicingModel(Protocol):
     """What evaluation needs of a language model."""
+
+    special_ids: set[int]
 
     def activations(self, tokens_BT: Tensor, hooks: Sequence[str]) -> Mapping[str, Tensor]:
         """x_BTd of each hook point."""
@@ -63,13 +66,24 @@ def reconstruct(
     return torch.cat(out)
 
 
+def keep_rule(lm: SplicingModel, data: DataConfig | None) -> Keep:
+    """Which positions count in a run: all but special tokens, unless `data` says otherwise."""
+    special = torch.tensor(sorted(lm.special_ids) if data is None or data.mask_special_tokens else [], dtype=torch.long)
+
+    def keep(tokens_BT: Tensor, x_BTd: Tensor) -> Tensor:
+        return ~torch.isin(tokens_BT, special.to(tokens_BT.device))
+
+    return keep
+
+
 @torch.no_grad()
 def evaluate(
     saes: Mapping[Key, SAE | tuple[str, SAE]],
     lm: SplicingModel,
     tokens: Iterable[Int[Tensor, "B T"]],
     *,
-    keep: Keep,
+    data: DataConfig | None = None,
+    keep: Keep | None = None,
     cross_entropy: bool = True,
     device: torch.device | str | None = None,
     reduce: Reduce | None = None,
@@ -77,14 +91,16 @@ def evaluate(
 ) -> dict[Key, Metrics]:
     """Metrics of every SAE over all batches, as plain Python numbers.
 
-    `saes` maps a hook point to its SAE, or any key to (hook point, SAE); several may share a hook point. `keep`
-    says which positions count. With several ranks each gives its own tokens, and `reduce` sums a tensor over them; the
-    ranks must name the SAEs in the same order. `progress` gets the number of sequences of each finished batch.
+    `saes` maps a hook point to its SAE, or any key to (hook point, SAE); several may share a hook point. Which
+    positions count follows from `data`, or is said by `keep`. With several ranks each gives its own tokens, and
+    `reduce` sums tensors over them in place; the ranks must name the SAEs in the same order. `progress` gets the
+    number of sequences of each finished batch.
     """
     if not saes:
         return {}
     first = next(iter(saes.values()))
     device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
+    keep = keep or keep_rule(lm, data)
     members = {key: _member(key, value) for key, value in saes.items()}
     rows = 1  # of the first part; then as many as the memory for logits holds
     for batch in tokens:
@@ -98,7 +114,9 @@ def evaluate(
                 rows = sequences_at_once(tokens_BT.shape[1], vocabulary, device)
         if progress is not None:
             progress(len(batch))
-    return {key: _result(member, cross_entropy, reduce) for key, member in members.items()}
+    if reduce is not None:
+        reduce([sums for member in members.values() for sums in (member.sums.sums, member.cross_entropy.sums)])
+    return {key: _result(member, cross_entropy) for key, member in members.items()}
 
 
 def _member(key: object, value: SAE | tuple[str, SAE]) -> _Member:
@@ -142,9 +160,6 @@ def _evaluate_hook(
             member.cross_entropy.update(clean, zero, sums, keep_BT)
 
 
-def _result(member: _Member, cross_entropy: bool, reduce: Reduce | None) -> Metrics:
-    if reduce is not None:
-        member.sums.reduce(reduce)
-        member.cross_entropy.reduce(reduce)
+def _result(member: _Member, cross_entropy: bool) -> Metrics:
     metrics = member.sums.result()
     return {**metrics, **member.cross_entropy.result()} if cross_entropy else metrics

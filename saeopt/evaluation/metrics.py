@@ -19,18 +19,18 @@ fvu is a ratio of sums: a mean of ratios per token diverges on tokens near the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-Reduce: TypeAlias = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks."""
+Reduce: TypeAlias = Callable[[Sequence[Tensor]], None]
+"""Sums tensors over all ranks, in place."""
 
-Metrics: TypeAlias = dict[str, "float | int | dict[str, list[float]]"]
-"""Metrics of one SAE as plain Python values; :func:`scalars` keeps the numbers."""
+Metrics: TypeAlias = dict[str, Any]
+"""Metrics of one SAE as plain Python values, ready for JSON: numbers, and the histogram (:func:`scalars` drops it)."""
 
 DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
 """Edges of the log10 density histogram, 1e-7 to 1; rarer latents count in the first bin."""
@@ -82,14 +82,17 @@ def scalars(metrics: Mapping[str, object]) -> dict[str, float]:
 
 
 class Accumulator:
-    """Sums over batches. :meth:`update` never synchronises; :meth:`result` does, once."""
+    """Sums over batches. :meth:`update` never synchronises; :meth:`result` does, once.
+
+    `sums` adds up: over ranks, sum it in place before :meth:`result`.
+    """
 
     def __init__(
         self, d: int, h: int, *, scale: Tensor | float = 1.0, device: torch.device | str | None = None
     ) -> None:
         self.d, self.h, self.scale = d, h, scale
         # n, l1, squared error, Σ‖x‖², cosine, ‖x̂‖, ‖x‖; then Σx (d) and firing counts (h): one tensor, one reduction
-        self._sums = torch.zeros(7 + d + h, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(7 + d + h, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(
@@ -115,17 +118,13 @@ class Accumulator:
             x_hat_norm_N.sum(),
             x_norm_N.sum(),
         ]
-        self._sums[:7] += torch.stack([row.double() for row in rows])
-        self._sums[7 : 7 + self.d] += x_Nd.sum(0)
-        self._sums[7 + self.d :] += ((f_Nh != 0) & keep_N1).sum(0)
-
-    def reduce(self, reduce: Reduce) -> None:
-        """Sum over ranks; call once, before :meth:`result`."""
-        self._sums = reduce(self._sums)
+        self.sums[:7] += torch.stack([row.double() for row in rows])
+        self.sums[7 : 7 + self.d] += x_Nd.sum(0)
+        self.sums[7 + self.d :] += ((f_Nh != 0) & keep_N1).sum(0)
 
     def result(self) -> Metrics:
         """The metrics of everything added so far; NaN where nothing was."""
-        sums = self._sums.cpu()
+        sums = self.sums.cpu()
         n, l1, error, square, cosine, x_hat_norm, x_norm = sums[:7].tolist()
         mean_d, fired_h = sums[7 : 7 + self.d] / n, sums[7 + self.d :]
         fvu = divide(error, square - n * float(mean_d.square().sum()))

@@ -15,6 +15,7 @@ class PlainModel:
 
     def __init__(self, path: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.special_ids = {0, 1}
         self.passes = {"activations": 0, "logits": 0, "spliced": 0}
 
     @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from plain_model import PlainModel
 from torch import Tensor
 
+from saeopt.config import DataConfig
 from saeopt.evaluation import cross_entropy
 from saeopt.evaluation.evaluate import evaluate, reconstruct
 from saeopt.evaluation.metrics import Metrics, scalars
@@ -132,6 +133,18 @@ def test_the_splice_leaves_masked_positions_as_they_are(make_sae: MakeSAE, model
         assert (spliced[mask] == (0.0 if new is None else 7.0)).all()
 
 
+def test_special_tokens_are_left_out_unless_the_config_keeps_them(
+    make_sae: MakeSAE, model: PlainModel, tokens: Tensor
+) -> None:
+    special = int((tokens <= 1).sum())
+    saes = {HOOK: make_sae(16, 32)}
+    for masked in (True, False):
+        data = DataConfig(dataset_name="tiny", mask_special_tokens=masked)
+        got = evaluate(saes, model, [tokens], data=data, cross_entropy=False)[HOOK]
+        assert got["n_tokens"] == tokens.numel() - masked * special
+    assert evaluate(saes, model, [tokens])[HOOK]["n_tokens"] == tokens.numel() - special
+
+
 def test_with_everything_masked_but_one_position_only_that_position_counts(
     make_sae: MakeSAE, model: PlainModel, tokens: Tensor
 ) -> None:
@@ -161,9 +174,16 @@ def test_batches_and_the_memory_for_logits_do_not_change_the_result(
 def test_two_ranks_reduced_give_the_same_as_one(make_sae: MakeSAE, model: PlainModel, tokens: Tensor) -> None:
     sae = make_sae(16, 32)
     recorded: list[Tensor] = []
-    run({HOOK: sae}, model, tokens[:2], reduce=lambda t: recorded.append(t.clone()) or t)  # type: ignore[func-returns-value]
-    others = iter(recorded)
-    both = run({HOOK: sae}, model, tokens[2:], reduce=lambda t: t + next(others))
+
+    def record(tensors: Sequence[Tensor]) -> None:
+        recorded.extend(t.clone() for t in tensors)
+
+    def add(tensors: Sequence[Tensor]) -> None:
+        for tensor, other in zip(tensors, recorded, strict=True):
+            tensor += other
+
+    run({HOOK: sae}, model, tokens[:2], reduce=record)
+    both = run({HOOK: sae}, model, tokens[2:], reduce=add)
     assert scalars(both) == pytest.approx(scalars(run({HOOK: sae}, model, tokens)), rel=1e-5)
 
 
