@@ -86,7 +86,7 @@ def try_lock(folder: Path, gpu: Gpu) -> GpuLock | None:
     """The GPU's lock, or None while another process holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{gpu.uuid}.lock"
-    # O_CLOEXEC (Python's default) keeps the lock out of child programs; mode 666 lets containers of other users share it.
+    # Close-on-exec (the default) keeps the lock out of child programs; mode 666 admits containers of other users.
     mask = os.umask(0)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -1,0 +1,50 @@
+"""Serve optuna-dashboard on port 8080 for the storage that `SAEOPT_STORAGE` names.
+
+The dashboard's own command takes the URL, and so the database's password, on its command line, where every process list
+shows it, and its connections do not outlive a restart of the database.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import RDBStorage
+from optuna_dashboard import wsgi
+
+from saeopt.config.settings import settings
+
+
+class ThreadedServer(ThreadingMixIn, WSGIServer):
+    """A thread for each request, so that one slow page does not hold up the others."""
+
+    daemon_threads = True
+
+
+class QuietHandler(WSGIRequestHandler):
+    """Without a line for each of the page's polling requests."""
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    url = settings().storage.get_secret_value()
+    pool = {"pool_pre_ping": True, "pool_size": 4, "max_overflow": 4} if url.startswith("postgresql") else {}
+    storage = RDBStorage(url, engine_kwargs=pool)
+    artifacts = Path(os.environ.get("SAEOPT_ARTIFACTS", "output/artifacts"))
+    artifacts.mkdir(parents=True, exist_ok=True)
+    application = wsgi(storage, artifact_store=FileSystemArtifactStore(str(artifacts)))
+    with make_server("0.0.0.0", 8080, application, ThreadedServer, QuietHandler) as server:
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
