@@ -1,0 +1,91 @@
+"""Every value of a study through the type of its field, so that equal studies have equal texts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from saeopt.config.base import nearest
+from saeopt.config.fields import field_names, field_value, has_field
+from saeopt.config.study import Dimension, StudySpec
+from saeopt.errors import UserError
+
+_SAE_TYPE = "saes.sae_type"
+
+
+def normalised(spec: StudySpec, source: str) -> StudySpec:
+    """The spec with a complete base config and a space of typed, distinct values."""
+    if not spec.base_sae_type:
+        raise UserError(f"{source}: 'base': 'saes.sae_type' is missing")
+    sae_types = _sae_types(spec, source)
+    space = {}
+    for name, alternatives in spec.space.items():
+        space[name] = [_dimension(spec, name, d, sae_types, source) for d in alternatives]
+    from saeopt.config.io import validate_run
+
+    base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
+    return spec.model_copy(update={"base": base, "space": space})
+
+
+def _sae_types(spec: StudySpec, source: str) -> list[str]:
+    """The architectures that the space visits."""
+    found = []
+    for dimension in spec.space.get(_SAE_TYPE, []):
+        if dimension.values is None or dimension.when:
+            raise UserError(f"{source}: 'space.{_SAE_TYPE}': must be a plain list of names")
+        found += [str(value) for value in dimension.values]
+    return list(dict.fromkeys(found)) or [spec.base_sae_type]
+
+
+def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list[str], source: str) -> Dimension:
+    where = f"{source}: space"
+    field, at, hook = name.partition("@")
+    if at and (not field.startswith("saes.") or not hook):
+        raise UserError(f"{where}: '{name}': only fields of 'saes' can differ per hook point")
+    when = _conditions(spec, name, dimension, where)
+    visited = [t for t in sae_types if t in when.get(_SAE_TYPE, sae_types)]
+    if not visited:
+        raise UserError(f"{where}: '{name}': 'when' never holds (sae_type is one of {', '.join(sae_types)})")
+    if not any(has_field(field, t) for t in visited):
+        raise UserError(f"{where}: unknown config field '{field}'{nearest(field, field_names(visited[0]))}")
+    missing = [t for t in visited if not has_field(field, t)]
+    if missing:
+        raise UserError(
+            f"{where}: '{name}': sae_type {', '.join(missing)} has no such field;"
+            f" add 'when: {{sae_type: {[t for t in visited if t not in missing]}}}'"
+        )
+    if dimension.values is None:
+        _check_range(field, dimension, visited[0], where)
+        return dimension.model_copy(update={"when": when})
+    values = [field_value(field, v, visited[0], where) for v in dimension.values]
+    return dimension.model_copy(update={"when": when, "values": distinct(values)})
+
+
+def _conditions(spec: StudySpec, name: str, dimension: Dimension, where: str) -> dict[str, list[Any]]:
+    """The `when` of a dimension with typed values; every parent must be an unconditional list of the space."""
+    result = {}
+    for parent, accepted in dimension.when.items():
+        values = [field_value(parent.partition("@")[0], v, spec.base_sae_type, where) for v in accepted]
+        alternatives = spec.space.get(parent)
+        if alternatives is None and parent != _SAE_TYPE:
+            raise UserError(f"{where}: '{name}': 'when' names '{parent}', which is not in the space")
+        if alternatives is not None and (len(alternatives) > 1 or alternatives[0].values is None):
+            raise UserError(f"{where}: '{name}': 'when' can only depend on a plain list, and '{parent}' is none")
+        if parent == name or (alternatives and alternatives[0].when):
+            raise UserError(f"{where}: '{name}': 'when' cannot depend on '{parent}', which is conditional itself")
+        result[parent] = distinct(values)
+    return result
+
+
+def _check_range(field: str, dimension: Dimension, sae_type: str, where: str) -> None:
+    for end in (dimension.low, dimension.high):
+        typed = field_value(field, end, sae_type, where)
+        if isinstance(typed, bool) or not isinstance(typed, int | float):
+            raise UserError(f"{where}: '{field}': a range needs a field that holds a number")
+        if isinstance(typed, int) and not dimension.integer:
+            raise UserError(f"{where}: '{field}': whole numbers only: add 'int: true' to the range")
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    """The values without repetitions, in order (true and 1 are different)."""
+    return list({json.dumps(v, sort_keys=True): v for v in values}.values())

@@ -1,0 +1,284 @@
+"""A study: a base config, the space around it, what to aim at and when to give up on a trial."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from saeopt.config.base import Float, Int, StrictModel, explain, nearest
+from saeopt.config.io import apply_overrides, read_yaml, validate_run
+from saeopt.config.run import RunConfig
+
+METRICS = [
+    "l0", "l1", "mse", "fvu", "explained_variance", "cosine", "norm_ratio", "fraction_dead", "fraction_alive",
+    "ce_clean", "ce_sae", "ce_zero", "ce_degradation", "ce_recovered", "kl",
+]  # fmt: skip
+"""Scalars of an evaluation that can be objectives."""
+
+_UP = {"explained_variance", "cosine", "fraction_alive", "ce_recovered"}
+Count = Annotated[Int, Field(ge=0)]
+Positive = Annotated[Int, Field(gt=0)]
+
+
+class Dimension(StrictModel):
+    """One parameter: a list of values or a range, perhaps only where other parameters have certain values."""
+
+    values: list[Any] | None = None
+    """The values to choose from."""
+    low: Float | None = None
+    """Lower end of a range (included)."""
+    high: Float | None = None
+    """Upper end of a range (included)."""
+    log: bool = False
+    """Search the range on a logarithmic scale."""
+    step: Annotated[Float, Field(gt=0)] | None = None
+    """Distance between neighbouring values of a range."""
+    integer: bool = Field(False, alias="int")
+    """Whole numbers only."""
+    when: dict[str, list[Any]] = Field(default_factory=dict)
+    """Field (`sae_type` is short for `saes.sae_type`) → values under which this parameter exists."""
+
+    model_config = StrictModel.model_config | {"populate_by_name": True}
+
+    @field_validator("when", mode="before")
+    @classmethod
+    def _lists(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        short = {"sae_type": "saes.sae_type"}
+        return {short.get(k, k): v if isinstance(v, list) else [v] for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.values is not None:
+            if self.low is not None or self.high is not None or self.step is not None or self.log or self.integer:
+                raise ValueError("give 'values' or a range ('low', 'high'), not both")
+            if not self.values:
+                raise ValueError("the list of values is empty")
+            return self
+        if self.low is None or self.high is None:
+            raise ValueError("needs 'values', or both 'low' and 'high'")
+        if not self.low < self.high:
+            raise ValueError(f"'low' must be below 'high' (got {self.low:g} and {self.high:g})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"'log: true' needs 'low' above 0 (got {self.low:g})")
+        if self.log and self.step is not None:
+            raise ValueError("'log: true' and 'step' exclude each other")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError("'int: true' needs whole numbers as 'low' and 'high'")
+        return self
+
+
+class Sampler(StrictModel):
+    """Who proposes the parameters of a trial."""
+
+    type: Literal["grid", "tpe", "random", "nsga2", "gp", "cmaes", "qmc"] = "grid"
+    """`grid` runs every cell once; `qmc` spreads all trials by a quasi-random design."""
+    seed: Count = 0
+    """Proposals depend on it and on the trial's number."""
+    n_startup_trials: Count = 10
+    """First trials of a sampled study, spread by a quasi-random (Sobol) design."""
+
+
+class Objective(StrictModel):
+    """One value to minimise or maximise, from the evaluation at the end of a trial."""
+
+    metric: str
+    """A name of `METRICS`."""
+    direction: Literal["minimize", "maximize"] | None = None
+    """null: maximise explained_variance, cosine, fraction_alive and ce_recovered, minimise the rest."""
+    hook_points: str | list[str] = "mean"
+    """`mean` over all hook points, `all` (an objective for each), one name, or a list (its mean)."""
+    target_l0: Annotated[Float, Field(gt=0)] | None = None
+    """Worsen the value by `l0_weight` · max(0, |ln(L0 / target_l0)| − ln(1 + l0_tolerance))."""
+    l0_tolerance: Annotated[Float, Field(ge=0)] = 0.1
+    """Relative distance from `target_l0` that costs nothing."""
+    l0_weight: Annotated[Float, Field(gt=0)] = 1.0
+    """Cost of a factor e between L0 and its target."""
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in METRICS:
+            raise ValueError(f"unknown metric{nearest(value, METRICS)} (known: {', '.join(METRICS)})")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: object) -> object:
+        return {"metric": value} if isinstance(value, str) else value
+
+    @property
+    def maximised(self) -> bool:
+        """Whether more is better."""
+        return self.metric in _UP if self.direction is None else self.direction == "maximize"
+
+
+class Collapse(StrictModel):
+    """When an SAE counts as collapsed. A trial has collapsed when all its hook points have."""
+
+    min_l0: Annotated[Float, Field(ge=0)] = 0.5
+    """Collapsed below this L0."""
+    max_fvu: Annotated[Float, Field(gt=0)] = 1.0
+    """Collapsed at or above this fraction of variance unexplained."""
+    patience: Positive = 2
+    """So many reports in a row must agree before the trial is stopped."""
+    constraint: bool = True
+    """Tell the sampler that collapsed trials are infeasible, so that they are no extreme of the front."""
+
+
+class EarlyStopping(StrictModel):
+    """When a trial is given up. One objective: Optuna's pruners; several: `pareto`."""
+
+    type: Literal["none", "median", "asha", "hyperband", "pareto"] = "none"
+    """`pareto`: dominated by a margin by a finished trial at the same number of samples."""
+    warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.2
+    """Share of a trial's samples before which nothing is stopped (the learning rate's warm-up is added)."""
+    n_startup_trials: Count = 5
+    """Trials that must have finished before others are compared with them (median, pareto)."""
+    reduction_factor: Annotated[Int, Field(ge=2)] = 3
+    """asha and hyperband keep one in so many at every rung."""
+    margin: Annotated[Float, Field(ge=0)] = 0.1
+    """pareto: relative distance by which a trial must be worse in every objective."""
+    collapse: Collapse | None = Field(default_factory=Collapse)
+    """null: collapsed trials train to the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_alone(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+
+class StudySpec(StrictModel):
+    """Everything a worker needs to know; it is stored in the study itself."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """The study's name; run folders are `<output_dir>/<name>/<trial>/`."""
+    base: dict[str, Any]
+    """The base run config: a mapping, or the path of a YAML file (relative to the study file)."""
+    space: dict[str, list[Dimension]] = Field(default_factory=dict)
+    """`field` or `saes.field@hook point` → a list of values, a range, or alternatives with `when`."""
+    sampler: Sampler = Field(default_factory=Sampler)
+    objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
+        default_factory=lambda: [Objective(metric="l0"), Objective(metric="explained_variance")]
+    )
+    early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
+    max_trials: Positive | None = None
+    """Grid: keep the first so many cells. Otherwise: the number of trials."""
+    pack: Positive | Literal["auto"] = "auto"
+    """Most trials that a worker trains together; auto: what fits."""
+    retries: Count = 2
+    """How often a failed trial is tried again."""
+    max_losses: Positive = 10
+    """A trial fails when its worker was lost so often without a new checkpoint in between."""
+    heartbeat: Annotated[Float, Field(gt=0)] = 5.0
+    """Seconds between the signs of life of a worker."""
+    grace: Annotated[Float, Field(gt=0)] = 20.0
+    """Seconds without a sign of life after which a worker's trials go back to the queue."""
+    output_dir: str | None = None
+    """null: `save_dir` of the base config."""
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _sampler_name(cls, value: object) -> object:
+        return {"type": value} if isinstance(value, str) else value
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _short_forms(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        short = {"sae_type": "saes.sae_type"}
+        return {short.get(k, k): _dimensions(entry) for k, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.sampler.type != "grid" and self.max_trials is None:
+            raise ValueError(f"'sampler: {self.sampler.type}' needs 'max_trials'")
+        if self.sampler.type != "grid" and not self.space:
+            raise ValueError("'space' is empty")
+        if self.grace < 2 * self.heartbeat:
+            raise ValueError(f"'grace' must be at least twice 'heartbeat' ({self.heartbeat:g} s)")
+        n_objectives = len(self.objectives)
+        if n_objectives > 1 or self.objectives[0].hook_points == "all":
+            if self.early_stopping.type not in ("none", "pareto"):
+                raise ValueError(f"'early_stopping: {self.early_stopping.type}' needs a single objective; use 'pareto'")
+            if self.sampler.type == "cmaes":
+                raise ValueError("'sampler: cmaes' needs a single objective")
+        elif self.early_stopping.type == "pareto":
+            raise ValueError("'early_stopping: pareto' needs several objectives; use median, asha or hyperband")
+        return self
+
+    def to_json(self) -> str:
+        """Canonical text: equal specs give equal texts."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> StudySpec:
+        """The inverse of :meth:`to_json`."""
+        return cls.model_validate_json(text)
+
+    def run_config(self, values: dict[str, Any], source: str | None = None) -> RunConfig:
+        """The base config with the values of a cell (`field[@hook point]` → value); :class:`UserError` if invalid."""
+        return validate_run(apply_overrides(self.base, values), source or f"study {self.name}")
+
+    @property
+    def runs(self) -> Path:
+        """The folder that holds the run folders of all trials."""
+        return Path(self.output_dir or self.base.get("save_dir") or "output") / self.name
+
+    def run_dir(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.runs / str(number)
+
+    @property
+    def base_sae_type(self) -> str:
+        """`saes.sae_type` of the base config."""
+        saes = self.base.get("saes")
+        return str(saes.get("sae_type", "")) if isinstance(saes, dict) else ""
+
+
+def _dimensions(entry: object) -> object:
+    if isinstance(entry, dict):
+        return [entry]
+    if isinstance(entry, list) and entry and all(isinstance(e, Dimension) or _is_dimension(e) for e in entry):
+        return entry
+    return [{"values": entry if isinstance(entry, list) else [entry]}]
+
+
+def _is_dimension(entry: object) -> bool:
+    return isinstance(entry, dict) and ("values" in entry or "low" in entry)
+
+
+def _known_names() -> dict[tuple[str, ...], list[str]]:
+    return {
+        (): list(StudySpec.model_fields),
+        ("sampler",): list(Sampler.model_fields),
+        ("early_stopping",): list(EarlyStopping.model_fields),
+        ("early_stopping", "collapse"): list(Collapse.model_fields),
+    }
+
+
+def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
+    """A spec whose base and space are checked and normalised; :class:`UserError` names `source` and the field."""
+    base = raw.get("base")
+    if isinstance(base, str):
+        near = Path(source).parent / base
+        raw = {**raw, "base": read_yaml(near if near.exists() else base)}
+    try:
+        spec = StudySpec.model_validate(raw)
+    except ValidationError as error:
+        raise explain(error, str(source), _known_names()) from None
+    from saeopt.config.normalise import normalised
+
+    return normalised(spec, str(source))
+
+
+def load_study_spec(path: str | Path) -> StudySpec:
+    """A native study file. `name` defaults to the file's name."""
+    raw = read_yaml(path)
+    raw.setdefault("name", Path(path).stem)
+    return study_spec(raw, path)

@@ -1,0 +1,105 @@
+"""Study files and the replaced system's sweep files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from saeopt.config.study import StudySpec, load_study_spec, study_spec
+from saeopt.config.sweep import sweep_spec
+from saeopt.errors import UserError
+
+BASE: dict[str, Any] = {
+    "tlens_model_path": "somewhere",
+    "lr": "1e-3",
+    "data": {"dataset_name": "x.jsonl", "n_train_samples": 64, "train_batch_size": 4},
+    "saes": {"sae_type": "relu", "sae_positions": "blocks.1.hook_resid_pre", "sparsity_coeff": 0.1},
+}
+
+
+def spec(**fields: Any) -> StudySpec:
+    return study_spec({"name": "s", "base": BASE, **fields}, "s.yaml")
+
+
+def test_a_spec_survives_json() -> None:
+    made = spec(
+        space={"saes.sparsity_coeff": {"low": "5e-2", "high": 10, "log": True}, "lr": ["1e-3", 0.001, 2e-3]},
+        sampler="tpe", max_trials=40, objectives=["l0", {"metric": "ce_recovered", "hook_points": "all"}],
+        early_stopping="pareto",
+    )  # fmt: skip
+    assert StudySpec.from_json(made.to_json()) == made
+    assert StudySpec.from_json(made.to_json()).to_json() == made.to_json()
+
+
+def test_values_pass_through_the_type_of_their_field() -> None:
+    made = spec(space={"lr": ["1e-3", 0.001, 2e-3], "data.train_batch_size": ["1e1", 10]})
+    assert made.space["lr"][0].values == [0.001, 0.002]
+    assert made.space["data.train_batch_size"][0].values == [10]
+    assert made.base["lr"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"space": {"saes.sparsity_coef": [1]}}, "saes.sparsity_coeff"),
+        ({"space": {"lr": ["fast"]}}, "'lr'"),
+        ({"space": {"lr": []}}, "empty"),
+        ({"space": {"lr": {"low": 2, "high": 1}}}, "below 'high'"),
+        ({"space": {"lr": {"low": 0, "high": 1, "log": True}}}, "above 0"),
+        ({"space": {"data.train_batch_size": {"low": 1, "high": 4}}}, "int: true"),
+        ({"space": {"lr@blocks.0.hook_resid_pre": [1]}}, "per hook point"),
+        ({"space": {"lr": {"values": [1], "when": {"sae_type": "gated"}}}}, "never holds"),
+        ({"sampler": "tpe", "space": {"lr": [1]}}, "max_trials"),
+        ({"sampler": "tpee"}, "sampler"),
+        ({"early_stopping": "median"}, "single objective"),
+        ({"objectives": ["l00"]}, "did you mean"),
+        ({"maxtrials": 3}, "max_trials"),
+        ({"heartbeat": 5, "grace": 6}, "twice"),
+    ],
+)
+def test_an_invalid_study_is_one_line_that_names_the_field(fields: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        spec(**fields)
+    assert line in str(error.value)
+    assert str(error.value).startswith("s.yaml")
+
+
+def test_base_may_be_a_path_beside_the_study_file(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\nspace: {lr: [1e-3, 2e-3]}\n")
+    made = load_study_spec(tmp_path / "mine.yaml")
+    assert made.name == "mine"
+    assert made.space["lr"][0].values == [0.001, 0.002]
+    assert made.run_dir(7) == Path("output/mine/7")
+
+
+def sweep(tmp_path: Path, text: str, **arguments: Any) -> StudySpec:
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "s.yaml").write_text(text)
+    return sweep_spec(tmp_path / "b.yaml", tmp_path / "s.yaml", "old", **arguments)
+
+
+def test_the_replaced_systems_names_are_read(tmp_path: Path) -> None:
+    made = sweep(
+        tmp_path,
+        "learning_rates: [1e-3, 0.001]\nsparsity_coeffs: [1, 0.5]\ndict_size_ratios: [4, 8]\nmax_experiments: 20\n"
+        "n_train_samples: 100\ntrain_batch_size: [2]\ngradient_accumulation_steps: [1, 2]\n"
+        "sae_specific: {mse_coeffs: [1.0]}\n",
+    )
+    assert {k: d[0].values for k, d in made.space.items()} == {
+        "lr": [0.001], "saes.sparsity_coeff": [1.0, 0.5], "saes.dict_size_to_input_ratio": [4.0, 8.0],
+        "data.n_train_samples": [100], "data.train_batch_size": [2], "gradient_accumulation_steps": [1, 2],
+        "saes.mse_coeff": [1.0],
+    }  # fmt: skip
+    assert made.max_trials == 20
+    assert made.sampler.type == "grid"
+    assert sweep(tmp_path, "lr: [1]\nmax_experiments: 20\n", max_trials=3).max_trials == 3
+
+
+@pytest.mark.parametrize("text", ["sparsity: [1]\n", "sae_specific: {lrs: [1]}\n", "lr: [1]\nlearning_rates: [2]\n"])
+def test_a_key_that_matches_no_field_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match=r"s\.yaml"):
+        sweep(tmp_path, text)
