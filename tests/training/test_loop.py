@@ -1,0 +1,155 @@
+"""The loop on a tiny real model: what a run leaves behind, and that members never influence each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saeopt.evaluation.load import load_run
+from saeopt.training import Observer, TrialPlan, train_pack
+from saeopt.training.run_folder import RunFolder, resume_point
+from saeopt.training.runtime import Runtime
+
+HOOK = "blocks.1.hook_resid_pre"
+FOUR = {
+    "relu": {"saes.sae_type": "relu", "lr": 3e-3, "seed": 1},
+    "gated": {"saes.sae_type": "gated", "lr": 1e-3, "seed": 2, "saes.sparsity_coeff": 0.5},
+    "hard_concrete": {"saes.sae_type": "hard_concrete", "max_grad_norm": None, "seed": 3},
+    "gated_hard_concrete": {"saes.sae_type": "gated_hard_concrete", "seed": 4, "warmup_samples": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return Runtime("cpu")
+
+
+def plan(config, tmp_path, name, resume=False):
+    return TrialPlan(name, config, tmp_path / name, resume)
+
+
+def weights(run_dir):
+    _, saes = load_run(run_dir)
+    return {f"{hook}/{n}": t for hook, sae in saes.items() for n, t in sae.state_dict().items()}
+
+
+def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_config, runtime, tmp_path):
+    config = make_config(**{"eval_every_n_samples": 128})
+    result = train_pack([plan(config, tmp_path, "a")], runtime)["a"]
+    folder = RunFolder(tmp_path / "a")
+    assert (result.status, result.samples, result.reason) == ("finished", 256, None)
+    assert folder.weights() == [256, 192, 128, 64]
+    assert folder.states() == [256, 192]
+    assert folder.status()["status"] == "finished"
+    evaluation = json.loads(folder.evaluation_path.read_text())[HOOK]
+    wanted = "l0 l1 mse fvu explained_variance cosine fraction_dead ce_clean ce_sae ce_zero ce_recovered kl n_tokens"
+    assert set(wanted.split()) <= set(evaluation)
+    rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
+    logged = [row["samples"] for row in rows if "loss" in row]
+    assert logged == [64, 128, 192, 256]
+    assert [row["samples"] for row in rows if "eval_fvu" in row] == [128, 256]
+    assert rows[-1]["eval_fvu"] == pytest.approx(evaluation["fvu"])
+    assert any(p.suffix == ".png" for p in folder.path.iterdir())
+    assert resume_point(folder.path) == 256
+
+
+def test_training_learns(make_config, runtime, tmp_path):
+    config = make_config(**{"data.n_train_samples": 2048, "lr": 1e-2, "save_every_n_samples": 0})
+    train_pack([plan(config, tmp_path, "a")], runtime)
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_packed_equals_alone_for_four_architectures_in_float64(make_config, tmp_path):
+    runtime = Runtime("cpu", weights_dtype=torch.float64)
+    steps = {"data.n_train_samples": 16 * 50, "data.n_eval_samples": 0, "save_every_n_samples": 0, "keep_checkpoints": 1}
+    configs = {name: make_config(**changes, **steps) for name, changes in FOUR.items()}
+    train_pack([plan(c, tmp_path / "pack", name) for name, c in configs.items()], runtime)
+    for name, config in configs.items():
+        train_pack([plan(config, tmp_path / "alone", name)], runtime)
+        together, alone = weights(tmp_path / "pack" / name), weights(tmp_path / "alone" / name)
+        for key, tensor in alone.items():
+            torch.testing.assert_close(together[key], tensor, rtol=1e-9, atol=1e-12, msg=f"{name} {key}")
+
+
+def test_hook_points_of_trials_may_differ(make_config, runtime, tmp_path):
+    both = ["blocks.0.hook_resid_pre", HOOK]
+    one, two = make_config(), make_config(**{"saes.sae_positions": both})
+    results = train_pack([plan(one, tmp_path, "one"), plan(two, tmp_path, "two")], runtime)
+    assert list(results["one"].evaluation) == [HOOK]
+    assert sorted(results["two"].evaluation) == sorted(both)
+
+
+@pytest.mark.parametrize("sae_type", list(FOUR))
+def test_resumed_equals_uninterrupted_bit_for_bit(make_config, runtime, tmp_path, sae_type):
+    config = make_config(**FOUR[sae_type], eval_every_n_samples=96)
+    train_pack([plan(config, tmp_path, "whole")], runtime)
+
+    class Interrupt(Observer):
+        polls = 0
+
+        def should_interrupt(self) -> bool:
+            self.polls += 1
+            return self.polls == 7
+
+    first = train_pack([plan(config, tmp_path, "cut")], runtime, Interrupt())["cut"]
+    assert (first.status, first.samples) == ("interrupted", 7 * 16)
+    second = train_pack([plan(config, tmp_path, "cut", resume=True)], runtime)["cut"]
+    assert second.status == "finished"
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    strip = [
+        [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl")
+    ]
+    assert strip[0] == strip[1]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_config, runtime, tmp_path, caplog):
+    config = make_config()
+    train_pack([plan(config, tmp_path, "a")], runtime)
+    wanted = weights(tmp_path / "a")
+    folder = RunFolder(tmp_path / "a")
+    damaged = folder.weights_path(256)
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    assert resume_point(folder.path) == 192
+    result = train_pack([plan(config, tmp_path, "a", resume=True)], runtime)["a"]
+    assert result.status == "finished"
+    found = weights(tmp_path / "a")
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_nan_in_one_member_stops_it_with_a_reason_and_leaves_the_other_untouched(make_config, runtime, tmp_path):
+    good, bad = make_config(), make_config(lr=1e30, max_grad_norm=None)
+    results = train_pack([plan(good, tmp_path / "p", "good"), plan(bad, tmp_path / "p", "bad")], runtime)
+    assert results["bad"].status == "diverged"
+    assert "NaN" in (results["bad"].reason or "")
+    assert all(torch.isfinite(t.double()).all() for t in weights(tmp_path / "p" / "bad").values())
+    train_pack([plan(good, tmp_path / "alone", "good")], runtime)
+    together, alone = weights(tmp_path / "p" / "good"), weights(tmp_path / "alone" / "good")
+    assert all(torch.equal(together[key], alone[key]) for key in alone)
+
+
+def test_an_observer_stops_one_trial_and_the_other_goes_on(make_config, runtime, tmp_path):
+    config = make_config(eval_every_n_samples=64)
+
+    class StopFirst(Observer):
+        def on_eval(self, name, samples, metrics):
+            return "not worth it" if name == "first" and samples == 128 else None
+
+    plans = [plan(config, tmp_path, "first"), plan(config, tmp_path, "second")]
+    results = train_pack(plans, runtime, StopFirst())
+    assert (results["first"].status, results["first"].samples) == ("stopped", 128)
+    assert results["first"].reason == "not worth it"
+    assert results["second"].status == "finished"
+    assert RunFolder(tmp_path / "first").weights()[0] == 128
+
+
+def test_pretrained_saes_are_evaluated_as_they_are(make_config, runtime, tmp_path):
+    first = train_pack([plan(make_config(), tmp_path, "a")], runtime)["a"]
+    frozen = make_config(**{"saes.pretrained_sae_paths": str(tmp_path / "a"), "saes.retrain_saes": False})
+    second = train_pack([plan(frozen, tmp_path, "b")], runtime)["b"]
+    assert second.evaluation[HOOK]["fvu"] == pytest.approx(first.evaluation[HOOK]["fvu"], rel=1e-6)

@@ -1,0 +1,95 @@
+"""Real processes: two ranks against one, and kill -9 at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from saeopt.evaluation.load import load_run
+from saeopt.training import TrialPlan, train_pack
+from saeopt.training.run_folder import RunFolder
+from saeopt.training.runtime import Runtime
+
+JOB = Path(__file__).with_name("train_job.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def weights(run_dir):
+    _, saes = load_run(run_dir)
+    return {f"{hook}/{n}": t for hook, sae in saes.items() for n, t in sae.state_dict().items()}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_job(path: Path, configs, **extra) -> str:
+    plans = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    path.write_text(json.dumps({"plans": plans, "folder": str(path.parent), **extra}))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config, tmp_path):
+    """Masked separators, clipping, gate noise and AuxK included; float64, so that only summation order differs."""
+    kinds = {
+        "relu": {"saes.sae_type": "relu"},
+        "noisy": {"saes.sae_type": "gated_hard_concrete", "max_grad_norm": 0.1},
+        "topk": {"saes.sae_type": "topk", "saes.k": 4, "saes.dead_after_tokens": 64},
+    }
+    one = {name: make_config(**{**c, "data.train_batch_size": 8}) for name, c in kinds.items()}
+    two = {name: make_config(**{**c, "data.train_batch_size": 4}) for name, c in kinds.items()}
+    (tmp_path / "two").mkdir()
+    job = write_job(tmp_path / "two" / "job.json", two, dtype="float64")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    subprocess.run([*command, f"--master_port={free_port()}", str(JOB), job], check=True, env=ENVIRONMENT, timeout=300)
+    runtime = Runtime("cpu", weights_dtype=torch.float64)
+    results = train_pack([TrialPlan(n, c, tmp_path / "one" / n) for n, c in one.items()], runtime)
+    for name in kinds:
+        single, double = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
+        for key, tensor in single.items():
+            torch.testing.assert_close(double[key], tensor, rtol=1e-7, atol=1e-10, msg=f"{name} {key}")
+        evaluated = json.loads(RunFolder(tmp_path / "two" / name).evaluation_path.read_text())
+        for hook, row in results[name].evaluation.items():
+            for metric in ("fvu", "l0", "ce_recovered", "n_tokens"):
+                assert evaluated[hook][metric] == pytest.approx(row[metric], rel=1e-5), metric
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_final_weights_are_bit_identical(make_config, tmp_path):
+    config = make_config(
+        **{"save_every_n_samples": 32, "data.n_train_samples": 2048, "saes.sae_type": "hard_concrete", "keep_checkpoints": 2}
+    )
+    train_pack([TrialPlan("a", config, tmp_path / "whole" / "a")], Runtime("cpu"))
+    (tmp_path / "cut").mkdir()
+    job = write_job(tmp_path / "cut" / "job.json", {"a": config}, resume=True)
+    folder, rng = RunFolder(tmp_path / "cut" / "a"), random.Random(0)
+    kills = 0
+    for _ in range(12):
+        before = (folder.weights() or [0])[0]
+        process = subprocess.Popen([sys.executable, str(JOB), job], env=ENVIRONMENT)
+        while kills < 3 and process.poll() is None and (folder.weights() or [0])[0] < before + 200:
+            time.sleep(0.01)
+        if kills == 3 or process.poll() is not None:
+            assert process.wait(timeout=300) == 0
+            break
+        time.sleep(rng.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+        kills += folder.status()["status"] == "running"
+    assert kills >= 2
+    assert folder.status()["status"] == "finished"
+    whole, cut = weights(tmp_path / "whole" / "a"), weights(tmp_path / "cut" / "a")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)

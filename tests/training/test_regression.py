@@ -1,0 +1,56 @@
+"""A fixed-seed training whose numbers must come out the same: an identical loss is the proof of a refactoring.
+
+Needs nothing but torch: Gaussian mixtures stand for activations, so the numbers do not depend on a model or a tokenizer.
+When a change is meant to alter them, print the new ones with `python tests/training/test_regression.py` and say why in
+the commit.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saeopt.saes.noise import derived_seed
+from saeopt.saes.registry import get_sae, sae_config_class
+from saeopt.training.stacks.autograd import AutogradStack
+from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+
+EXPECTED: dict[str, dict[str, float]] = {}
+STEPS, N, D, H = 200, 64, 16, 64
+EXTRA = {"topk": {"k": 4}}
+
+
+def batch(step: int) -> torch.Tensor:
+    """Sparse sums of 32 fixed directions plus a mean, so that there is something to find."""
+    generator = torch.Generator().manual_seed(derived_seed("regression", step))
+    basis = torch.randn(32, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    active = (torch.rand(N, 32, generator=generator) < 0.1).double()
+    return (active * torch.rand(N, 32, generator=generator).double()) @ basis + 0.5
+
+
+def train(sae_type: str) -> dict[str, float]:
+    config = sae_config_class(sae_type)(sae_type=sae_type, sae_positions=["x"], **EXTRA.get(sae_type, {}))
+    sae = get_sae(sae_type)(D, H, config, dtype=torch.float64)
+    sae.initialise(batch(-1), torch.Generator().manual_seed(0))
+    stack = AutogradStack([sae], [7], StackOptions(dead_after_tokens=2000))
+    for step in range(STEPS):
+        number = [Hyper(lr=3e-3, sparsity_coeff=0.1, beta=0.5, max_grad_norm=1.0)]
+        if step == STEPS // 2:
+            stack.metrics()
+        stack.accumulate(StackBatch(batch(step), torch.arange(N) % 9 > 0, step, 1, N), number)
+        stack.apply(number)
+    found = stack.metrics()[0]
+    return {key: found[key] for key in ("loss", "l0", "fvu", "fraction_dead", "grad_norm")}
+
+
+@pytest.mark.parametrize("sae_type", list(EXPECTED))
+def test_the_numbers_of_a_fixed_run_stay_the_same(sae_type):
+    assert train(sae_type) == pytest.approx(EXPECTED[sae_type], rel=1e-6)
+
+
+if __name__ == "__main__":
+    from saeopt.saes.registry import ARCHITECTURES
+
+    print(json.dumps({name: train(name) for name in ARCHITECTURES}, indent=4))  # noqa: T201
