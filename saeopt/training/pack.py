@@ -80,7 +80,7 @@ class Pack:
 
     def _key(self, member: Member) -> tuple[object, ...]:
         sae = member.sae
-        static = sae.config.model_dump_json(exclude=set(sae.stack_fields) | _NO_MATHS)
+        static = sae.config.model_dump_json(exclude=set(sae.stack_fields))
         return (
             member.hook_point,
             type(sae),
@@ -88,6 +88,7 @@ class Pack:
             sae.h,
             sae.W_enc.dtype,
             sae.legacy_scaling,
+            sae.config.normalize_activations,  # a stack shares one scaled x
             member.config.adam_betas,
             member.config.performance,
             static,
@@ -169,9 +170,6 @@ class Pack:
         for group in self.groups:
             if member in group.members:
                 group.stack.load_state(group.members.index(member), state)
-
-
-_NO_MATHS = {"name", "sae_positions", "per_hook", "pretrained_sae_paths", "bias_init", "init_decoder_orthogonal"}
 
 
 def detached(sae: SAE) -> SAE:

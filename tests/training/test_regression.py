@@ -17,7 +17,13 @@ from saeopt.saes.registry import get_sae, sae_config_class
 from saeopt.training.stacks.autograd import AutogradStack
 from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
 
-EXPECTED: dict[str, dict[str, float]] = {}
+EXPECTED: dict[str, dict[str, float]] = {
+    "relu": {"loss": 1.24078082, "l0": 29.3342857, "fvu": 0.0160578568, "fraction_dead": 0.0, "grad_norm": 1.03432745},
+    "gated": {"loss": 1.61203426, "l0": 35.0325, "fvu": 0.0132816111, "fraction_dead": 0.0, "grad_norm": 1.63703875},
+    "hard_concrete": {"loss": 5.08579320, "l0": 40.5208929, "fvu": 0.0671258857, "fraction_dead": 0.0, "grad_norm": 1.83065077},
+    "gated_hard_concrete": {"loss": 8.63189585, "l0": 28.5478571, "fvu": 0.119767150, "fraction_dead": 0.0, "grad_norm": 4.24009457},
+    "topk": {"loss": 3.03147264, "l0": 4.0, "fvu": 0.195472919, "fraction_dead": 0.0, "grad_norm": 2.02740077},
+}  # fmt: skip
 STEPS, N, D, H = 200, 64, 16, 64
 EXTRA = {"topk": {"k": 4}}
 
