@@ -108,16 +108,8 @@ class Pack:
         """One micro-batch of the window that ends at `samples_after`."""
         for group in self.groups:
             hook = group.members[0].hook_point
-            group.stack.accumulate(
-                StackBatch(
-                    x_Nd,
-                    batch.keep(group.members[0].hook_point),
-                    batch.first_slot,
-                    batch.n_slots,
-                    batch.tokens_per_slot,
-                ),
-                self._hyper(group, samples_after),
-            )
+            rows = StackBatch(batch.x[hook], batch.keep(hook), batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+            group.stack.accumulate(rows, self._hyper(group, samples_after))
 
     def apply(self, samples_after: int) -> None:
         """End the window: sum over ranks, then one optimiser step for every member."""

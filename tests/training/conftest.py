@@ -15,7 +15,7 @@ MakeConfig = Callable[..., RunConfig]
 
 @pytest.fixture
 def make_config(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> MakeConfig:
-    """`make_config(**{"saes.sae_type": "gated", …})`: a run of the tiny model, 256 samples of 16 tokens in 16 windows."""
+    """`make_config(**{"saes.sae_type": "gated", …})`: the tiny model on 256 samples in 16 windows."""
     base: dict[str, Any] = {
         "tlens_model_path": str(tiny_model_dir),
         "save_dir": str(tmp_path / "output"),

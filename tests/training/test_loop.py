@@ -36,7 +36,7 @@ def weights(run_dir):
 
 
 def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_config, runtime, tmp_path):
-    config = make_config(**{"eval_every_n_samples": 128})
+    config = make_config(eval_every_n_samples=128)
     result = train_pack([plan(config, tmp_path, "a")], runtime)["a"]
     folder = RunFolder(tmp_path / "a")
     assert (result.status, result.samples, result.reason) == ("finished", 256, None)
@@ -65,7 +65,7 @@ def test_training_learns(make_config, runtime, tmp_path):
 
 def test_packed_equals_alone_for_four_architectures_in_float64(make_config, tmp_path):
     runtime = Runtime("cpu", weights_dtype=torch.float64)
-    steps = {"data.n_train_samples": 16 * 50, "data.n_eval_samples": 0, "save_every_n_samples": 0, "keep_checkpoints": 1}
+    steps = {"data.n_train_samples": 16 * 50, "data.n_eval_samples": 0, "save_every_n_samples": 0}
     configs = {name: make_config(**changes, **steps) for name, changes in FOUR.items()}
     train_pack([plan(c, tmp_path / "pack", name) for name, c in configs.items()], runtime)
     for name, config in configs.items():

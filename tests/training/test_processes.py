@@ -70,7 +70,7 @@ def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config
 @pytest.mark.slow
 def test_killed_at_random_moments_the_final_weights_are_bit_identical(make_config, tmp_path):
     config = make_config(
-        **{"save_every_n_samples": 32, "data.n_train_samples": 2048, "saes.sae_type": "hard_concrete", "keep_checkpoints": 2}
+        **{"data.n_train_samples": 2048, "saes.sae_type": "hard_concrete"}, save_every_n_samples=32, keep_checkpoints=2
     )
     train_pack([TrialPlan("a", config, tmp_path / "whole" / "a")], Runtime("cpu"))
     (tmp_path / "cut").mkdir()

@@ -1,4 +1,4 @@
-"""Trains the pack given as JSON: {"plans": {name: raw config}, "folder": …, "resume": bool, "dtype": …}. Run as a process."""
+"""Trains the pack that a JSON file describes (plans by name, folder, resume, dtype), as a process of its own."""
 
 from __future__ import annotations
 
