@@ -61,6 +61,17 @@ class DataConfig(StrictModel):
     """Also leave out tokens whose activation norm exceeds so many medians (attention sinks); null: keep them."""
 
 
+class PerformanceConfig(StrictModel):
+    """The `performance:` section. The defaults are right; results do not depend on it beyond rounding."""
+
+    stack: Literal["auto", "fused", "reference"] = "auto"
+    """fused: hand-written step over all members at once; reference: autograd; auto: fused where there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Fuse elementwise stages with torch.compile; auto: on a GPU."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as a CUDA graph; auto: on a GPU."""
+
+
 class RunConfig(StrictModel):
     """One run. Unknown keys are errors; the seed's base configs load unchanged."""
 
@@ -114,6 +125,8 @@ class RunConfig(StrictModel):
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
     threads: PositiveInt | None = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
+    """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
 
@@ -181,6 +194,7 @@ MEMBER_FIELDS = frozenset(
         "wandb_tags",
         "trackers",
         "keep_checkpoints",
+        "performance",
     ]
 )
 """Fields in which the trials of one pack may differ; every other field fixes the stream or its cadence."""
