@@ -1,4 +1,4 @@
-"""Serve optuna-dashboard on port 8080 for the storage that `SAEOPT_STORAGE` names.
+"""Serve optuna-dashboard at `DASHBOARD_ADDRESS`:`DASHBOARD_PORT` for the storage that `SAEOPT_STORAGE` names.
 
 The dashboard's own command takes the URL, and so the database's password, on its command line, where every process list
 shows it, and its connections do not outlive a restart of the database.
@@ -42,7 +42,8 @@ def main() -> None:
     artifacts = Path(os.environ.get("SAEOPT_ARTIFACTS", "output/artifacts"))
     artifacts.mkdir(parents=True, exist_ok=True)
     application = wsgi(storage, artifact_store=FileSystemArtifactStore(str(artifacts)))
-    with make_server("0.0.0.0", 8080, application, ThreadedServer, QuietHandler) as server:
+    address, port = os.environ.get("DASHBOARD_ADDRESS", "127.0.0.1"), int(os.environ.get("DASHBOARD_PORT", "8080"))
+    with make_server(address, port, application, ThreadedServer, QuietHandler) as server:
         server.serve_forever()
 
 
