@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-import click
+import typer
+
+# newer versions of typer bring a click of their own, older ones use the installed one: find its errors through typer
+_USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 class UserError(Exception):
@@ -25,11 +28,14 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
 
     try:
         code = app(args=args, standalone_mode=False)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         sys.exit(error.exit_code)
-    except (click.exceptions.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
-    except (click.exceptions.ClickException, UserError) as error:
-        text = error.format_message() if isinstance(error, click.exceptions.ClickException) else str(error)
-        fail(redact(text))
+    except UserError as error:
+        fail(redact(str(error)))
+    except Exception as error:
+        if not isinstance(error, _USAGE_ERROR):
+            raise
+        fail(redact(str(getattr(error, "format_message", error.__str__)())))
     sys.exit(code if isinstance(code, int) else 0)

@@ -15,6 +15,7 @@ from saeopt.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
 CURVES = "training_curves.png"
@@ -87,6 +88,15 @@ def _drawable(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _plain_ticks(axis: XAxis | YAxis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written as 20 and not 2·10¹."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _log_scale(axis: Axes) -> None:
     """Logarithmic where everything drawn is positive."""
     import numpy as np
@@ -94,6 +104,7 @@ def _log_scale(axis: Axes) -> None:
     values = [v for line in axis.get_lines() for v in np.asarray(line.get_ydata(), dtype=float)]
     if values and min(values) > 0:
         axis.set_yscale("log")
+        _plain_ticks(axis.yaxis)
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
@@ -162,6 +173,7 @@ def pareto_plot(
             axis.annotate(point.label, (point[x], point[metric]), fontsize=6, xytext=(4, 4), textcoords="offset points")
         if here and min(p[x] for p in here) > 0:
             axis.set_xscale("log")
+            _plain_ticks(axis.xaxis)
         axis.set_xlabel(_NAMES.get(x, x))
         axis.set_ylabel(_NAMES.get(metric, metric))
         axis.set_title(hook, fontsize=10)

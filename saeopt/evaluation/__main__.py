@@ -1,0 +1,170 @@
+"""`python -m saeopt.evaluation RUN_DIR`, also `saeopt evaluate RUN_DIR`: evaluate what any run saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
+from saeopt.config.io import parse_override
+from saeopt.console import console, error_console, log, set_up_logging
+from saeopt.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from saeopt.evaluation.load import Checkpoint
+    from saeopt.evaluation.metrics import Metrics
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def evaluate_run(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder, or a samples_<N>.safetensors file.")],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Number of samples or file; default: the newest that is whole.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    n_eval_samples: Annotated[
+        int | None, typer.Option(min=1, help="Held-out samples; default: those of the run's config.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the run's config, e.g. a moved model."),
+    ] = None,
+    cross_entropy: Annotated[
+        bool, typer.Option("--cross-entropy/--no-cross-entropy", help="Also splice x̂ into the language model.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON instead of a table.")] = False,
+) -> None:
+    """Evaluate the SAEs of a run on its held-out samples; writes evaluation.json and plots into the run folder."""
+    from saeopt.evaluation.load import load_checkpoint
+    from saeopt.evaluation.plots import plot_run
+    from saeopt.evaluation.report import print_run
+    from saeopt.files import write_json
+
+    set_up_logging()
+    chosen = choose_device(device)
+    loaded = load_checkpoint(run_dir, checkpoint, chosen)
+    config = config_of(run_dir, loaded, overrides or [])
+    metrics = measure(loaded, config, chosen, n_eval_samples, cross_entropy)
+    folder = loaded.path.parent
+    target = evaluation_file(loaded)
+    write_json(target, metrics)
+    plot_run(folder)
+    if as_json:
+        console.print_json(target.read_text(encoding="utf-8"))
+    else:
+        print_run(folder, metrics)
+        if target.name != "evaluation.json":
+            console.print(f"{'this one':>10}  {target}", soft_wrap=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name means; auto is the first GPU where there is one."""
+    import torch
+
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device (auto, cpu, cuda, cuda:1, …)") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunConfig:
+    """The run's `final_config.yaml`, or the config in the weights file where there is none, with overrides applied."""
+    path = (run_dir if run_dir.is_dir() else loaded.path.parent) / "final_config.yaml"
+    if path.exists():
+        return load_run_config(path, overrides)
+    raw = loaded.config.model_dump(mode="json")
+    return validate_run(apply_overrides(raw, dict(map(parse_override, overrides))), loaded.path)
+
+
+def evaluation_file(loaded: Checkpoint) -> Path:
+    """`evaluation.json` for the newest checkpoint; an older one does not overwrite the result of the run."""
+    from saeopt.evaluation.load import list_checkpoints
+
+    folder = loaded.path.parent
+    newest = list_checkpoints(folder)[:1]
+    older = bool(newest) and newest[0][0] > loaded.samples
+    return folder / (f"evaluation_{loaded.samples}.json" if older else "evaluation.json")
+
+
+def measure(
+    loaded: Checkpoint, config: RunConfig, device: torch.device, n_eval_samples: int | None, cross_entropy: bool
+) -> dict[str, Metrics]:
+    """Hook point → metrics of a checkpoint on the run's held-out samples."""
+    import torch
+    from rich.progress import Progress
+
+    from saeopt.activations.language_model import LanguageModel
+    from saeopt.activations.tokens import TokenData
+    from saeopt.evaluation.evaluate import evaluate
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    config, n = _samples(config, n_eval_samples)
+    lm = LanguageModel.load(config, device)
+    for hook, sae in loaded.saes.items():
+        lm.resolve([hook])
+        if lm.width(hook) != sae.d:
+            raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
+    tokens = TokenData.load(config.data, lm)
+    with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=n)
+        try:
+            found = evaluate(
+                loaded.saes,
+                lm,
+                _first(tokens.eval_batches(config.data.eval_batch_size), n),
+                data=config.data,
+                cross_entropy=cross_entropy,
+                device=device,
+                progress=lambda done: bar.advance(task, done),
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: lower it with --set data.eval_batch_size=1 or use --device cpu"
+            ) from None
+    return {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+
+
+def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:
+    """The config to load held-out samples with, and how many of them to take.
+
+    Which documents are held out depends on `n_eval_samples`: fewer samples are the first of the same ones.
+    """
+    held_out = config.data.n_eval_samples
+    n = held_out if wanted is None else wanted
+    if n == 0:
+        raise UserError("'data.n_eval_samples' is 0 in this run's config: nothing was held out; see --n-eval-samples")
+    if n <= held_out:
+        return config, n
+    log.warning("%d samples asked for, %d were held out: the others may have been trained on", n, held_out)
+    raw = apply_overrides(config.model_dump(mode="json"), {"data.n_eval_samples": n})
+    return validate_run(raw, "the run's config"), n
+
+
+def _first(batches: Iterator[Tensor], n: int) -> Iterator[Tensor]:
+    """The first n sequences of the batches."""
+    for batch in batches:
+        yield batch[:n]
+        n -= len(batch)
+        if n <= 0:
+            return
+
+
+def main() -> None:
+    """The command."""
+    run_cli(app)
+
+
+if __name__ == "__main__":
+    main()
