@@ -24,7 +24,12 @@ def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator)
     """Decoder rows of norm 1, W_enc = c · W_decᵀ with mean ‖x̂‖ = mean ‖x‖, biases 0, b_dec as `bias_init` says.
 
     c is found through the architecture's own evaluation form, so that gates and k are accounted for.
+
+    Raises:
+        ValueError: there is no token to start from.
     """
+    if len(x_Nd) == 0:
+        raise ValueError("no calibration token is left: every one was masked")
     x_Nd = x_Nd.to(sae.W_dec)
     W_dec_hd = initial_decoder(sae.h, sae.d, sae.config.init_decoder_orthogonal, generator).to(sae.W_dec)
     for parameter in sae.parameters():
@@ -48,8 +53,8 @@ def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator
 
 def initial_bias(x_Nd: Float[Tensor, "N d"], kind: str) -> Float[Tensor, " d"]:
     """Geometric median, mean or zero."""
-    if kind == "zero" or len(x_Nd) == 0:
-        return torch.zeros_like(x_Nd[0]) if len(x_Nd) else x_Nd.new_zeros(x_Nd.shape[1])
+    if kind == "zero":
+        return torch.zeros_like(x_Nd[0])
     return geometric_median(x_Nd) if kind == "geometric_median" else x_Nd.double().mean(0).to(x_Nd.dtype)
 
 
@@ -83,13 +88,13 @@ def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"]) -> None:
 
     Where ‖b_dec‖ alone exceeds mean ‖x‖ the distances from b_dec are matched. Where no c does it, W_enc stays.
     """
-    rows_Nd = x_Nd[:: math.ceil(len(x_Nd) / _MATCH_ROWS)] if len(x_Nd) else x_Nd
-    target = rows_Nd.double().norm(dim=-1).mean().item() if len(rows_Nd) else 0.0
+    rows_Nd = x_Nd[:: math.ceil(len(x_Nd) / _MATCH_ROWS)]
+    target = rows_Nd.double().norm(dim=-1).mean().item()
     origin_d = torch.zeros_like(sae.b_dec)
     floor = sae.b_dec.double().norm().item()
     if floor >= target:
         origin_d, floor = sae.b_dec.clone(), 0.0
-        target = (rows_Nd - origin_d).double().norm(dim=-1).mean().item() if len(rows_Nd) else 0.0
+        target = (rows_Nd - origin_d).double().norm(dim=-1).mean().item()
     directions_dh = sae.W_enc.clone()
 
     def excess(c: float) -> float:

@@ -179,33 +179,36 @@ class _Member:
         norm = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt()
         clip = (hyper.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         healthy = torch.isfinite(norm) & torch.isfinite(window["totals"]).all()
-        self._adam(hyper.lr, clip, flags["finite"] & healthy)
-        self._count(n, aux, norm, healthy)
+        went = self._adam(hyper.lr, clip, flags["finite"] & healthy)
+        self._count(n, aux, norm, went)
         self._clear()
 
-    def _adam(self, lr: float, clip: Tensor, go: Tensor) -> None:
-        """Adam (Kingma & Ba 2015, eq. 1) wherever `go` holds; the old values survive elsewhere."""
+    def _adam(self, lr: float, clip: Tensor, go: Tensor) -> Tensor:
+        """Adam (Kingma & Ba 2015, eq. 1) where `go` holds and the result is finite; else the old values stay."""
         b1, b2 = self.options.adam_betas
         before = {n: p.detach().clone() for n, p in self.sae.named_parameters()}
-        step = self.flags["step"] + 1
+        step, moments = self.flags["step"] + 1, {}
         for name, p in self.sae.named_parameters():
             assert p.grad is not None
             g = p.grad * clip.to(p.dtype)
             m, v = self.moments[f"m.{name}"], self.moments[f"v.{name}"]
             new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+            moments[f"m.{name}"], moments[f"v.{name}"] = new_m, new_v
             rate = (lr / (1 - b1**step)).to(p.dtype)
             p.sub_(rate * new_m / ((new_v / (1 - b2**step).to(p.dtype)).sqrt() + self.options.adam_eps))
-            m.copy_(torch.where(go, new_m, m))
-            v.copy_(torch.where(go, new_v, v))
         self.sae.after_step()
+        go = go & torch.stack([torch.isfinite(p).all() for p in self.sae.parameters()]).all()
         for name, p in self.sae.named_parameters():
             p.copy_(torch.where(go, p, before[name]))
+        for name, moment in moments.items():
+            self.moments[name].copy_(torch.where(go, moment, self.moments[name]))
         self.flags["step"].copy_(torch.where(go, step, self.flags["step"]))
+        return go
 
     def _count(self, n: Tensor, aux: Tensor, norm: Tensor, healthy: Tensor) -> None:
         window, pending, flags, sae = self.window, self.pending, self.flags, self.sae
         fired_h, since_h = window["fired"] > 0, sae.tokens_since_fired
-        since_h.copy_(torch.where(fired_h, 0, since_h + n.to(since_h.dtype)))
+        since_h.copy_(torch.where(healthy, torch.where(fired_h, 0, since_h + window["n"].to(since_h.dtype)), since_h))
         loss, sparsity, nonzero, square = window["totals"]
         spread = square - window["x"].square().sum() / n
         pending["n"] += window["n"]

@@ -1,0 +1,55 @@
+"""A user's own SAE is one file: `sae_type: module:Class` finds class and config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sae_cases import activations, build, loss, step_inputs
+
+from saeopt.config import dump_yaml, load_run_config, validate_run
+from saeopt.errors import UserError
+from saeopt.saes.registry import get_sae, sae_config_class
+
+RUN = {"tlens_model_name": "x", "data": {"dataset_name": "x", "n_train_samples": 10}}
+
+
+def run(**fields: object) -> dict[str, object]:
+    return {**RUN, "saes": {"sae_positions": "hook", **fields}}
+
+
+def test_config_of_a_custom_sae_is_read_checked_and_written(tmp_path: Path) -> None:
+    config = validate_run(run(sae_type="example_sae:LeakySAE", slope=0.2), "here")
+    assert config.saes.slope == 0.2
+    (tmp_path / "run.yaml").write_text(dump_yaml(config))
+    assert load_run_config(tmp_path / "run.yaml") == config
+    with pytest.raises(UserError, match=r"unknown key 'saes\.slop'.*'slope'"):
+        validate_run(run(sae_type="example_sae:LeakySAE", slop=0.2), "here")
+
+
+def test_a_custom_sae_initialises_trains_and_folds() -> None:
+    sae, x_Nd = build("example_sae:LeakySAE", {"slope": 0.1}), 5 * activations()
+    sae.scale.fill_(0.2)
+    sae.initialise(x_Nd * sae.scale, torch.Generator().manual_seed(0))
+    optimiser = torch.optim.Adam(sae.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        value = loss(sae, x_Nd * sae.scale, step_inputs(sae, sparsity_coeff=0.01))
+        optimiser.zero_grad()
+        value.backward()
+        optimiser.step()
+        losses.append(value.item())
+    assert losses[-1] < 0.5 * losses[0]
+    torch.testing.assert_close(sae.folded()(x_Nd), sae(x_Nd))
+
+
+def test_names_that_lead_nowhere_are_one_clear_line() -> None:
+    with pytest.raises(UserError, match=r"unknown architecture 'gatedd'; did you mean 'gated'"):
+        get_sae("gatedd")
+    with pytest.raises(UserError, match="cannot import 'example_sae:Missing'"):
+        get_sae("example_sae:Missing")
+    with pytest.raises(UserError, match="is no subclass"):
+        get_sae("example_sae:LeakyConfig")
+    with pytest.raises(UserError, match="must be the name"):
+        sae_config_class(3)
