@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -20,12 +21,26 @@ class _Redacting(logging.Filter):
         return True
 
 
+class _Plain(logging.Formatter):
+    """`saeopt: text`, `saeopt: warning: text`: one line each, for files and pipes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        text = f"saeopt: {level}{record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Send the library's log to stderr once; safe to call again."""
+    """Send the library's log to stderr once; safe to call again. Of several ranks only the first says everything."""
     if log.handlers:
         return
-    handler = RichHandler(console=error_console, show_path=False, rich_tracebacks=False)
+    handler: logging.Handler
+    if error_console.is_terminal:
+        handler = RichHandler(console=error_console, show_path=False, rich_tracebacks=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain())
     handler.addFilter(_Redacting())
     log.addHandler(handler)
-    log.setLevel(level)
+    log.setLevel(level if int(os.environ.get("RANK") or 0) == 0 else logging.ERROR)
     log.propagate = False

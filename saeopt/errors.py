@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,20 +14,28 @@ import typer
 _USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
+_OTHER_RANK_SECONDS = 5
+"""Every rank finds the same mistake: rank 0 tells it, and the launcher ends the others meanwhile."""
+
+
 class UserError(Exception):
     """Bad input. The message is one line that names the file or field and says what would be right."""
 
 
 def fail(message: str) -> NoReturn:
-    """Write one line to stderr and exit with code 2."""
+    """Write one line to stderr and exit with code 2; of several ranks rank 0 speaks first."""
+    if int(os.environ.get("RANK") or 0) > 0:
+        time.sleep(_OTHER_RANK_SECONDS)
     sys.stderr.write("saeopt: error: " + " ".join(message.split()) + "\n")
+    sys.stderr.flush()
     sys.exit(2)
 
 
 def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
     """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
-    from saeopt.config.settings import redact
+    from saeopt.config.settings import export_tokens, redact
 
+    export_tokens()
     try:
         code = app(args=args, standalone_mode=False)
     except typer.Exit as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 
@@ -28,6 +29,13 @@ class Settings(BaseSettings):
 def settings() -> Settings:
     """The process's settings, read once."""
     return Settings.model_validate({})
+
+
+def export_tokens() -> None:
+    """Let the libraries see what `.env` says, where the environment itself says nothing."""
+    for name, secret in (("HF_TOKEN", settings().hf_token), ("WANDB_API_KEY", settings().wandb_api_key)):
+        if secret is not None:
+            os.environ.setdefault(name, secret.get_secret_value())
 
 
 def redact(text: str) -> str:

@@ -1,0 +1,140 @@
+"""One run from one config: `accelerate launch saeopt/train.py --config FILE`.
+
+Also `python saeopt/train.py`, `python -m saeopt.train` and the installed `saeopt train`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if __name__ == "__main__" and not __package__:
+    # Started as a file, Python searches saeopt/ first, where a module could hide a package of the same name.
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != _HERE)]
+
+import typer
+
+from saeopt.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from saeopt.config import RunConfig
+    from saeopt.training.plan import TrialPlan, TrialResult
+    from saeopt.training.runtime import Runtime
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Option("--config", "--config-path", "--config_path", "-c", help="The run's YAML file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field, e.g. data.n_train_samples=1000."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    wandb_project: Annotated[
+        str | None, typer.Option("--wandb-project", "--wandb_project", help="W&B project; null: none.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Go on from the last checkpoint of this run folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", "--dry_run", help="Print config, SAEs and estimated memory; train nothing.")
+    ] = False,
+    num_processes: Annotated[
+        int | None, typer.Option("--num-processes", "--num_processes", min=1, help="Fail unless so many processes run.")
+    ] = None,
+) -> None:
+    """Train the SAEs of one config on one language model."""
+    from saeopt.console import set_up_logging
+    from saeopt.training.launch import check_processes, resolve
+    from saeopt.training.loggers import check_sinks
+
+    set_up_logging()
+    changes = list(overrides or [])
+    if wandb_project is not None:
+        changes.append(f"wandb_project={wandb_project}")
+    run_config, run_dir = resolve(config, changes, resume)
+    check_sinks(run_config)
+    check_processes(num_processes)
+    if dry_run:
+        from saeopt.training.dry_run import print_dry_run
+
+        print_dry_run(run_config, device)
+        return
+    if run_dir is not None and _already_ended(run_dir):
+        return
+    raise typer.Exit(_run(run_config, run_dir, device))
+
+
+def _already_ended(run_dir: Path) -> bool:
+    """Say how a run folder's run ended, if it did."""
+    from saeopt.console import log
+    from saeopt.evaluation.report import print_run
+    from saeopt.training.run_folder import RunFolder
+
+    status = RunFolder(run_dir).status()
+    if status.get("status") not in ("finished", "stopped", "diverged"):
+        return False
+    reason = f" ({status['reason']})" if status.get("reason") else ""
+    log.info("%s: this run has %s%s; there is nothing to resume", run_dir, status["status"], reason)
+    if RunFolder(run_dir).evaluation_path.exists():
+        print_run(run_dir)
+    return True
+
+
+def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
+    """Train; the exit code: 0 finished, 1 diverged, 128 + signal interrupted."""
+    from saeopt.training.progress import Interrupt, leave, run_observer
+
+    interrupt = Interrupt()
+    interrupt.install()
+    with run_observer(interrupt) as observer:  # the bar appears before the slow imports
+        from saeopt.training import TrialPlan, train_pack
+        from saeopt.training.launch import lambda_notice, make_runtime, new_folder, out_of_memory
+
+        runtime = make_runtime(device)
+        lambda_notice(config, resumed=run_dir is not None)
+        fresh = run_dir is None
+        run_dir = new_folder(config, runtime) if run_dir is None else run_dir
+        plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
+        try:
+            with out_of_memory(config, runtime):
+                result = train_pack([plan], runtime, observer)[plan.name]
+        except UserError:
+            if fresh and runtime.is_main and not any(run_dir.iterdir()):
+                run_dir.rmdir()
+            raise
+    code = _close(plan, result, runtime)
+    if interrupt.signum is not None and result.status == "interrupted":
+        leave(128 + interrupt.signum)
+    return code
+
+
+def _close(plan: TrialPlan, result: TrialResult, runtime: Runtime) -> int:
+    """The table and where the files are."""
+    from saeopt.console import log
+    from saeopt.evaluation.report import print_run
+
+    if not runtime.is_main:
+        return int(result.status == "diverged")
+    if result.status == "interrupted":
+        log.info("interrupted after %s samples; go on with --resume %s", f"{result.samples:,}", plan.run_dir)
+        return 0
+    if result.reason:
+        log.warning("%s: %s", result.status, result.reason)
+    print_run(plan.run_dir, result.evaluation)
+    return int(result.status == "diverged")
+
+
+def main() -> None:
+    """The command."""
+    run_cli(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""`--dry-run`: what would be trained, from configs alone; no weights are read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from rich.table import Table
+
+from saeopt.config import RunConfig, dump_yaml
+from saeopt.console import console
+from saeopt.errors import UserError
+from saeopt.saes.registry import get_sae
+from saeopt.training.launch import lambda_notice
+from saeopt.training.memory import MemberShape, estimate
+from saeopt.training.naming import run_name
+from saeopt.training.setup import dictionary_width
+
+if TYPE_CHECKING:
+    from saeopt.activations.language_model import LanguageModel
+
+
+def print_dry_run(config: RunConfig, device: str) -> None:
+    """The resolved config, the members with their sizes, the estimated memory."""
+    from saeopt.activations.language_model import lm_dtype
+    from saeopt.evaluation.__main__ import choose_device
+
+    lambda_notice(config, resumed=False)
+    chosen = choose_device(device)
+    model, lm_parameters = weightless(config)
+    members = shapes(config, model)
+    console.print(dump_yaml(config), markup=False, soft_wrap=True)
+    console.print(_members_table(members, run_name(config)))
+    lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize
+    needed = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size)
+    table = Table(title=f"Estimated memory on {chosen}", title_justify="left")
+    table.add_column("for")
+    table.add_column("MiB", justify="right")
+    for purpose, size in [*needed.items(), ("in all", sum(needed.values()))]:
+        table.add_row(purpose, f"{size / 2**20:,.0f}")
+    console.print(table)
+    console.print(
+        f"{config.effective_batch} samples ({config.effective_batch * config.data.context_length:,} tokens) per step"
+        " and process"
+    )
+
+
+def weightless(config: RunConfig) -> tuple[LanguageModel, int]:
+    """The language model's structure without its weights, and its number of parameters."""
+    from transformers import AutoModelForCausalLM
+
+    from saeopt.activations.language_model import LanguageModel, check_hooks
+    from saeopt.activations.pretrained import context_length_of, read_model_config
+
+    model_config = read_model_config(config.model, config.tlens_model_path is not None)
+    check_hooks(config.saes.sae_positions, model_config, config.lm_processing == "raw")
+    limit = context_length_of(model_config)
+    if limit is not None and config.data.context_length > limit:
+        raise UserError(f"'data.context_length': {config.data.context_length} is longer than the model's {limit}")
+    nowhere = torch.device("meta")
+    with nowhere:
+        model = AutoModelForCausalLM.from_config(model_config)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return LanguageModel(model, None, nowhere, config.lm_processing), n_parameters
+
+
+def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
+    """The members of a run; their parameters are counted on torch's meta device."""
+    found = []
+    for hook in model.resolve(config.saes.sae_positions):
+        section, d = config.sae_at(hook), model.width(hook)
+        h = dictionary_width(section.dict_size_to_input_ratio, d)
+        sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"))
+        found.append(MemberShape(hook, section.sae_type, d, h, sum(p.numel() for p in sae.parameters())))
+    return found
+
+
+def _members_table(members: list[MemberShape], name: str) -> Table:
+    table = Table(title=f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}", title_justify="left")
+    table.add_column("hook point", overflow="fold")
+    for column in ("architecture", "d", "h", "parameters"):
+        table.add_column(column, justify="right")
+    for m in members:
+        table.add_row(m.hook_point, m.sae_type, str(m.d), str(m.h), f"{m.n_parameters:,}")
+    return table

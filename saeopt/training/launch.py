@@ -1,0 +1,160 @@
+"""From a command line to a run: which config, which folder, which device, how many processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeopt.config import RunConfig, load_run_config
+from saeopt.console import log
+from saeopt.errors import UserError
+from saeopt.training.naming import run_name
+from saeopt.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from saeopt.training.runtime import Runtime
+
+_MAY_DIFFER = {
+    "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "log_every_n_grad_steps", "threads", "save_dir",
+    "keep_checkpoints", "performance",
+}  # fmt: skip
+"""Devices and logging: a resumed run may change these."""
+
+
+def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) -> tuple[RunConfig, Path | None]:
+    """The config of a new run, or the config and folder of one that goes on.
+
+    Raises:
+        UserError: nothing to train, no such folder, or a config that contradicts the folder's.
+    """
+    if resume is None:
+        if path is None:
+            raise UserError("--config FILE is missing (or --resume RUN_DIR)")
+        return load_run_config(path, overrides), None
+    if not resume.is_dir():
+        raise UserError(f"--resume {resume}: no such folder")
+    saved = RunFolder(resume).config_path
+    if not saved.exists():
+        if path is None:
+            raise UserError(f"--resume {resume}: holds no final_config.yaml; give --config FILE beside it")
+        log.warning("%s holds no final_config.yaml: starting over in it", resume)
+        return load_run_config(path, overrides), resume
+    before = load_run_config(saved)
+    now = load_run_config(path or saved, overrides)
+    _check_agreement(before, now, saved)
+    return now, resume
+
+
+def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
+    """A resumed run is the same run: only devices and logging may change."""
+    old, new = (flatten(c.model_dump(mode="json", exclude=_MAY_DIFFER)) for c in (before, now))
+    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if differing:
+        key = differing[0]
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise UserError(f"'{key}' is {new.get(key)!r}, but {saved} says {old.get(key)!r}{more}: not the same run")
+
+
+def flatten(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in raw.items():
+        if isinstance(value, dict) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def check_processes(wanted: int | None) -> None:
+    """Raise :class:`UserError` when fewer processes run than were asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process without a word; its parent knows what was wanted.
+    """
+    running = int(os.environ.get("WORLD_SIZE") or 1)
+    wanted = wanted or _launched_processes()
+    if wanted is not None and wanted != running:
+        raise UserError(
+            f"{wanted} processes were asked for, {running} runs: launch with --multi_gpu, or on the CPU"
+            f" ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {wanted} …"
+        )
+
+
+def _launched_processes() -> int | None:
+    """`--num_processes` of the `accelerate launch` that started this process."""
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    if "launch" not in words or not any("accelerate" in word for word in words):
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name.replace("-", "_") == "__num_processes":
+            number = value or following
+            return int(number) if number.isdigit() else None
+        if word.endswith(".py"):
+            return None  # what follows belongs to the script
+    return None
+
+
+def make_runtime(device: str) -> Runtime:
+    """The process's runtime on a device named on the command line.
+
+    Raises:
+        UserError: no such device, or one device for several processes.
+    """
+    from saeopt.evaluation.__main__ import choose_device
+    from saeopt.training.runtime import Runtime
+
+    if device == "auto":
+        return Runtime()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: with several processes the launcher gives each its device")
+    return Runtime(choose_device(device))
+
+
+def lambda_notice(config: RunConfig, resumed: bool) -> None:
+    """What λ means here, for those who bring a config of the replaced system."""
+    if config.legacy_scaling is None and not resumed and "sparsity_coeff" in config.saes.model_fields_set:
+        log.info(
+            "'saes.sparsity_coeff' is in normalised units here (activations scaled to E|x| = sqrt(d), losses summed"
+            " over d); legacy_scaling: true keeps the replaced system's, false silences this"
+        )
+
+
+def new_folder(config: RunConfig, runtime: Runtime) -> Path:
+    """A folder of its own for a new run, the same on every rank."""
+    made: Path | UserError | None = None
+    if runtime.is_main:
+        try:
+            made = RunFolder.create(config.save_dir, run_name(config)).path
+        except OSError as error:
+            made = UserError(f"'save_dir': {config.save_dir} cannot be written: {error.strerror}")
+    found = runtime.agree(made)
+    if isinstance(found, UserError):
+        raise found
+    return Path(found)
+
+
+@contextmanager
+def out_of_memory(config: RunConfig, runtime: Runtime) -> Iterator[None]:
+    """Turn an exhausted device into one line that says what to lower."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not exhausted:
+            raise
+        size, steps = config.data.train_batch_size, config.gradient_accumulation_steps
+        raise UserError(
+            f"out of memory on {runtime.device}: lower data.train_batch_size (now {size}; raising"
+            f" gradient_accumulation_steps, now {steps}, by the same factor keeps the result), data.eval_batch_size,"
+            f" saes.dict_size_to_input_ratio (now {config.saes.dict_size_to_input_ratio:g})"
+            " or data.shuffle_buffer_tokens"
+        ) from None
