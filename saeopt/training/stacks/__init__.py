@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from saeopt.config.run import PerformanceConfig
+from saeopt.console import log
 from saeopt.saes.base import SAE
+from saeopt.saes.registry import get_sae
 from saeopt.training.stacks.base import Stack, StackOptions
 
 
@@ -18,5 +21,35 @@ def make_stack(
     modules in `stack.saes` are the members from here on.
     """
     from saeopt.training.stacks.autograd import AutogradStack
+    from saeopt.training.stacks.fused import FusedStack
 
-    return AutogradStack(saes, seeds, options)
+    reason = _why_not_fused(saes, options)
+    if performance.stack == "reference" or reason is not None:
+        if performance.stack == "fused":
+            _notice(f"the fused step is not used: {reason}")
+        return AutogradStack(saes, seeds, options)
+    return FusedStack(saes, seeds, options, performance)
+
+
+def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
+    """Why these members take the autograd step, or None."""
+    import torch
+
+    from saeopt.training.stacks.fused import FusedStack
+
+    first = saes[0]
+    sae_type = first.config.sae_type
+    if sae_type not in FusedStack.architectures or type(first) is not get_sae(sae_type):
+        return f"'{sae_type}' has none"
+    if options.autocast == torch.float16:
+        return "float16 needs loss scaling"
+    if first.W_enc.device.type not in ("cpu", "cuda"):
+        return f"there is none for {first.W_enc.device.type}"
+    if any(not torch.equal(sae.scale, first.scale) for sae in saes):
+        return "the members scale their activations differently"
+    return None
+
+
+@cache
+def _notice(text: str) -> None:
+    log.warning(text)

@@ -1,0 +1,212 @@
+"""The fused stacks equal the autograd reference: gradients, 50 steps of training, metrics, state, members leaving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from saeopt.config.run import PerformanceConfig
+from saeopt.saes.base import SAE
+from saeopt.saes.registry import get_sae
+from saeopt.training.stacks import make_stack
+from saeopt.training.stacks.autograd import AutogradStack
+from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+
+D, H, T = 6, 20, 5
+VARIANTS: list[dict[str, Any]] = [
+    {"sae_type": "relu"},
+    {"sae_type": "relu", "decoder_norm": "unit"},
+    {"sae_type": "relu", "legacy": True, "mse_coeff": 0.7},
+    {"sae_type": "gated"},
+    {"sae_type": "gated", "decoder_norm": "unit", "magnitude_activation": "softplus", "aux_coeff": 0.3},
+    {"sae_type": "gated", "legacy": True, "magnitude_activation": None},
+    {"sae_type": "hard_concrete"},
+    {"sae_type": "hard_concrete", "input_dependent_gates": False, "magnitude_activation": "relu"},
+    {"sae_type": "hard_concrete", "decoder_norm": "unit", "legacy": True},
+    {"sae_type": "gated_hard_concrete"},
+    {"sae_type": "gated_hard_concrete", "aux_form": "seed", "legacy": True},
+    {"sae_type": "gated_hard_concrete", "decoder_norm": "unit", "magnitude_activation": "softplus"},
+]
+HYPER = [Hyper(3e-3, 0.3, 0.5, 1.0), Hyper(1e-2, 0.05, 0.7, 1e9), Hyper(1e-3, 0.0, 0.4, 0.1)]
+
+
+def name_of(variant: dict[str, Any]) -> str:
+    return "-".join(str(v) for v in variant.values())
+
+
+def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[SAE]:
+    """Awkward on purpose: non-zero biases, decoder rows of many lengths, one latent that never fires."""
+    fields = {k: v for k, v in variant.items() if k not in ("legacy", "d", "h")}
+    d, h = variant.get("d", D), variant.get("h", H)
+    cls = get_sae(fields["sae_type"])
+    saes = []
+    for i in range(n):
+        config = cls.Config(sae_positions=["x"], **fields)
+        sae = cls(d, h, config, legacy_scaling=variant.get("legacy", False), dtype=dtype)
+        generator = torch.Generator().manual_seed(100 * seed + i)
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+            sae.b_dec.add_(1.0)
+            for bias in ("b_enc", "b_gate", "b_mag"):
+                if bias in dict(sae.named_parameters()):
+                    sae.get_parameter(bias)[3] = -50.0
+            if config.decoder_norm == "unit":
+                sae.after_step()
+            sae.scale.fill_(0.8)
+        saes.append(sae.to(device))
+    return saes
+
+
+def batches(n: int, dtype: torch.dtype, device: str = "cpu", slots: int = 6, d: int = D) -> list[StackBatch]:
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for i in range(n):
+        x_Nd = torch.randn(slots * T, d, generator=generator, dtype=torch.float64) * 2 + 0.5
+        keep_N = torch.rand(slots * T, generator=generator) > 0.25 if i % 3 else None
+        made.append(
+            StackBatch(x_Nd.to(device, dtype), None if keep_N is None else keep_N.to(device), i * slots, slots, T)
+        )
+    return made
+
+
+def fused(saes: list[SAE], options: StackOptions, seeds: list[int] | None = None) -> Stack:
+    stack = make_stack(saes, seeds or list(range(len(saes))), options, PerformanceConfig(stack="fused"))
+    assert not isinstance(stack, AutogradStack)
+    return stack
+
+
+def train(stack: Stack, data: list[StackBatch], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[dict]:
+    logged = []
+    for start in range(0, len(data), accumulation):
+        for batch in data[start : start + accumulation]:
+            stack.accumulate(batch, hyper)
+        stack.apply(hyper)
+        logged.append(stack.metrics())
+    return logged
+
+
+def assert_same_modules(one: list[SAE], other: list[SAE], rtol: float, atol: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_same_metrics(one: list[list[dict]], other: list[list[dict]], rel: float) -> None:
+    for a_step, b_step in zip(one, other, strict=True):
+        for a, b in zip(a_step, b_step, strict=True):
+            assert a == pytest.approx(b, rel=rel, abs=rel, nan_ok=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_fifty_steps_equal_autograd_in_float64(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    one, other = make_members(variant, 3, torch.float64), make_members(variant, 3, torch.float64)
+    data = batches(50, torch.float64)
+    expected = train(AutogradStack(one, [1, 2, 3], options), data)
+    found = train(fused(other, options, [1, 2, 3]), data)
+    assert_same_metrics(found, expected, 1e-9)
+    assert_same_modules(other, one, 1e-9, 1e-11)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_gradients_and_sums_equal_autograd(variant: dict[str, Any]) -> None:
+    """The gradient itself: one step of plain descent is read off Adam's first moment (m = 0.1 g, unclipped)."""
+    options = StackOptions(dead_after_tokens=60)
+    hyper = [Hyper(1e-3, 0.3, 0.5, float("inf"))] * 2
+    one, other = make_members(variant, 2, torch.float64), make_members(variant, 2, torch.float64)
+    reference, stack = AutogradStack(one, [1, 2], options), fused(other, options, [1, 2])
+    for each in (reference, stack):
+        train(each, batches(4, torch.float64), accumulation=4, hyper=hyper)
+    for i in range(2):
+        expected, found = reference.state(i), stack.state(i)
+        assert set(expected) == set(found)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_loss_in_float32_stays_within_1e_4(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(50, torch.float32)
+    hyper = HYPER[:2]
+    expected = train(AutogradStack(make_members(variant, 2, torch.float32), [1, 2], options), data, hyper=hyper)
+    found = train(fused(make_members(variant, 2, torch.float32), options, [1, 2]), data, hyper=hyper)
+    for a, b in zip(found[-1], expected[-1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_alone_equals_stacked_and_leaving_disturbs_nobody(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(12, torch.float64)
+    together, alone = make_members(variant, 3, torch.float64), make_members(variant, 3, torch.float64)
+    stack = fused(together, options, [1, 2, 3])
+    train(stack, data[:6])
+    stack.remove(0)
+    train(stack, data[6:], hyper=HYPER[1:])
+    single = fused(alone[2:], options, [3])
+    train(single, data, hyper=HYPER[2:])
+    assert_same_modules([together[2]], [alone[2]], 1e-12, 1e-14)
+    gone = fused(alone[:1], options, [1])
+    train(gone, data[:6], hyper=HYPER[:1])
+    assert_same_modules([together[0]], [alone[0]], 1e-12, 1e-14)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_state_goes_on_exactly_also_in_the_reference(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(10, torch.float64)
+    first, second, third = (make_members(variant, 2, torch.float64, seed=s) for s in (0, 1, 2))
+    hyper = HYPER[:2]
+    stack = fused(first, options, [1, 2])
+    train(stack, data[:5], hyper=hyper)
+    saved = [({k: v.clone() for k, v in stack.state(i).items()}, first[i].state_dict()) for i in range(2)]
+    saved = [(s, {k: v.clone() for k, v in w.items()}) for s, w in saved]
+    again, reference = fused(second, options, [1, 2]), AutogradStack(third, [1, 2], options)
+    for i, (state, weights) in enumerate(saved):
+        for target, saes in ((again, second), (reference, third)):
+            saes[i].load_state_dict(weights)
+            target.load_state(i, state)
+    for each in (stack, again, reference):
+        train(each, data[5:], hyper=hyper)
+    assert_same_modules(second, first, 0, 0)
+    assert_same_modules(third, first, 1e-9, 1e-11)
+
+
+def test_a_broken_member_keeps_its_last_finite_weights() -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(6, torch.float64)
+    saes, alone = make_members(VARIANTS[0], 2, torch.float64), make_members(VARIANTS[0], 2, torch.float64)
+    stack = fused(saes, options, [1, 2])
+    train(stack, data[:3], hyper=HYPER[:2])
+    before = saes[0].W_enc.detach().clone()
+    broken = [HYPER[0]._replace(sparsity_coeff=float("nan")), HYPER[1]]
+    stack.accumulate(data[3], broken)
+    stack.apply(broken)
+    found = stack.metrics()
+    train(stack, data[4:], hyper=HYPER[:2])
+    assert [m["finite"] for m in found] == [0.0, 1.0]
+    assert torch.equal(saes[0].W_enc, before)
+    train(fused(alone[1:], options, [2]), data, hyper=HYPER[1:2])
+    assert_same_modules(saes[1:], alone[1:], 1e-12, 1e-14)
+
+
+def test_two_ranks_sum_to_one() -> None:
+    """Sums of two halves of a window, added, give the step of the whole."""
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(2, torch.float64)
+    for variant in VARIANTS:
+        whole, left, right = (make_members(variant, 2, torch.float64) for _ in range(3))
+        stacks = [fused(saes, options, [1, 2]) for saes in (whole, left, right)]
+        for batch in data:
+            stacks[0].accumulate(batch, HYPER[:2])
+        stacks[1].accumulate(data[0], HYPER[:2])
+        stacks[2].accumulate(data[1], HYPER[:2])
+        for a, b in zip(stacks[1].sums(), stacks[2].sums(), strict=True):
+            a += b
+        stacks[0].apply(HYPER[:2])
+        stacks[1].apply(HYPER[:2])
+        assert_same_modules(left, whole, 1e-10, 1e-12)
