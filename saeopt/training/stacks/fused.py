@@ -182,8 +182,11 @@ class FusedStack(Stack):
             clip = min(1.0, numbers.max_grad_norm / (float(norm) + 1e-6))
             for gradient in grads.values():
                 gradient.mul_(clip / float(n))
-            stores = [{k: s[k][member] for k in grads} for s in (self.packed.weights, self.packed.m, self.packed.v)]
-            adam.step_on_cpu(*stores, grads, float(self.flags["step"][member]), numbers.lr, self.options)
+            weights, m, v = (
+                {name: store[name][member] for name in grads}
+                for store in (self.packed.weights, self.packed.m, self.packed.v)
+            )
+            adam.step_on_cpu(weights, m, v, grads, float(self.flags["step"][member]), numbers.lr, self.options)
             self.flags["step"][member] += 1
             if self.form.unit:
                 W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
