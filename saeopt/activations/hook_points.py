@@ -1,0 +1,61 @@
+"""Names of hook points: which ones are plain boundaries between layers, and which ones a pattern means."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from saeopt.errors import UserError
+
+_RESIDUAL = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
+_NUMBER = re.compile(r"(\d+)")
+
+
+def boundary(hook: str) -> int | None:
+    """The boundary of a plain residual-stream hook: b lies between layer b − 1 and layer b; None for other hooks.
+
+    `blocks.L.hook_resid_pre` is boundary L and `blocks.L.hook_resid_post` is boundary L + 1.
+    """
+    match = _RESIDUAL.fullmatch(hook)
+    if match is None:
+        return None
+    return int(match[1]) + (match[2] == "post")
+
+
+def residual_hooks(n_layers: int) -> list[str]:
+    """Every plain residual-stream hook of a model with so many layers."""
+    return [f"blocks.{layer}.hook_resid_{side}" for layer in range(n_layers) for side in ("pre", "post")]
+
+
+def in_model_order(hooks: Iterable[str]) -> list[str]:
+    """Sorted by layer, numbers as numbers, without doubles."""
+    return sorted(set(hooks), key=lambda h: [int(p) if p.isdigit() else p for p in _NUMBER.split(h)])
+
+
+def is_residual_pattern(pattern: str) -> bool:
+    """Whether a name or pattern can only mean plain residual-stream hooks (so that no other list is needed)."""
+    return re.fullmatch(r"blocks\.[\d*?\[\]!-]+\.hook_resid_(pre|post|p\*|\*p(re|ost))", pattern) is not None
+
+
+def match_hooks(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The hook points that names and glob patterns mean, in model order.
+
+    Raises:
+        UserError: a pattern that matches nothing; the line lists near names.
+    """
+    found: list[str] = []
+    names = set(known)
+    for pattern in patterns:
+        matched = [pattern] if pattern in names else fnmatch.filter(known, pattern)
+        if not matched:
+            raise UserError(f"'saes.sae_positions': the model has no hook point '{pattern}'{_near(pattern, known)}")
+        found += matched
+    return in_model_order(found)
+
+
+def _near(pattern: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+    last = in_model_order(known)[-1:] if not close else []
+    return "; near ones: " + ", ".join(close or last) if close or last else ""

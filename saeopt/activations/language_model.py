@@ -1,0 +1,174 @@
+"""The language model whose activations the SAEs learn.
+
+Plain residual-stream hooks are read from the Hugging Face layers themselves, cut off after the deepest one; every other
+hook point comes from TransformerLens' `TransformerBridge`, stopped at the deepest one. Each hook point always takes the
+same way, whatever other hooks are asked for, so that a trial sees the same numbers alone and in a pack.
+
+Suffixes: B batch, T positions, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from saeopt.activations.bridge_lm import BridgedModel
+from saeopt.activations.hook_points import boundary, in_model_order, is_residual_pattern, match_hooks, residual_hooks
+from saeopt.activations.plain_lm import SAFE_FAMILIES, PlainDecoder, structural_copy
+from saeopt.activations.pretrained import (
+    context_length_of,
+    load_model,
+    load_tokenizer,
+    n_layers_of,
+    read_model_config,
+    special_token_ids,
+)
+from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from saeopt.config.run import RunConfig
+
+
+def lm_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`lm_dtype` of a config as a torch dtype; auto is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+class LanguageModel:
+    """A frozen causal language model and its hook points. Build one with :meth:`load`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        device: torch.device,
+        processing: str = "raw",
+        special_ids: set[int] | None = None,
+    ):
+        self.device = device
+        self.config = cast("PretrainedConfig", model.config)
+        self.tokenizer = tokenizer
+        self.processing = processing
+        self.dtype = next(model.parameters()).dtype
+        self.special_ids = special_token_ids(tokenizer, self.config) if special_ids is None else special_ids
+        self.context_length = context_length_of(self.config)
+        self.vocab_size: int = self.config.get_text_config().vocab_size
+        self._model = model.eval().requires_grad_(False)
+        plain = processing == "raw" and PlainDecoder.supports(model, self.config.model_type)
+        self._plain = PlainDecoder(self._model) if plain else None
+
+    @classmethod
+    def load(cls, config: RunConfig, device: torch.device | str = "cpu") -> LanguageModel:
+        """The language model of a run. Hook points and lengths are checked before any weight is read.
+
+        Raises:
+            UserError: no such model or folder, a gated model, a hook point that it lacks, a context that is too long.
+        """
+        device = torch.device(device)
+        from_path = config.tlens_model_path is not None
+        model_config = read_model_config(config.model, from_path)
+        limit = context_length_of(model_config)
+        if limit is not None and config.data.context_length > limit:
+            raise UserError(
+                f"'data.context_length': {config.data.context_length} is longer than "
+                f"the {limit} positions of {config.model}"
+            )
+        raw = config.lm_processing == "raw"
+        check_hooks(config.saes.sae_positions, model_config, raw)
+        tokenizer = load_tokenizer(config.data.tokenizer_name or config.model, required=not config.data.is_tokenized)
+        model = load_model(config.model, lm_dtype(config.lm_dtype, device), device)
+        special = special_token_ids(tokenizer, model_config)
+        return cls(model, tokenizer, device, config.lm_processing, special)
+
+    @cached_property
+    def _bridge(self) -> BridgedModel:
+        model = structural_copy(self._model) if self.processing == "raw" else self._model
+        return BridgedModel(model, self.device, compatibility=self.processing == "compatibility")
+
+    def _boundary(self, hook: str) -> int | None:
+        return boundary(hook) if self._plain is not None else None
+
+    @cached_property
+    def hook_points(self) -> list[str]:
+        """Every hook point that yields one vector per token, in model order."""
+        return in_model_order(self._bridge.widths)
+
+    def resolve(self, patterns: Sequence[str] | str) -> list[str]:
+        """The hook points that names and glob patterns mean, in model order.
+
+        Raises:
+            UserError: nothing matches; the line lists near names.
+        """
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+        if self._plain is not None and all(map(is_residual_pattern, patterns)):
+            return match_hooks(patterns, residual_hooks(len(self._plain.layers)))
+        return self._bridge.without_aliases(match_hooks(patterns, self.hook_points), patterns)
+
+    def width(self, hook: str) -> int:
+        """d at a hook point; heads and other extra axes count as one."""
+        if self._boundary(hook) is not None:
+            return int(self.config.get_text_config().hidden_size)
+        if hook not in self._bridge.widths:
+            match_hooks([hook], self.hook_points)
+        return self._bridge.widths[hook]
+
+    @torch.no_grad()
+    def activations(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """x_BTd at each hook point, in the model's dtype, on the model's device; extra axes are flattened.
+
+        The model stops at the deepest hook point; logits are never computed.
+        """
+        tokens_BT = tokens_BT.to(self.device)
+        bounds = {h: b for h in hooks if (b := self._boundary(h)) is not None}
+        others = [h for h in hooks if h not in bounds]
+        found: dict[str, Tensor] = {}
+        if bounds:
+            assert self._plain is not None
+            at = self._plain.boundaries(tokens_BT, bounds.values())
+            found |= {h: at[b] for h, b in bounds.items()}
+        if others:
+            found |= self._bridge.activations(tokens_BT, others)
+        return {h: found[h] for h in hooks}
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """Next-token logits_BTV."""
+        tokens_BT = tokens_BT.to(self.device)
+        return self._plain.logits(tokens_BT) if self._plain is not None else self._bridge.logits(tokens_BT)
+
+    @torch.no_grad()
+    def spliced_logits(self, tokens_BT: Tensor, hook: str, splice: Callable[[Tensor], Tensor]) -> Tensor:
+        """logits_BTV with x_BTd at a hook point replaced by `splice(x_BTd)`, cast back to the model's dtype."""
+        tokens_BT = tokens_BT.to(self.device)
+
+        def same_kind(x: Tensor) -> Tensor:
+            x_BTd = x.flatten(2)
+            return splice(x_BTd).to(x.dtype).reshape(x.shape)
+
+        at = self._boundary(hook)
+        if at is not None:
+            assert self._plain is not None
+            return self._plain.spliced_logits(tokens_BT, at, same_kind)
+        return self._bridge.spliced_logits(tokens_BT, hook, same_kind)
+
+
+def check_hooks(patterns: Sequence[str], model_config: PretrainedConfig, raw: bool = True) -> None:
+    """Refuse hook points that the model lacks, from its config alone.
+
+    Raises:
+        UserError: a name or pattern that matches nothing.
+    """
+    if raw and model_config.model_type in SAFE_FAMILIES and all(map(is_residual_pattern, patterns)):
+        match_hooks(patterns, residual_hooks(n_layers_of(model_config)))
+        return
+    names = BridgedModel.names_from_config(model_config)
+    if names is not None:
+        match_hooks(patterns, names)

@@ -1,0 +1,130 @@
+"""Hugging Face models and tokenizers from a folder or the hub, with one-line errors and no progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saeopt.console import log
+from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """No progress bars or advice from transformers while input is still being checked."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first words of a library's error on one line."""
+    return " ".join(str(error).split())[:limit]
+
+
+def _explain(name: str, what: str, error: Exception) -> UserError:
+    text = f"{type(error).__name__} {error}"
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return UserError(f"{name}: this {what} is gated: accept its terms on the hub and set HF_ACCESS_TOKEN")
+    if Path(name).is_dir():
+        return UserError(f"{name}: holds no {what} that can be read: {one_line(error)}")
+    if isinstance(error, OSError) and ("not a local folder" in text or "404" in text or "RepositoryNotFound" in text):
+        return UserError(f"{name}: no such {what} on the hub, and no such folder")
+    if isinstance(error, OSError):
+        return UserError(f"{name}: no such folder, and the hub cannot be reached for this {what}")
+    return UserError(f"{name}: this {what} cannot be loaded: {one_line(error)}")
+
+
+def read_model_config(name: str, from_path: bool) -> PretrainedConfig:
+    """A model's config from a Hugging Face directory or hub name.
+
+    Raises:
+        UserError: no such directory or model, or one that may not be read.
+    """
+    from transformers import AutoConfig
+
+    if from_path:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UserError(f"'tlens_model_path': {name}: no such folder")
+        if not (folder / "config.json").is_file():
+            raise UserError(f"'tlens_model_path': {name}: no Hugging Face directory (it has no config.json)")
+    try:
+        with silent_libraries():
+            return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(name, "model", error) from None
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A causal language model in evaluation mode on a device.
+
+    Raises:
+        UserError: no weights, or no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with silent_libraries():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _explain(name, "causal language model", error) from None
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def load_tokenizer(name: str, required: bool) -> PreTrainedTokenizerBase | None:
+    """A tokenizer; None, with a notice, where there is none and the data are token ids already.
+
+    Raises:
+        UserError: it is required and cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with silent_libraries():
+            return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if required:
+            raise _explain(name, "tokenizer", error) from None
+        log.info("%s has no tokenizer in reach; special tokens are those of the model's config", name)
+        return None
+
+
+def context_length_of(config: PretrainedConfig) -> int | None:
+    """Positions that a model was made for; None where it has no limit."""
+    text = config.get_text_config()
+    for field in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        value = getattr(text, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def n_layers_of(config: PretrainedConfig) -> int:
+    """Number of layers."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase | None, config: PretrainedConfig) -> set[int]:
+    """BOS, EOS and padding of the tokenizer, or of the model's config where there is no tokenizer."""
+    source: object = config.get_text_config() if tokenizer is None else tokenizer
+    ids: set[int] = set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(source, name, None)
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids
