@@ -38,10 +38,21 @@ def export_tokens() -> None:
             os.environ.setdefault(name, secret.get_secret_value())
 
 
+_MORE_SECRETS: set[str] = set()
+
+
+def remember_secret(secret: str) -> None:
+    """A secret that came by another way than the environment, so that :func:`redact` knows it."""
+    if len(secret) >= 6:
+        _MORE_SECRETS.add(secret)
+
+
 def redact(text: str) -> str:
     """The text without known secrets and without the password of any URL."""
     current = settings()
     for secret in (current.wandb_api_key, current.hf_token):
         if secret is not None and len(secret.get_secret_value()) >= 6:
             text = text.replace(secret.get_secret_value(), "***")
+    for known in _MORE_SECRETS:
+        text = text.replace(known, "***")
     return _URL_PASSWORD.sub(r"\g<head>***", text)

@@ -1,0 +1,337 @@
+"""Who trains which trial: claims that are taken once, fenced by a token, and given back when their worker is lost.
+
+A trial keeps its number for life: RUNNING goes back to WAITING by an update that holds only while the claim does, so
+the run folder stays the same and the next worker goes on from the checkpoint. Whoever lost a claim can no longer
+report, release or finish the trial.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from saeopt.config.settings import redact
+from saeopt.search import internals as db
+from saeopt.search.storage import Store
+
+CLAIM, STREAM, CHECKPOINT = "saeopt:claim", "saeopt:stream", "saeopt:checkpoint"
+LOSSES, LOST_AT, ALONE, FAILURES = "saeopt:losses", "saeopt:lost_at", "saeopt:alone", "saeopt:failures"
+STOPPED = "saeopt:stopped"
+_ALONE_AFTER = 2  # losses after which a trial is no longer packed with others, which it may be killing
+_TRACEBACK = 8000  # characters kept
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A trial that this worker may train until it releases or finishes it, or is taken for dead."""
+
+    study_id: int
+    trial_id: int
+    number: int
+    token: str
+    stream: str | None
+    """What it can share a pack with; None until its parameters are known."""
+    checkpoint: int
+    """Samples of the last checkpoint that was recorded."""
+    params: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+def _attr(name: str) -> tuple[sa.FromClause, Any]:
+    """An alias of the attribute table for one key, and its join condition."""
+    table = db.trial_attrs.alias()
+    return table, sa.and_(table.c.trial_id == db.trials.c.trial_id, table.c.key == name)
+
+
+def claim(store: Store, study_id: int, limit: int, owner: Mapping[str, Any]) -> list[Claim]:
+    """Up to `limit` waiting trials that can be trained together, the first of the queue among them.
+
+    Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim.
+    """
+    with store.write() as connection:
+        if is_stopped(connection, study_id):
+            return []
+        rows = _waiting(connection, study_id, limit)
+        won = []
+        now = db.db_now(connection)
+        for row in rows:
+            taken = connection.execute(
+                sa.update(db.trials)
+                .where(db.trials.c.trial_id == row.trial_id, db.trials.c.state == TrialState.WAITING)
+                .values(state=TrialState.RUNNING, datetime_start=now)
+            )
+            if taken.rowcount == 1:
+                won.append(row)
+        token = uuid.uuid4().hex
+        for row in won:
+            db.set_attrs(connection, db.trial_attrs, row.trial_id, {CLAIM: {"token": token, **owner}})
+            db.upsert(connection, db.heartbeats, {"trial_id": row.trial_id}, {"heartbeat": now})
+        params = db.params_of(connection, [row.trial_id for row in won])
+    return [
+        Claim(
+            study_id,
+            row.trial_id,
+            row.number,
+            token,
+            None if row.stream is None else json.loads(row.stream),
+            0 if row.checkpoint is None else int(row.checkpoint),
+            params[row.trial_id],
+        )
+        for row in won
+    ]
+
+
+def _waiting(connection: sa.Connection, study_id: int, limit: int) -> Sequence[Any]:
+    stream, on_stream = _attr(STREAM)
+    checkpoint, on_checkpoint = _attr(CHECKPOINT)
+    alone, on_alone = _attr(ALONE)
+    t = db.trials
+    base = (
+        sa.select(
+            t.c.trial_id,
+            t.c.number,
+            stream.c.value_json.label("stream"),
+            checkpoint.c.value_json.label("checkpoint"),
+            alone.c.value_json.label("alone"),
+        )
+        .select_from(t.outerjoin(stream, on_stream).outerjoin(checkpoint, on_checkpoint).outerjoin(alone, on_alone))
+        .where(t.c.study_id == study_id, t.c.state == TrialState.WAITING)
+        .order_by(t.c.number)
+        .with_for_update(of=t, skip_locked=True)
+    )
+    first = connection.execute(base.limit(1)).first()
+    if first is None:
+        return []
+    if limit <= 1 or first.alone is not None:
+        return [first]
+    # A trial of which no stream is known yet shares a pack only once its parameters have been proposed.
+    same = [
+        t.c.trial_id != first.trial_id,
+        alone.c.value_json.is_(None),
+        stream.c.value_json == first.stream if first.stream is not None else stream.c.value_json.is_(None),
+        sa.func.coalesce(checkpoint.c.value_json, "0") == (first.checkpoint or "0"),
+    ]
+    return [first, *connection.execute(base.where(*same).limit(limit - 1))]
+
+
+def _still_ours(connection: sa.Connection, claims: Iterable[Claim], lock: bool = True) -> set[int]:
+    """Trials whose claim still holds; locked against the reaper until the transaction ends."""
+    tokens = {c.trial_id: c.token for c in claims}
+    statement = sa.select(db.trials.c.trial_id).where(
+        db.trials.c.trial_id.in_(list(tokens)), db.trials.c.state == TrialState.RUNNING
+    )
+    running = list(connection.execute(statement.with_for_update() if lock else statement).scalars())
+    owners = connection.execute(
+        sa.select(db.trial_attrs.c.trial_id, db.trial_attrs.c.value_json).where(
+            db.trial_attrs.c.trial_id.in_(running), db.trial_attrs.c.key == CLAIM
+        )
+    )
+    return {trial_id for trial_id, text in owners if json.loads(text).get("token") == tokens[trial_id]}
+
+
+def beat(store: Store, claims: Sequence[Claim]) -> set[int]:
+    """A sign of life for all claims; returns the trials that are still ours."""
+    if not claims:
+        return set()
+    with store.write() as connection:
+        ours = _still_ours(connection, claims, lock=False)
+        connection.execute(
+            sa.update(db.heartbeats)
+            .where(db.heartbeats.c.trial_id.in_(list(ours)))
+            .values(heartbeat=db.db_now(connection))
+        )
+    return ours
+
+
+def describe(store: Store, claim: Claim, stream: str, attrs: Mapping[str, Any]) -> bool:
+    """Store the stream of a trial whose parameters are known now, and attributes for people."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {STREAM: stream})
+        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs)
+    return True
+
+
+def checkpointed(store: Store, claim: Claim, samples: int) -> bool:
+    """Record that the trial can go on from here; a loss after it starts counting anew."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {CHECKPOINT: samples})
+    return True
+
+
+def report(store: Store, claim: Claim, step: int, value: float, attrs: Mapping[str, Any] | None = None) -> bool:
+    """An intermediate value (also in studies of several objectives, where Optuna's own call refuses)."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        db.set_report(connection, claim.trial_id, step, value)
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, attrs or {})
+    return True
+
+
+def release(store: Store, claim: Claim, checkpoint: int | None = None, *, alone: bool = False) -> bool:
+    """Give a trial back to the queue without counting anything against it."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        _requeue(connection, claim.trial_id)
+        attrs: dict[str, Any] = {} if checkpoint is None else {CHECKPOINT: checkpoint}
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, attrs | ({ALONE: True} if alone else {}))
+    return True
+
+
+def _requeue(connection: sa.Connection, trial_id: int) -> bool:
+    done = connection.execute(
+        sa.update(db.trials)
+        .where(db.trials.c.trial_id == trial_id, db.trials.c.state == TrialState.RUNNING)
+        .values(state=TrialState.WAITING)
+    )
+    db.drop_attrs(connection, db.trial_attrs, trial_id, [CLAIM])
+    return done.rowcount == 1
+
+
+def _end(connection: sa.Connection, trial_id: int, state: TrialState) -> None:
+    connection.execute(
+        sa.update(db.trials)
+        .where(db.trials.c.trial_id == trial_id, db.trials.c.state == TrialState.RUNNING)
+        .values(state=state, datetime_complete=db.db_now(connection))
+    )
+    db.drop_attrs(connection, db.trial_attrs, trial_id, [CLAIM, ALONE])
+
+
+def finish(
+    store: Store,
+    claim: Claim,
+    state: Literal["COMPLETE", "PRUNED"],
+    values: Sequence[float] | None,
+    *,
+    constraints: Mapping[str, float] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> bool:
+    """Tell the result in one transaction; False if the claim was lost (somebody else tells it then)."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        if values is not None:
+            db.set_values(connection, claim.trial_id, values)
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, db.constraint_attrs(constraints or {}))
+        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs or {})
+        _end(connection, claim.trial_id, TrialState[state])
+    return True
+
+
+def fail(
+    store: Store, claim: Claim, reason: str, traceback: str = "", retries: int = 0
+) -> Literal["waiting", "failed"]:
+    """A failure of the trial itself: back to the queue until its retries are used up. Returns where it went."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return "waiting"
+        number = 1 + int(db.get_attrs(connection, db.trial_attrs, claim.trial_id, FAILURES).get(FAILURES, 0))
+        again = number <= retries
+        attrs = {"reason": redact(reason), "traceback": redact(traceback)[-_TRACEBACK:], "failures": number}
+        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs)
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {FAILURES: number})
+        if again:
+            _requeue(connection, claim.trial_id)
+        else:
+            _end(connection, claim.trial_id, TrialState.FAIL)
+    return "waiting" if again else "failed"
+
+
+def running(connection: sa.Connection, study_id: int) -> dict[int, dt.datetime]:
+    """Running trials and their last signs of life."""
+    rows = connection.execute(
+        sa.select(db.trials.c.trial_id, db.heartbeats.c.heartbeat)
+        .join(db.heartbeats, db.heartbeats.c.trial_id == db.trials.c.trial_id)
+        .where(db.trials.c.study_id == study_id, db.trials.c.state == TrialState.RUNNING)
+    )
+    return {row.trial_id: row.heartbeat for row in rows}
+
+
+def reap(store: Store, study_id: int, suspects: Iterable[int], grace: float, max_losses: int) -> list[int]:
+    """Take running trials without a sign of life for `grace` seconds back into the queue; returns which.
+
+    A trial that was lost `max_losses` times without a new checkpoint in between fails.
+    """
+    reaped = []
+    for trial_id in suspects:
+        with store.write() as connection:
+            state = sa.select(db.trials.c.state).where(db.trials.c.trial_id == trial_id).with_for_update()
+            if connection.execute(state).scalar() != TrialState.RUNNING:
+                continue
+            last = running(connection, study_id).get(trial_id)
+            if last is None or db.db_now(connection) - last <= dt.timedelta(seconds=grace):
+                continue
+            attrs = db.get_attrs(connection, db.trial_attrs, trial_id, "saeopt:")
+            checkpoint = int(attrs.get(CHECKPOINT, 0))
+            progressed = checkpoint > int(attrs.get(LOST_AT, -1)) and LOST_AT in attrs
+            losses = 1 if progressed else 1 + int(attrs.get(LOSSES, 0))
+            changed: dict[str, Any] = {LOSSES: losses, LOST_AT: checkpoint}
+            if losses >= max_losses:
+                reason = f"its worker was lost {losses} times without a new checkpoint in between"
+                db.set_attrs(connection, db.trial_user_attrs, trial_id, {"reason": reason})
+                _end(connection, trial_id, TrialState.FAIL)
+            else:
+                _requeue(connection, trial_id)
+                if losses >= _ALONE_AFTER:
+                    changed[ALONE] = True
+            db.set_attrs(connection, db.trial_attrs, trial_id, changed)
+            reaped.append(trial_id)
+    return reaped
+
+
+def retry(store: Store, study_id: int, numbers: Iterable[int] | None = None) -> list[int]:
+    """Put failed trials (all, or those numbers) back into the queue with fresh retries; returns their numbers."""
+    wanted = None if numbers is None else set(numbers)
+    done = []
+    with store.write() as connection:
+        rows = connection.execute(
+            sa.select(db.trials.c.trial_id, db.trials.c.number)
+            .where(db.trials.c.study_id == study_id, db.trials.c.state == TrialState.FAIL)
+            .order_by(db.trials.c.number)
+        ).all()
+        for row in rows:
+            if wanted is not None and row.number not in wanted:
+                continue
+            connection.execute(
+                sa.update(db.trials)
+                .where(db.trials.c.trial_id == row.trial_id)
+                .values(state=TrialState.WAITING, datetime_complete=None)
+            )
+            db.drop_attrs(connection, db.trial_attrs, row.trial_id, [LOSSES, LOST_AT, ALONE, FAILURES, CLAIM])
+            db.drop_attrs(connection, db.trial_user_attrs, row.trial_id, ["reason", "traceback", "failures"])
+            done.append(row.number)
+    return done
+
+
+def counts(store: Store, study_id: int) -> dict[str, int]:
+    """Trials by state (`WAITING`, `RUNNING`, `COMPLETE`, `PRUNED`, `FAIL`); zeros included."""
+    with store.read() as connection:
+        rows = connection.execute(
+            sa.select(db.trials.c.state, sa.func.count())
+            .where(db.trials.c.study_id == study_id)
+            .group_by(db.trials.c.state)
+        )
+        found = {state.name: int(n) for state, n in rows}
+    return {state.name: found.get(state.name, 0) for state in TrialState}
+
+
+def is_stopped(connection: sa.Connection, study_id: int) -> bool:
+    """Whether `study stop` asked the workers to hand their trials back."""
+    return bool(db.get_attrs(connection, db.study_attrs, study_id, STOPPED).get(STOPPED))
+
+
+def set_stopped(store: Store, study_id: int, stopped: bool) -> None:
+    """Ask all workers to checkpoint and release (or let them claim again)."""
+    with store.write() as connection:
+        db.set_attrs(connection, db.study_attrs, study_id, {STOPPED: stopped})

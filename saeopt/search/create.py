@@ -1,0 +1,132 @@
+"""Creating a study: the spec and the whole queue in one transaction, however many creators start at once."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+
+from saeopt.config.study import StudySpec
+from saeopt.errors import UserError
+from saeopt.search import internals as db
+from saeopt.search.claims import STREAM
+from saeopt.search.objectives import directions, objective_names
+from saeopt.search.samplers import n_designed
+from saeopt.search.space import Cell, Space
+from saeopt.search.storage import SPEC_KEY, Store, persistently
+
+_Row = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Created:
+    """What `create_study` did."""
+
+    study_id: int
+    n_trials: int
+    is_new: bool
+
+
+def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
+    """The cells that are known at creation, and the number of trials that the sampler will propose later.
+
+    Raises:
+        UserError: some cell is no valid run config.
+    """
+    space = Space(spec)
+    if spec.sampler.type == "grid":
+        cells = space.grid()
+        if not cells:
+            raise UserError(f"study {spec.name}: the space has no cells")
+        return cells, 0
+    space.check_corners()
+    cells = space.design(n_designed(spec), spec.sampler.seed)
+    return cells, (spec.max_trials or 0) - len(cells)
+
+
+def create_study(store: Store, spec: StudySpec) -> Created:
+    """Create the study and its queue; the same spec again changes nothing.
+
+    Raises:
+        UserError: another study has this name, or a cell is invalid.
+    """
+    found = _existing(store, spec)
+    if found is not None:
+        return found
+    cells, proposed = planned_cells(spec)
+    rows = _rows(spec, cells, proposed)
+    names = objective_names(spec)
+    with store.lock(f"study-{spec.name}"):
+        found = _existing(store, spec)
+        if found is not None:
+            return found
+        study = optuna.create_study(
+            storage=store.optuna, study_name=spec.name, directions=directions(spec), load_if_exists=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(names)
+        study_id = db.study_id_of(study)
+
+        def fill() -> None:
+            with store.write() as connection:
+                db.insert_waiting(connection, study_id, 0, rows)
+                db.set_attrs(connection, db.study_attrs, study_id, {SPEC_KEY: spec.to_json()})
+
+        persistently(fill, "creating the study")
+    return Created(study_id, len(rows), True)
+
+
+def _rows(spec: StudySpec, cells: list[Cell], proposed: int) -> list[_Row]:
+    space = Space(spec)
+    distributions = {p.name: p.distribution for p in space.parameters}
+    rows: list[_Row] = [
+        ({name: (value, distributions[name]) for name, value in cell.params.items()}, {STREAM: cell.stream})
+        for cell in cells
+    ]
+    if proposed:
+        # The stream of a trial to come is known only when no parameter can change it.
+        known = {} if space.fixes_stream else {STREAM: space.middle().stream}
+        rows += [({}, dict(known)) for _ in range(proposed)]
+    return rows
+
+
+def _existing(store: Store, spec: StudySpec) -> Created | None:
+    """The study of this name if it is complete; :class:`UserError` if it is another one."""
+    if spec.name not in store.study_names():
+        return None
+    study_id = store.study_id(spec.name)
+    with store.read() as connection:
+        text = db.get_attrs(connection, db.study_attrs, study_id, SPEC_KEY).get(SPEC_KEY)
+        statement = sa.select(sa.func.count()).select_from(db.trials).where(db.trials.c.study_id == study_id)
+        n_trials = int(connection.execute(statement).scalar_one())
+    if text is None:
+        if n_trials:
+            raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
+        return None
+    if text != spec.to_json():
+        raise UserError(
+            f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
+            " choose another --name, or delete the old one with 'saeopt.study delete'"
+        )
+    return Created(study_id, n_trials, False)
+
+
+def _difference(text: str, spec: StudySpec) -> str:
+    """Names of the fields in which two specs differ, two levels deep."""
+    old, new = json.loads(text), json.loads(spec.to_json())
+    found = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{inner}" for inner in {**a, **b} if a.get(inner) != b.get(inner)]
+        else:
+            found.append(key)
+    return ", ".join(f"'{name}'" for name in found[:3]) + (", …" if len(found) > 3 else "")

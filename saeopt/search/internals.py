@@ -1,0 +1,188 @@
+"""The one module that touches private names of Optuna 5.0; `tests/search/test_internals.py` fails when they move.
+
+Why at all: Optuna's own queue hands a waiting trial to two workers on SQLite, its retries make new trials, and a
+thousand cells take minutes through its public calls. The tables underneath are plain, and its schema is versioned.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+SUPPORTED = "5.0"
+
+studies: sa.Table = models.StudyModel.__table__
+study_attrs: sa.Table = models.StudySystemAttributeModel.__table__
+study_user_attrs: sa.Table = models.StudyUserAttributeModel.__table__
+trials: sa.Table = models.TrialModel.__table__
+trial_attrs: sa.Table = models.TrialSystemAttributeModel.__table__
+trial_user_attrs: sa.Table = models.TrialUserAttributeModel.__table__
+trial_params: sa.Table = models.TrialParamModel.__table__
+trial_values: sa.Table = models.TrialValueModel.__table__
+trial_reports: sa.Table = models.TrialIntermediateValueModel.__table__
+heartbeats: sa.Table = models.TrialHeartbeatModel.__table__
+
+
+def make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
+    """Optuna's storage; creates the tables where they are missing."""
+    return RDBStorage(url, engine_kwargs=engine_kwargs, heartbeat_interval=None)
+
+
+def schema_is_there(engine: sa.Engine) -> bool:
+    """Whether Optuna has finished setting up the tables (the version table comes last)."""
+    return bool(sa.inspect(engine).has_table("alembic_version"))
+
+
+def study_id_of(study: optuna.Study) -> int:
+    """The key of a study in the tables."""
+    return int(study._study_id)
+
+
+def trial_id_of(trial: FrozenTrial | Trial) -> int:
+    """The key of a trial in the tables."""
+    return int(trial._trial_id)
+
+
+def live_trial(study: optuna.Study, trial_id: int) -> Trial:
+    """The trial as an object that suggests parameters; the study forgets what it has read before."""
+    study._thread_local.cached_all_trials = None
+    return Trial(study, trial_id)
+
+
+def frozen_trial(study: optuna.Study, trial_id: int) -> FrozenTrial:
+    """The trial as stored now."""
+    study._thread_local.cached_all_trials = None
+    return study._storage.get_trial(trial_id)
+
+
+def constraint_attrs(values: Mapping[str, float]) -> dict[str, Any]:
+    """System attributes that say how far a trial is from feasible (at most 0: feasible), for samplers and dashboard.
+
+    The dashboard reads only the older form, a list; the samplers read both and take the named values.
+    """
+    return {_CONSTRAINTS_KEY: list(values.values())} if values else {}
+
+
+def upsert(connection: sa.Connection, table: sa.Table, keys: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Insert a row, or update the one that has these keys."""
+    from sqlalchemy.dialects import postgresql, sqlite
+
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    statement = insert(table).values({**keys, **values})
+    connection.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=dict(values)))
+
+
+def set_attrs(connection: sa.Connection, table: sa.Table, owner: int, attrs: Mapping[str, Any]) -> None:
+    """Write attributes (any JSON values) of a study or trial into one of the four attribute tables."""
+    column = "study_id" if "study_id" in table.c else "trial_id"
+    for key, value in attrs.items():
+        upsert(connection, table, {column: owner, "key": key}, {"value_json": json.dumps(value)})
+
+
+def get_attrs(connection: sa.Connection, table: sa.Table, owner: int, prefix: str = "") -> dict[str, Any]:
+    """Attributes of a study or trial whose keys start with `prefix`."""
+    column = table.c["study_id" if "study_id" in table.c else "trial_id"]
+    rows = connection.execute(sa.select(table.c.key, table.c.value_json).where(column == owner))
+    return {key: json.loads(text) for key, text in rows if key.startswith(prefix)}
+
+
+def drop_attrs(connection: sa.Connection, table: sa.Table, owner: int, keys: Iterable[str]) -> None:
+    """Delete attributes of a study or trial."""
+    column = table.c["study_id" if "study_id" in table.c else "trial_id"]
+    connection.execute(sa.delete(table).where(column == owner, table.c.key.in_(list(keys))))
+
+
+def set_values(connection: sa.Connection, trial_id: int, values: Iterable[float]) -> None:
+    """The objective values of a trial."""
+    connection.execute(sa.delete(trial_values).where(trial_values.c.trial_id == trial_id))
+    for objective, value in enumerate(values):
+        stored, kind = models.TrialValueModel.value_to_stored_repr(float(value))
+        connection.execute(
+            sa.insert(trial_values).values(trial_id=trial_id, objective=objective, value=stored, value_type=kind)
+        )
+
+
+def set_report(connection: sa.Connection, trial_id: int, step: int, value: float) -> None:
+    """An intermediate value."""
+    stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(float(value))
+    upsert(
+        connection,
+        trial_reports,
+        {"trial_id": trial_id, "step": step},
+        {"intermediate_value": stored, "intermediate_value_type": kind},
+    )
+
+
+def last_report(connection: sa.Connection, trial_id: int) -> float | None:
+    """The newest intermediate value, if it is finite."""
+    statement = sa.select(trial_reports.c.intermediate_value).where(trial_reports.c.trial_id == trial_id)
+    value = connection.execute(statement.order_by(trial_reports.c.step.desc()).limit(1)).scalar()
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def params_of(connection: sa.Connection, trial_ids: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Parameters per trial, as the sampler or the queue gave them."""
+    found: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in trial_ids}
+    columns = (trial_params.c.trial_id, trial_params.c.param_name, trial_params.c.param_value)
+    statement = sa.select(*columns, trial_params.c.distribution_json).where(trial_params.c.trial_id.in_(list(found)))
+    for trial_id, name, value, distribution in connection.execute(statement.order_by(trial_params.c.param_id)):
+        found[trial_id][name] = json_to_distribution(distribution).to_external_repr(value)
+    return found
+
+
+def insert_waiting(
+    connection: sa.Connection,
+    study_id: int,
+    first_number: int,
+    cells: list[tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]],
+) -> None:
+    """Append queued trials in bulk. A cell: parameter → (value, distribution), and system attributes."""
+    if not cells:
+        return
+    rows = [{"study_id": study_id, "number": first_number + i, "state": TrialState.WAITING} for i in range(len(cells))]
+    connection.execute(sa.insert(trials), rows)
+    found = connection.execute(
+        sa.select(trials.c.trial_id, trials.c.number).where(
+            trials.c.study_id == study_id, trials.c.number >= first_number
+        )
+    )
+    ids = {number: trial_id for trial_id, number in found}
+    params, attrs = [], []
+    texts: dict[int, str] = {}
+    for i, (cell, extra) in enumerate(cells):
+        trial_id = ids[first_number + i]
+        for name, (value, distribution) in cell.items():
+            text = texts.setdefault(id(distribution), distribution_to_json(distribution))
+            params.append(
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": distribution.to_internal_repr(value),
+                    "distribution_json": text,
+                }
+            )
+        attrs += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in extra.items()]
+    if params:
+        connection.execute(sa.insert(trial_params), params)
+    if attrs:
+        connection.execute(sa.insert(trial_attrs), attrs)
+
+
+def db_now(connection: sa.Connection) -> dt.datetime:
+    """The one clock of all workers, as naive UTC: the server's, or this host's for SQLite."""
+    if connection.dialect.name == "postgresql":
+        found = connection.execute(sa.text("SELECT clock_timestamp() AT TIME ZONE 'UTC'")).scalar_one()
+        assert isinstance(found, dt.datetime)
+        return found
+    return dt.datetime.now(dt.UTC).replace(tzinfo=None)

@@ -1,0 +1,257 @@
+"""The search space: grid cells in an order that makes good packs, conditional parameters, distributions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
+
+from saeopt.config.run import MEMBER_FIELDS, RunConfig, stream_key
+from saeopt.config.study import Dimension, StudySpec
+from saeopt.errors import UserError
+
+_SHAPE_FIELDS = ["saes.sae_type", "saes.sae_positions", "saes.dict_size_to_input_ratio", "saes.k", "seed"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A named parameter of the study. `field` may occur in several, with conditions that exclude each other."""
+
+    name: str
+    field: str
+    dimension: Dimension
+
+    @cached_property
+    def choices(self) -> list[Any]:
+        """The values as Optuna stores them: lists become JSON text."""
+        values = self.dimension.values
+        if values is None:
+            return [_plain(v) for v in _steps(self.dimension)]
+        return [v if v is None or isinstance(v, bool | int | float | str) else json.dumps(v) for v in values]
+
+    @cached_property
+    def distribution(self) -> BaseDistribution:
+        """Optuna's view of the dimension."""
+        d = self.dimension
+        if d.values is not None:
+            return CategoricalDistribution(self.choices)
+        assert d.low is not None
+        assert d.high is not None
+        if d.integer:
+            return IntDistribution(int(d.low), int(d.high), log=d.log, step=int(d.step or 1))
+        return FloatDistribution(d.low, d.high, log=d.log, step=d.step)
+
+    def value(self, stored: Any) -> Any:
+        """The field's value for a stored parameter value."""
+        if self.dimension.values is not None:
+            return self.dimension.values[_index(self.choices, stored)]
+        return stored
+
+    def at(self, share: float) -> Any:
+        """The stored value at a share (0 ≤ share < 1) of the dimension, for designs that fill the space."""
+        d = self.dimension
+        if d.values is not None:
+            return self.choices[min(int(share * len(self.choices)), len(self.choices) - 1)]
+        if d.step is not None or d.integer:
+            steps = self.choices
+            if not d.log:
+                return steps[min(int(share * len(steps)), len(steps) - 1)]
+        assert d.low is not None
+        assert d.high is not None
+        value = d.low * (d.high / d.low) ** share if d.log else d.low + (d.high - d.low) * share
+        return _plain(min(max(round(value) if d.integer else value, d.low), d.high))
+
+    def suggest(self, trial: Trial) -> Any:
+        """Ask the trial's sampler."""
+        d = self.dimension
+        if d.values is not None:
+            return trial.suggest_categorical(self.name, self.choices)
+        assert d.low is not None
+        assert d.high is not None
+        if d.integer:
+            return trial.suggest_int(self.name, int(d.low), int(d.high), log=d.log, step=int(d.step or 1))
+        return trial.suggest_float(self.name, d.low, d.high, log=d.log, step=d.step)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trial to come: parameters as stored, its complete config, and what it can share a pack with."""
+
+    params: dict[str, Any]
+    config: RunConfig
+    stream: str
+
+
+class Space:
+    """The parameters of a study, slowest first: what fixes the stream, then what fixes shapes, then the rest."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.spec = spec
+        found = [p for field, dimensions in spec.space.items() for p in _parameters(field, dimensions)]
+        self.parameters = sorted(found, key=_rank)
+        self.by_name = {p.name: p for p in self.parameters}
+        self.parents = sorted({parent for p in found for parent in p.dimension.when})
+
+    @property
+    def fixes_stream(self) -> bool:
+        """Whether some parameter decides which trials can share a pack."""
+        return any(_rank(p)[0] == 0 for p in self.parameters)
+
+    def values(self, params: dict[str, Any]) -> dict[str, Any]:
+        """`field[@hook point]` → value, from stored parameters."""
+        unknown = [name for name in params if name not in self.by_name]
+        if unknown:
+            raise UserError(f"study {self.spec.name}: a trial has the parameter '{unknown[0]}', the space has not")
+        return {self.by_name[n].field: self.by_name[n].value(v) for n, v in params.items()}
+
+    def config(self, params: dict[str, Any]) -> RunConfig:
+        """The complete config of a trial; :class:`UserError` if these values do not go together."""
+        shown = ", ".join(f"{k}={v}" for k, v in params.items())
+        return self.spec.run_config(self.values(params), f"study {self.spec.name}: {shown or 'base'}")
+
+    def cell(self, params: dict[str, Any]) -> Cell:
+        """A validated cell."""
+        config = self.config(params)
+        return Cell(params, config, stream_key(config))
+
+    def active(self, parameter: Parameter, chosen: dict[str, Any]) -> bool:
+        """Whether the parameter exists under the chosen values of its parents."""
+        for parent, accepted in parameter.dimension.when.items():
+            current = chosen.get(parent, self.spec.base_sae_type if parent == "saes.sae_type" else None)
+            if current not in accepted:
+                return False
+        return True
+
+    def ordered(self) -> list[Parameter]:
+        """Parents first."""
+        return sorted(self.parameters, key=lambda p: p.field not in self.parents)
+
+    def grid(self) -> list[Cell]:
+        """Every cell once, validated, in the order of the queue; `max_trials` keeps the first."""
+        for p in self.parameters:
+            if p.dimension.values is None and p.dimension.step is None and not p.dimension.integer:
+                raise UserError(
+                    f"study {self.spec.name}: 'space.{p.name}': a grid needs a list or a 'step',"
+                    " or choose another sampler (tpe, random, …)"
+                )
+        combinations = sorted(self._combinations(), key=self._slowness)[: self.spec.max_trials]
+        cells: dict[str, Cell] = {}
+        for params in combinations:
+            cell = self.cell(params)
+            cells.setdefault(cell.config.model_dump_json(), cell)
+        order = {stream: i for i, stream in enumerate(dict.fromkeys(c.stream for c in cells.values()))}
+        return sorted(cells.values(), key=lambda c: order[c.stream])
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
+        parents = [p for p in self.parameters if p.field in self.parents]
+        others = [p for p in self.parameters if p.field not in self.parents]
+        for choice in itertools.product(*(p.choices for p in parents)):
+            params = {p.name: v for p, v in zip(parents, choice, strict=True)}
+            chosen = self.values(params)
+            living = [p for p in others if self.active(p, chosen)]
+            for rest in itertools.product(*(p.choices for p in living)):
+                yield {**params, **{p.name: v for p, v in zip(living, rest, strict=True)}}
+
+    def _slowness(self, params: dict[str, Any]) -> tuple[int, ...]:
+        return tuple(_index(p.choices, params[p.name]) if p.name in params else -1 for p in self.parameters)
+
+    def design(self, n: int, seed: int) -> list[Cell]:
+        """`n` cells spread over the space by a scrambled Sobol sequence."""
+        import warnings
+
+        from scipy.stats import qmc
+
+        if n == 0 or not self.parameters:
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # n need not be a power of two here
+            points = qmc.Sobol(len(self.parameters), scramble=True, rng=seed).random(n)
+        return [self.cell(self._at(dict(zip(self.by_name, map(float, point), strict=True)))) for point in points]
+
+    def _at(self, shares: dict[str, float]) -> dict[str, Any]:
+        params: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
+        for p in self.ordered():
+            if self.active(p, chosen):
+                params[p.name] = p.at(shares[p.name])
+                chosen[p.field] = p.value(params[p.name])
+        return params
+
+    def middle(self) -> Cell:
+        """The cell in the middle of every dimension."""
+        return self.cell(self._at({p.name: 0.5 for p in self.parameters}))
+
+    def check_corners(self) -> None:
+        """Each parameter's ends or values once, everything else in the middle; :class:`UserError` if one is invalid."""
+        for p in self.parameters:
+            shares = [i / len(p.choices) for i in range(len(p.choices))] if p.dimension.values else [0.0, 1.0]
+            for conditions in self._conditions(p):
+                for share in shares:
+                    middle = {q.name: 0.5 for q in self.parameters}
+                    self.cell(self._at({**middle, **conditions, p.name: share}))
+
+    def _conditions(self, parameter: Parameter) -> Iterator[dict[str, float]]:
+        """Shares of the parents under which a parameter exists."""
+        axes = []
+        for parent, accepted in parameter.dimension.when.items():
+            for q in self.parameters:
+                if q.field == parent:
+                    n = len(q.choices)
+                    axes.append([(q.name, (i + 0.5) / n) for i in range(n) if q.value(q.choices[i]) in accepted])
+        yield from (dict(choice) for choice in itertools.product(*axes))
+
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """Parameters for a trial from its sampler, parents first."""
+        params: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
+        for p in self.ordered():
+            if self.active(p, chosen):
+                params[p.name] = p.suggest(trial)
+                chosen[p.field] = p.value(params[p.name])
+        return params
+
+
+def _parameters(field: str, dimensions: list[Dimension]) -> list[Parameter]:
+    if len(dimensions) == 1:
+        return [Parameter(field, field, dimensions[0])]
+    found = []
+    for i, dimension in enumerate(dimensions):
+        label = ",".join(str(v) for values in dimension.when.values() for v in values) or str(i)
+        found.append(Parameter(f"{field}[{label}]", field, dimension))
+    names = [p.name for p in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"'space.{field}': two alternatives hold under the same condition")
+    return found
+
+
+def _rank(parameter: Parameter) -> tuple[int, int]:
+    field = parameter.field.partition("@")[0]
+    if field.partition(".")[0] not in MEMBER_FIELDS:
+        return (0, 0)
+    return (1, _SHAPE_FIELDS.index(field)) if field in _SHAPE_FIELDS else (2, 0)
+
+
+def _index(choices: list[Any], stored: Any) -> int:
+    """Position of a stored value; true and 1 are different."""
+    for i, choice in enumerate(choices):
+        if choice == stored and isinstance(choice, bool) == isinstance(stored, bool):
+            return i
+    raise UserError(f"the stored value {stored!r} is not in the space any more")
+
+
+def _steps(d: Dimension) -> list[float]:
+    assert d.low is not None
+    assert d.high is not None
+    step = d.step or 1.0
+    values = [round(d.low + i * step, 12) for i in range(int((d.high - d.low) / step + 1e-9) + 1)]
+    return [int(v) for v in values] if d.integer else values
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else float(value)

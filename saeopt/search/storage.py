@@ -1,0 +1,278 @@
+"""The store of studies: SQLite for one host, PostgreSQL for several.
+
+Every connection survives a server that restarts; every message shows the URL without its password.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import optuna
+import sqlalchemy as sa
+import tenacity
+from filelock import FileLock
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from saeopt.config.settings import DEFAULT_STORAGE, redact, remember_secret, settings
+from saeopt.config.study import StudySpec
+from saeopt.console import log
+from saeopt.errors import UserError
+from saeopt.search import internals as db
+
+T = TypeVar("T")
+SPEC_KEY = "saeopt:spec"
+_HOPELESS = ("password authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def store_url(url: str | None = None) -> URL:
+    """The store's address: the argument, `SAEOPT_STORAGE`, or the SQLite file in `studies/`."""
+    text = url or settings().storage.get_secret_value() or DEFAULT_STORAGE
+    if "://" not in text and text.endswith((".db", ".sqlite", ".sqlite3")):
+        text = f"sqlite:///{text}"
+    try:
+        parsed = sa.make_url(text)
+    except sa.exc.ArgumentError:
+        raise UserError(f"--storage {redact(text)}: not a URL (sqlite:///file.db or postgresql://…)") from None
+    if parsed.password:
+        remember_secret(parsed.password)
+    if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg2"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise UserError(f"--storage {shown(parsed)}: sqlite:///… or postgresql://… is needed")
+    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise UserError("--storage: an SQLite store needs a file, as in sqlite:///studies/saeopt.db")
+    return parsed
+
+
+def shown(url: URL) -> str:
+    """The address without its password."""
+    return url.render_as_string(hide_password=True)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: the server restarts, the connection broke, the file is locked."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OperationalError | InterfaceError | PoolTimeoutError):
+            return not any(text in str(seen) for text in _HOPELESS)
+        if isinstance(seen, DBAPIError) and seen.connection_invalidated:
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def persistently(action: Callable[[], T], what: str, patience: float = 900.0) -> T:
+    """Run `action` until it succeeds, over `patience` seconds of a store that cannot be reached."""
+
+    def told(state: tenacity.RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            cause = redact(" ".join(str(state.outcome.exception()).split())[:200])
+            log.warning("the store cannot be reached (%s); trying again: %s", what, cause)
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_transient),
+        wait=tenacity.wait_random_exponential(multiplier=0.1, max=3),
+        stop=tenacity.stop_after_delay(patience),
+        before_sleep=told,
+        reraise=True,
+    )
+    return retrying(action)
+
+
+def _engine_kwargs(url: URL) -> dict[str, Any]:
+    if url.drivername == "sqlite":
+        return {"connect_args": {"timeout": 60}}
+    return {
+        "pool_pre_ping": True,
+        "pool_size": 2,
+        "max_overflow": 4,
+        "connect_args": {
+            "connect_timeout": 5,
+            "options": "-c timezone=UTC",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
+        },
+    }
+
+
+@dataclass
+class Store:
+    """An open store. Importing and opening it needs no torch."""
+
+    url: URL
+    optuna: optuna.storages.RDBStorage
+    _cached: Any = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, url: str | None = None, *, create: bool = True, patience: float = 10.0) -> Store:
+        """Open the store and set up its tables, also when many processes do so at the same moment.
+
+        Raises:
+            UserError: it cannot be reached within `patience` seconds, or (`create` false) there is no file.
+        """
+        parsed = store_url(url)
+        if parsed.drivername == "sqlite":
+            path = Path(str(parsed.database))
+            if not create and not path.exists():
+                raise UserError(f"{shown(parsed)}: no such store (create a study first, or give --storage)")
+            path.parent.mkdir(parents=True, exist_ok=True)
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_while_others_set_up),
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=2),
+            stop=tenacity.stop_after_delay(patience),
+            reraise=True,
+        )
+        try:
+            return cls(parsed, retrying(_open, parsed))
+        except (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError) as error:
+            cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            raise UserError(f"cannot open the store {shown(parsed)}: {redact(cause)[:300]}") from None
+
+    @property
+    def engine(self) -> sa.Engine:
+        """SQLAlchemy's engine."""
+        return self.optuna.engine
+
+    @cached_property
+    def shown(self) -> str:
+        """The address without its password."""
+        return shown(self.url)
+
+    @property
+    def is_sqlite(self) -> bool:
+        """One host only."""
+        return self.url.drivername == "sqlite"
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that will write; on SQLite it takes the writer's lock first (a late upgrade would fail)."""
+        if not self.is_sqlite:
+            with self.engine.begin() as connection:
+                yield connection
+            return
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.exec_driver_sql("ROLLBACK")
+                raise
+            connection.exec_driver_sql("COMMIT")
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A connection to read from."""
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """One process at a time, over all hosts that use the store."""
+        with _lock(self.url, self.engine, name):
+            yield
+
+    def study_names(self) -> list[str]:
+        """All studies, oldest first."""
+        with self.read() as connection:
+            statement = sa.select(db.studies.c.study_name).order_by(db.studies.c.study_id)
+            return [str(name) for name in connection.execute(statement).scalars()]
+
+    def study_id(self, name: str) -> int:
+        """A study's key; :class:`UserError` if there is none of that name."""
+        with self.read() as connection:
+            found = connection.execute(sa.select(db.studies.c.study_id).where(db.studies.c.study_name == name)).scalar()
+        if found is None:
+            from saeopt.config.base import nearest
+
+            names = self.study_names()
+            raise UserError(f"no study '{name}' in {self.shown}{nearest(name, names) if names else ' (it is empty)'}")
+        return int(found)
+
+    def spec(self, name: str) -> StudySpec:
+        """The spec that the study holds."""
+        study_id = self.study_id(name)
+        with self.read() as connection:
+            text = db.get_attrs(connection, db.study_attrs, study_id, SPEC_KEY).get(SPEC_KEY)
+        if text is None:
+            raise UserError(f"study '{name}' in {self.shown} was not made by 'saeopt.study create'")
+        return StudySpec.from_json(text)
+
+    def study(self, name: str, **kwargs: Any) -> optuna.Study:
+        """The study as an Optuna object."""
+        self.study_id(name)
+        if self._cached is None:
+            self._cached = optuna.storages.get_storage(self.optuna)
+        return optuna.load_study(study_name=name, storage=self._cached, **kwargs)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.optuna.remove_session()
+        self.engine.dispose()
+
+
+def _while_others_set_up(error: BaseException) -> bool:
+    """Errors of several processes that create the tables, or of a server that is starting."""
+    causes = (error, error.__cause__)
+    return any(
+        isinstance(e, IntegrityError | OperationalError | ProgrammingError | InterfaceError)
+        and not any(text in str(e) for text in _HOPELESS)
+        for e in causes
+    )
+
+
+def _open(url: URL) -> optuna.storages.RDBStorage:
+    text = url.render_as_string(hide_password=False)
+    kwargs = _engine_kwargs(url)
+    probe = sa.create_engine(url, **kwargs)
+    try:
+        if url.drivername == "sqlite":
+            with probe.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        if db.schema_is_there(probe):
+            storage = db.make_storage(text, kwargs)
+        else:
+            with _lock(url, probe, "schema"):
+                storage = db.make_storage(text, kwargs)
+    finally:
+        probe.dispose()
+    if url.drivername == "sqlite":
+        storage.engine.dispose()
+        sa.event.listen(storage.engine, "connect", _fast_sqlite)
+    return storage
+
+
+def _fast_sqlite(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+@contextmanager
+def _lock(url: URL, engine: sa.Engine, name: str) -> Iterator[None]:
+    if url.drivername == "sqlite":
+        with FileLock(f"{url.database}.{name}.lock", timeout=120):
+            yield
+        return
+    import hashlib
+
+    key = int.from_bytes(hashlib.sha256(f"saeopt:{name}".encode()).digest()[:7], "big")
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        deadline = time.monotonic() + 120
+        while not connection.execute(sa.text("SELECT pg_try_advisory_lock(:key)"), {"key": key}).scalar():
+            if time.monotonic() > deadline:
+                raise UserError(f"another process has held the lock '{name}' of the store for two minutes")
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            connection.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": key})

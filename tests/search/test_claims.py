@@ -1,0 +1,248 @@
+"""Claims: taken once, fenced, given back; on SQLite and on a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PASSWORD, Server, grid_spec, new_database
+
+from saeopt.errors import UserError
+from saeopt.search import claims
+from saeopt.search.create import create_study
+from saeopt.search.space import Space
+from saeopt.search.storage import Store, persistently, store_url
+
+OWNER = {"worker": "test"}
+
+
+@pytest.fixture
+def store(store_address: str) -> Any:
+    opened = Store.open(store_address)
+    yield opened
+    opened.close()
+
+
+def make(store: Store, n: int = 12, **fields: Any) -> int:
+    return create_study(store, grid_spec(n, **fields)).study_id
+
+
+def run_together(address: str, folder: Path, processes: int, cells: int, limit: int = 1) -> list[int]:
+    """Start processes that create, claim and finish at one instant; the numbers that they finished."""
+    (folder / "spec.json").write_text(grid_spec(cells).to_json())
+    at = time.time() + 4 + processes * 0.5
+    script = str(Path(__file__).with_name("_processes.py"))
+    outs = [folder / f"out{i}" for i in range(processes)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, address, str(folder / "spec.json"), str(out), str(at), str(limit), str(i % 4)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, out in enumerate(outs)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    return sorted(int(n) for out in outs for n in out.read_text().split())
+
+
+@pytest.mark.slow  # twelve interpreters that import Optuna on two cores, three of them torch
+def test_twelve_workers_that_start_at_one_instant_on_a_fresh_store_share_the_cells(
+    store_address: str, tmp_path: Path
+) -> None:
+    assert run_together(store_address, tmp_path, 12, 60) == list(range(60))
+    assert claims.counts(Store.open(store_address), 1)["COMPLETE"] == 60
+
+
+@pytest.mark.slow
+def test_packs_are_claimed_exactly_once(store_address: str, tmp_path: Path) -> None:
+    assert run_together(store_address, tmp_path, 4, 100, limit=8) == list(range(100))
+
+
+def test_a_claim_takes_the_first_waiting_trials_of_one_stream(store: Store) -> None:
+    study = make(store, space={"data.train_batch_size": [4, 8], "lr": [1e-3, 2e-3, 3e-3]})
+    first = claims.claim(store, study, 8, OWNER)
+    second = claims.claim(store, study, 8, OWNER)
+    assert [c.number for c in first] == [0, 1, 2]
+    assert [c.number for c in second] == [3, 4, 5]
+    assert first[0].stream != second[0].stream
+    assert first[1].params == {"data.train_batch_size": 4, "lr": 2e-3}
+    assert claims.claim(store, study, 8, OWNER) == []
+
+
+def test_trials_at_different_checkpoints_do_not_share_a_pack(store: Store) -> None:
+    study = make(store, 4)
+    for claim, checkpoint in zip(claims.claim(store, study, 4, OWNER), (32, None, 32, None), strict=True):
+        assert claims.release(store, claim, checkpoint)
+    packs = [claims.claim(store, study, 4, OWNER) for _ in range(2)]
+    assert [[(c.number, c.checkpoint) for c in pack] for pack in packs] == [[(0, 32), (2, 32)], [(1, 0), (3, 0)]]
+
+
+def lose(store: Store, study: int, claim: claims.Claim, max_losses: int = 10) -> None:
+    time.sleep(0.02)
+    assert claims.reap(store, study, [claim.trial_id], grace=0.01, max_losses=max_losses) == [claim.trial_id]
+
+
+def test_a_lost_trial_keeps_its_number_and_the_zombie_can_do_nothing(store: Store) -> None:
+    study = make(store, 1)
+    (zombie,) = claims.claim(store, study, 1, OWNER)
+    assert claims.checkpointed(store, zombie, 16)
+    lose(store, study, zombie)
+    (heir,) = claims.claim(store, study, 1, OWNER)
+    assert (heir.number, heir.trial_id, heir.checkpoint) == (0, zombie.trial_id, 16)
+    assert claims.beat(store, [zombie]) == set()
+    assert not claims.report(store, zombie, 1, 0.5)
+    assert not claims.checkpointed(store, zombie, 99)
+    assert not claims.release(store, zombie)
+    assert not claims.finish(store, zombie, "COMPLETE", [9.0, 9.0])
+    assert claims.fail(store, zombie, "late") == "waiting"
+    assert claims.beat(store, [heir]) == {heir.trial_id}
+    assert claims.finish(store, heir, "COMPLETE", [1.0, 0.5])
+    assert not claims.finish(store, heir, "COMPLETE", [2.0, 0.5])
+    assert store.study("s").trials[0].values == [1.0, 0.5]
+
+
+def test_a_living_trial_is_not_reaped(store: Store) -> None:
+    study = make(store, 1)
+    (claim,) = claims.claim(store, study, 1, OWNER)
+    assert claims.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
+    assert claims.counts(store, study)["RUNNING"] == 1
+
+
+def test_losses_count_until_a_new_checkpoint(store: Store) -> None:
+    study = make(store, 1)
+    for round_ in range(5):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        if round_ % 2:
+            claims.checkpointed(store, claim, 16 * (round_ + 1))
+        lose(store, study, claim, max_losses=3)
+    assert claims.counts(store, study)["WAITING"] == 1
+    (claim,) = claims.claim(store, study, 1, OWNER)
+    lose(store, study, claim, max_losses=3)
+    trial = store.study("s").trials[0]
+    assert trial.state.name == "FAIL"
+    assert "lost 3 times" in trial.user_attrs["reason"]
+
+
+def test_a_trial_that_was_lost_twice_is_claimed_alone(store: Store) -> None:
+    study = make(store, 3)
+    for _ in range(2):
+        taken = claims.claim(store, study, 1, OWNER)
+        lose(store, study, taken[0])
+    assert [c.number for c in claims.claim(store, study, 3, OWNER)] == [0]
+    assert [c.number for c in claims.claim(store, study, 3, OWNER)] == [1, 2]
+
+
+def test_a_failed_trial_is_tried_again_until_its_retries_are_used_up(store: Store) -> None:
+    study = make(store, 1)
+    for where in ("waiting", "waiting", "failed"):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        assert claims.fail(store, claim, "ValueError: no", "Traceback …", retries=2) == where
+    trial = store.study("s").trials[0]
+    assert (trial.state.name, trial.user_attrs["reason"]) == ("FAIL", "ValueError: no")
+    assert trial.user_attrs["traceback"] == "Traceback …"
+    assert claims.retry(store, study) == [0]
+    assert [c.number for c in claims.claim(store, study, 1, OWNER)] == [0]
+
+
+def test_a_released_trial_counts_nothing(store: Store) -> None:
+    study = make(store, 1)
+    for _ in range(15):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        assert claims.release(store, claim)
+    assert "saeopt:losses" not in store.study("s").trials[0].system_attrs
+
+
+def test_a_stopped_study_gives_no_trials(store: Store) -> None:
+    study = make(store, 1)
+    claims.set_stopped(store, study, True)
+    assert claims.claim(store, study, 1, OWNER) == []
+    claims.set_stopped(store, study, False)
+    assert len(claims.claim(store, study, 1, OWNER)) == 1
+
+
+def test_creation_is_idempotent_and_refuses_another_spec(store: Store) -> None:
+    assert create_study(store, grid_spec(6)).is_new
+    again = create_study(store, grid_spec(6))
+    assert (again.is_new, again.n_trials) == (False, 6)
+    with pytest.raises(UserError, match=r"different 'space\.lr'"):
+        create_study(store, grid_spec(7))
+    assert store.spec("s") == grid_spec(6)
+    assert store.study("s").metric_names == ["l0", "explained_variance"]
+
+
+@pytest.mark.slow  # a thousand run configs are validated
+def test_a_thousand_cells_are_created_and_claimed_fast(store: Store) -> None:
+    spec = grid_spec(1, space={"lr": [(i + 1) * 1e-4 for i in range(50)], "seed": list(range(20))})
+    before = time.perf_counter()
+    study = create_study(store, spec).study_id
+    assert time.perf_counter() - before < 30
+    times = []
+    for _ in range(30):
+        before = time.perf_counter()
+        assert len(claims.claim(store, study, 1, OWNER)) == 1
+        times.append(time.perf_counter() - before)
+    assert sorted(times)[len(times) // 2] < 0.1
+    (row,) = [p for p in Space(spec).parameters if p.name == "lr"]
+    assert len(row.choices) == 50
+
+
+@pytest.mark.slow  # a server crashes, recovers and is waited for
+def test_a_database_that_restarts_loses_nothing(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    import threading
+
+    address = new_database(server, f"restart_{os.getpid()}")
+    store = Store.open(address)
+    study = make(store, 3)
+    (claim,) = claims.claim(store, study, 1, OWNER)
+    restarting = threading.Thread(target=server.restart, args=(3.0,))
+    restarting.start()
+    time.sleep(1.0)
+    with caplog.at_level(logging.WARNING, "saeopt"):
+        assert persistently(lambda: claims.finish(store, claim, "COMPLETE", [1.0, 2.0]), "telling", 60)
+    restarting.join()
+    assert claims.counts(store, study)["COMPLETE"] == 1
+    assert PASSWORD not in caplog.text
+    store.close()
+
+
+def test_the_password_is_never_shown(server: Server) -> None:
+    wrong = server.url("postgres").replace(PASSWORD, "not-the-password-77")
+    with pytest.raises(UserError) as error:
+        Store.open(wrong)
+    assert "not-the-password-77" not in str(error.value)
+    assert "authentication failed" in str(error.value)
+    store = Store.open(new_database(server, f"shown_{os.getpid()}"))
+    assert PASSWORD not in store.shown
+    assert PASSWORD not in repr(store.url)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "driver"),
+    [
+        ("postgres://u:p@h/d", "postgresql+psycopg"), ("postgresql://u@h/d", "postgresql+psycopg"),
+        ("sqlite:///x.db", "sqlite"), ("x.db", "sqlite"),
+    ],
+)  # fmt: skip
+def test_addresses_are_normalised(given: str, driver: str) -> None:
+    assert store_url(given).drivername == driver
+
+
+@pytest.mark.parametrize("given", ["mysql://u:secret-word@h/d", "nonsense", "sqlite://"])
+def test_other_stores_are_refused_in_one_line(given: str) -> None:
+    with pytest.raises(UserError) as error:
+        store_url(given)
+    assert "secret-word" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match="cannot open the store"):
+        Store.open("postgresql://u:secret-word@127.0.0.1:9/d", patience=0.5)
