@@ -96,6 +96,10 @@ def open_sinks(config: RunConfig, run_dir: Path, run_name: str) -> list[Sink]:
     """The sinks that a config asks for; none by default."""
     check_sinks(config)
     sinks: list[Sink] = []
+    if config.wandb_project is not None or config.trackers:
+        from accelerate import PartialState
+
+        PartialState()  # the trackers log through Accelerate, which wants its state
     if config.wandb_project is not None or "wandb" in config.trackers:
         sinks.append(TrackerSink("W&B", lambda: _wandb(config, run_dir, run_name), sample_key="samples"))
     if "tensorboard" in config.trackers:
