@@ -1,0 +1,246 @@
+"""The endless token stream: documents in a seeded order, joined by a separator, pass after pass.
+
+Both engines deal in units: some documents, joined. Unit u of pass p is the same whoever reads it, so that any position
+(p, u, offset) can be gone back to. What is left of one pass goes on into the next: no token is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saeopt.activations.documents import DocumentTable, Ids, Tokeniser
+from saeopt.errors import UserError
+from saeopt.saes.noise import derived_seed
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+UNIT_DOCUMENTS = 2048
+"""Documents of a unit; a stream is shuffled within units."""
+
+
+@dataclass(frozen=True)
+class Separator:
+    """The token between documents: before each (BOS) or after each (EOS); none where documents are full blocks."""
+
+    token: int | None = None
+    before: bool = False
+
+    def missing(self, ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which documents need one, given their first tokens (BOS) or last tokens (EOS)."""
+        return np.zeros(len(ends), bool) if self.token is None else ends != self.token
+
+    def join(self, documents: Sequence[Ids]) -> Ids:
+        """Documents as one array, separated; a document that brings its separator along gets no second one."""
+        parts: list[NDArray[Any]] = []
+        mark = np.array([self.token or 0], dtype=np.int32)
+        for document in documents:
+            if len(document) == 0:
+                continue
+            own = self.token is None or document[0 if self.before else -1] == self.token
+            parts += [document] if own else [mark, document] if self.before else [document, mark]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
+def order(seed: int, n: int, *names: int | str, shuffle: bool = True) -> NDArray[np.int64]:
+    """A permutation of n numbers fixed by the seed and the names alone."""
+    if not shuffle:
+        return np.arange(n)
+    return np.random.Generator(np.random.PCG64(derived_seed("documents", seed, *names))).permutation(n)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some joined documents of one pass, and what a stream needs to come back to their beginning."""
+
+    number: int
+    pass_: int
+    tokens: Ids
+    state: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in the endless stream. `state` is what a streamed data set needs to read the unit again."""
+
+    pass_: int = 0
+    unit: int = 0
+    offset: int = 0
+    state: dict[str, Any] | None = None
+
+
+class Engine(Protocol):
+    """A source of units."""
+
+    held_out: Ids
+
+    @property
+    def tokens_per_pass(self) -> int | None:
+        """Tokens of one pass over the training documents; None where the end has not been seen."""
+
+    @property
+    def tokens_in_all(self) -> int:
+        """Tokens of the data set, as far as it was read."""
+
+    def seek(self, token: int) -> Position | None:
+        """Where a token of the endless stream lies; None if only reading on can tell."""
+
+    def units(self, start: Position) -> Iterator[Unit]:
+        """Units from a position on, for ever."""
+
+
+class TableEngine:
+    """Documents that can be read by number: any position is found without reading."""
+
+    def __init__(self, table: DocumentTable, separator: Separator, seed: int, shuffle: bool, held_out_tokens: int):
+        self._table, self._separator, self._seed, self._shuffle = table, separator, seed, shuffle
+        lengths = table.lengths
+        joined = lengths + (separator.missing(table.ends(separator.before)) & (lengths > 0))
+        documents = order(seed, len(table), "all", shuffle=shuffle)
+        documents = documents[lengths[documents] > 0]
+        total = np.cumsum(joined[documents])
+        n_held = int(np.searchsorted(total, held_out_tokens)) + 1 if held_out_tokens else 0
+        self.tokens_in_all: int = int(total[-1]) if len(total) else 0
+        self.held_out_documents, self._documents = documents[:n_held], documents[n_held:]
+        self.held_out = separator.join(table.get(self.held_out_documents))
+        self._joined = joined
+        self.tokens_per_pass: int = int(joined[self._documents].sum())
+        self._order = lru_cache(maxsize=2)(self._order_of_pass)
+
+    def _order_of_pass(self, pass_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        shuffled = self._documents[order(self._seed, len(self._documents), "pass", pass_, shuffle=self._shuffle)]
+        starts = np.concatenate([[0], np.cumsum(self._joined[shuffled])])[::UNIT_DOCUMENTS]
+        return shuffled, starts
+
+    def seek(self, token: int) -> Position:
+        """Where a token lies."""
+        pass_, within = divmod(token, self.tokens_per_pass)
+        _, starts = self._order(pass_)
+        unit = int(np.searchsorted(starts, within, side="right")) - 1
+        return Position(pass_, unit, within - int(starts[unit]))
+
+    def units(self, start: Position) -> Iterator[Unit]:
+        """Units from a position on, for ever."""
+        pass_, first = start.pass_, start.unit
+        while True:
+            shuffled, _ = self._order(pass_)
+            for unit in range(first, -(-len(shuffled) // UNIT_DOCUMENTS)):
+                documents = shuffled[unit * UNIT_DOCUMENTS : (unit + 1) * UNIT_DOCUMENTS]
+                yield Unit(unit, pass_, self._separator.join(self._table.get(documents)))
+            pass_, first = pass_ + 1, 0
+
+
+class StreamEngine:
+    """Documents that come one after another. Units are blocks of the stream, without the held-out documents."""
+
+    def __init__(
+        self, rows: IterableDataset, tokeniser: Tokeniser, separator: Separator, seed: int, shuffle: bool,
+        held_out_tokens: int,
+    ):  # fmt: skip
+        self._rows, self._tokeniser, self._separator = rows, tokeniser, separator
+        self._seed, self._shuffle = seed, shuffle
+        self.tokens_per_pass: int | None = None
+        self._first_blocks: list[list[Ids]] = []
+        self._held: list[set[int]] = []
+        self.held_out = self._set_aside(held_out_tokens)
+
+    def _set_aside(self, wanted: int) -> Ids:
+        """Hold out documents of the first blocks, and keep those blocks: training begins with them."""
+        held: list[Ids] = []
+        have = 0
+        blocks = self._blocks(None)
+        while have < wanted or not self._first_blocks:
+            block, state = next(blocks, (None, None))
+            if block is None:
+                break
+            chosen: set[int] = set()
+            for i in order(self._seed, len(block), "all", len(self._first_blocks), shuffle=self._shuffle):
+                if have >= wanted:
+                    break
+                chosen.add(int(i))
+                held.append(self._separator.join([block[i]]))
+                have += len(held[-1])
+            self._first_blocks.append(block)
+            self._held.append(chosen)
+            self._after_first = state
+        self.tokens_in_all = have
+        return np.concatenate(held) if held else np.zeros(0, np.int32)
+
+    def _blocks(self, state: dict[str, Any] | None) -> Iterator[tuple[list[Ids], dict[str, Any]]]:
+        """Blocks of tokenised documents and the state after each, in the order of the data set."""
+        rows = copy.deepcopy(self._rows)
+        if state is not None:
+            rows.load_state_dict(copy.deepcopy(state))
+        column = self._tokeniser.data.column_name
+        pending: list[Any] = []
+        for row in rows:
+            pending.append(row[column])
+            if len(pending) == UNIT_DOCUMENTS:
+                yield self._tokeniser(pending), copy.deepcopy(rows.state_dict())
+                pending = []
+        if pending:
+            yield self._tokeniser(pending), copy.deepcopy(rows.state_dict())
+
+    def seek(self, token: int) -> Position | None:
+        """Only reading on can tell, but for the beginning."""
+        return Position() if token == 0 else None
+
+    def _pass(self, pass_: int, start: Position) -> Iterator[Unit]:
+        number = start.unit
+        for block in self._first_blocks[number:]:
+            yield self._unit(pass_, number, block, None)
+            number += 1
+        state = start.state if start.state is not None else self._after_first
+        for block, after in self._blocks(state):
+            yield self._unit(pass_, number, block, state)
+            number, state = number + 1, after
+
+    def _unit(self, pass_: int, number: int, block: list[Ids], state: dict[str, Any] | None) -> Unit:
+        held = self._held[number] if number < len(self._held) else set()
+        shuffled = order(self._seed, len(block), "pass", pass_, number, shuffle=self._shuffle)
+        return Unit(number, pass_, self._separator.join([block[i] for i in shuffled if int(i) not in held]), state)
+
+    def units(self, start: Position) -> Iterator[Unit]:
+        """Units from a position on, for ever."""
+        pass_ = start.pass_
+        while True:
+            anything = start.offset > 0
+            for unit in self._pass(pass_, start):
+                anything = anything or len(unit.tokens) > 0
+                yield unit
+            if not anything:
+                raise UserError(f"'data.dataset_name': {self._tokeniser.data.dataset_name}: no tokens to train on")
+            pass_, start = pass_ + 1, Position()
+
+
+class Reader:
+    """Reads the endless stream from a position on; `position` is where the next token lies."""
+
+    def __init__(self, engine: Engine, start: Position):
+        self._units = engine.units(start)
+        self._unit = next(self._units)
+        self._offset = start.offset
+
+    @property
+    def position(self) -> Position:
+        """Where the next token lies."""
+        return Position(self._unit.pass_, self._unit.number, self._offset, self._unit.state)
+
+    def read(self, n: int) -> Ids:
+        """The next n tokens."""
+        parts: list[Ids] = []
+        while n > 0:
+            part = self._unit.tokens[self._offset : self._offset + n]
+            parts.append(part)
+            n -= len(part)
+            self._offset += len(part)
+            if n > 0:
+                self._unit, self._offset = next(self._units), 0
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
