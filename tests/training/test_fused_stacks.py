@@ -28,6 +28,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "gated_hard_concrete"},
     {"sae_type": "gated_hard_concrete", "aux_form": "seed", "legacy": True},
     {"sae_type": "gated_hard_concrete", "decoder_norm": "unit", "magnitude_activation": "softplus"},
+    {"sae_type": "topk", "k": 3},
+    {"sae_type": "topk", "k": 2, "h": 64, "decoder_norm": "unit", "aux_k": 4},
+    {"sae_type": "topk", "k": 4, "legacy": True, "mse_coeff": 0.5},
 ]
 HYPER = [Hyper(3e-3, 0.3, 0.5, 1.0), Hyper(1e-2, 0.05, 0.7, 1e9), Hyper(1e-3, 0.0, 0.4, 0.1)]
 

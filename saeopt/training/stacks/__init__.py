@@ -22,13 +22,15 @@ def make_stack(
     """
     from saeopt.training.stacks.autograd import AutogradStack
     from saeopt.training.stacks.fused import FusedStack
+    from saeopt.training.stacks.sparse import SparseStack
 
     reason = _why_not_fused(saes, options)
     if performance.stack == "reference" or reason is not None:
         if performance.stack == "fused":
             _notice(f"the fused step is not used: {reason}")
         return AutogradStack(saes, seeds, options)
-    return FusedStack(saes, seeds, options, performance)
+    cls = SparseStack if saes[0].config.sae_type in SparseStack.architectures else FusedStack
+    return cls(saes, seeds, options, performance)
 
 
 def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
@@ -36,10 +38,11 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
     import torch
 
     from saeopt.training.stacks.fused import FusedStack
+    from saeopt.training.stacks.sparse import SparseStack
 
     first = saes[0]
     sae_type = first.config.sae_type
-    if sae_type not in FusedStack.architectures or type(first) is not get_sae(sae_type):
+    if sae_type not in FusedStack.architectures | SparseStack.architectures or type(first) is not get_sae(sae_type):
         return f"'{sae_type}' has none"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"
