@@ -7,12 +7,13 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS packages
 ARG TORCH_INDEX=
+ARG TORCH_VERSION=2.13.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv /opt/venv
+# torch alone first: it is most of the download, and its layer outlives every change of the other packages.
+RUN pip install --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$TORCH_VERSION"
 WORKDIR /app
 COPY pyproject.toml constraints.txt ./
-# torch alone first: it is most of the download, and its layer outlives changes of everything else.
-RUN pip install --no-deps -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 # An empty package stands in for the code, so that no change of the code runs this again; the editable install finds the real one in /app.
 RUN mkdir saeopt && touch saeopt/__init__.py README.md \
     && pip install -c constraints.txt -e ".[gguf,tensorboard]" \

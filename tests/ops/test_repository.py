@@ -64,6 +64,10 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
         assert requirement.specifier.contains(version), f"{line} does not admit the pinned {version}"
 
 
+def test_the_image_takes_the_pinned_torch() -> None:
+    assert f"ARG TORCH_VERSION={pins()['torch']}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
 def test_no_registry_host_and_no_machine_path_in_any_file() -> None:
     hosts = ["py" + "pi.org", "python" + "hosted.org", "registry." + "npmjs", "deb.debian" + ".org"]
     places = ["/" + "work/", "/" + "root/.", "/opt/" + "wheels", "/opt/" + "pypi", "--extra-" + "index-url"]
