@@ -1,0 +1,173 @@
+"""What operators are promised of the containers: one image, `up`, kills, a restarted database, the dashboard, `down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stack import Stack, docker, report, wait_for
+
+BUDGET_GB = 2.5
+PASSWORD = "p@ss:w/rd%of-the?test"  # whatever a URL would trip over
+STUDY = "containers"
+STATES = "select t.state, count(*) from trials t join studies s using (study_id) group by 1 order by 1"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def stack(image: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The shipped files with a study of six cells, not yet up. Whatever happens it is taken down."""
+    settings = {
+        "POSTGRES_PASSWORD": PASSWORD,
+        "STUDY_FILE": "data/study.yaml",
+        "DATA_DIR": str(data),
+        "SAEOPT_IMAGE": image,
+        "BASE_IMAGE": os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm"),
+        "HF_HUB_OFFLINE": "1",
+        "DASHBOARD_PORT": str(free_port()),
+    }
+    made = Stack(f"saeopt-test-{os.getpid()}", tmp_path_factory.mktemp("stack"), settings)
+    made.write()
+    try:
+        yield made
+    finally:
+        made.down()
+        assert made.leftovers() == []
+
+
+def states(stack: Stack) -> dict[str, int]:
+    return {state: int(count) for state, count in (row.split("|") for row in stack.sql(STATES) if "|" in row)}
+
+
+def reports(stack: Stack) -> int:
+    rows = stack.sql("select count(*) from trial_intermediate_values")
+    return int(rows[0]) if rows and rows[0].isdigit() else 0
+
+
+def get(url: str) -> tuple[int, str]:
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        return answer.status, answer.read().decode()
+
+
+def test_the_image_is_small_and_runs_as_a_user_without_privileges(image: str) -> None:
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", image)) / 1e9 < BUDGET_GB
+    assert docker("run", "--rm", "--entrypoint", "id", image, "-u").strip() == "1000"
+    history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image) + docker("inspect", image)
+    assert "PASSWORD=" not in history
+    assert "TOKEN=" not in history
+    files = docker("run", "--rm", "--entrypoint", "ls", image, "-A", "/app").split()
+    assert ".env" not in files
+    assert ".git" not in files
+
+
+def test_the_image_runs_as_any_user(image: str) -> None:
+    code = "import getpass, os, saeopt.config; open('/data/output/x', 'w'); print(getpass.getuser(), os.getuid())"
+    out = docker("run", "--rm", "--user", "12345:12345", image, "python", "-c", code)
+    assert out.split() == ["saeopt", "12345"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack) -> None:
+    start = time.monotonic()
+    stack.compose("up", "-d", "--no-build", "--scale", "workers=2", "workers")
+    report(f"`up` returned after {time.monotonic() - start:.0f} s")
+    wait_for(lambda: reports(stack) > 0, 180, "a trial reports", stack.logs)
+    report(f"from `up` to the first report of a training: {time.monotonic() - start:.0f} s")
+    workers = stack.containers("workers")
+    assert len(workers) == 2
+
+    # A stopped container gives its trial back within ten seconds; started again, it goes on.
+    stopping = time.monotonic()
+    docker("stop", "--time", "20", workers[0])
+    seconds = time.monotonic() - stopping
+    report(f"`docker stop` of a training worker: {seconds:.1f} s")
+    assert seconds < 12
+    assert docker("inspect", "--format", "{{.State.OOMKilled}} {{.State.ExitCode}}", workers[0]).split()[1] != "137"
+    docker("start", workers[0])
+
+    docker("kill", "--signal", "KILL", workers[1])
+    stack.compose("restart", "--timeout", "5", "db")
+    wait_for(
+        lambda: states(stack) == {"COMPLETE": 6}, 300, "six finished trials", lambda: f"{states(stack)}\n{stack.logs()}"
+    )
+    report(f"from `up` to six finished trials, with the kills: {time.monotonic() - start:.0f} s")
+
+    query = "select trial_id, param_name, param_value from trial_params"
+    cells: dict[str, list[str]] = {}
+    for row in sorted(stack.sql(query)):
+        trial, name, value = row.split("|")
+        cells.setdefault(trial, []).append(f"{name}={value}")
+    assert len(cells) == 6
+    assert len({tuple(cell) for cell in cells.values()}) == 6, "each cell exactly once"
+    show = stack.compose("run", "--rm", "-T", "study", "status", STUDY)
+    assert "COMPLETE" in show.upper()
+    listing = stack.compose(
+        "run", "--rm", "-T", "--entrypoint", "find", "study", "/data/output", "-name", "evaluation.json"
+    )
+    assert len(listing.split()) == 6
+    assert PASSWORD not in stack.compose("logs", "--no-color")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_dashboard_shows_the_study_through_its_published_port(stack: Stack) -> None:
+    stack.compose("up", "-d", "--no-build", "dashboard")
+    base = f"http://127.0.0.1:{stack.settings['DASHBOARD_PORT']}"
+
+    def answers() -> bool:
+        try:
+            return get(f"{base}/dashboard/")[0] == 200
+        except OSError:
+            return False
+
+    wait_for(answers, 90, "the dashboard answers", stack.logs)
+    assert STUDY in get(f"{base}/api/studies")[1]
+    address = docker("port", stack.containers("dashboard")[0], "8080").split()
+    assert address == [f"127.0.0.1:{stack.settings['DASHBOARD_PORT']}"]
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser:
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+                   "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=15000",
+                   f"--user-data-dir={stack.folder}/chromium", "--dump-dom", f"{base}/dashboard/"]  # fmt: skip
+        page = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120).stdout
+        assert STUDY in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_database_is_reachable_for_the_services_only(stack: Stack, image: str) -> None:
+    stack.compose("up", "-d", "--no-build", "db")
+    container = stack.containers("db")[0]
+    facts = json.loads(docker("inspect", container))[0]["NetworkSettings"]
+    assert not any(facts["Ports"].values()), "no port of the database is published"
+    (address,) = [network["IPAddress"] for network in facts["Networks"].values()]
+    (network,) = facts["Networks"]
+    probe = f"import socket; socket.create_connection(({address!r}, 5432), timeout=5); print('reached')"
+
+    def reached(on: str) -> str:
+        return docker("run", "--rm", "--network", on, "--entrypoint", "python", image, "-c", probe, check=False)
+
+    assert "reached" in reached(network), "the probe itself must work"
+    assert "reached" not in reached("bridge")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nothing_is_left_behind(stack: Stack) -> None:
+    assert stack.leftovers() != []
+    stack.down()
+    assert stack.leftovers() == []
