@@ -1,4 +1,4 @@
-"""What operators are promised of the containers: one image, `up`, kills, a restarted database, the dashboard, `down`."""
+"""What operators are promised of the containers: one image, `up`, kills, a restarted database, a page, `down`."""
 
 from __future__ import annotations
 
