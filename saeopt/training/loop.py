@@ -260,7 +260,7 @@ class _Loop:
         self._checkpoint(trial)
         self.pack.drop(trial.active, reason)
         if self.stream is not None and self.pack.groups:
-            self.stream.set_hook_points(self.pack.hook_points)
+            self.stream.hooks = self.pack.hook_points
         self._close(trial, TrialResult(status, self.samples, reason, evaluation or {}))
 
     def _finish(self, trial: _Trial) -> None:
