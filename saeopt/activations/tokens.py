@@ -71,8 +71,7 @@ class TokenData:
         tokeniser = Tokeniser(data, model.tokenizer, model.vocab_size)
         seed, wanted = data.seed or 0, data.n_eval_samples * (data.context_length - data.prepend_bos)
         first = _first_rows(rows, data)
-        lengths = {len(row) for row in first if row is not None}
-        if data.is_tokenized and len(first) > 1 and len(lengths) == 1:
+        if data.is_tokenized and len(first) > 1 and len({len(row) for row in first if row is not None}) == 1:
             separator = Separator()
         if isinstance(rows, ListTable) or hasattr(rows, "select"):
             table = _table(rows, tokeniser)
