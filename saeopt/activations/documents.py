@@ -35,7 +35,7 @@ def check_column(data: DataConfig, row: object) -> None:
         raise UserError(f"'data.is_tokenized': {where} holds text, not token ids: set it to false")
     if not data.is_tokenized and listed:
         raise UserError(f"'data.is_tokenized': {where} holds token ids, not text: set it to true")
-    if data.is_tokenized != listed and not isinstance(row, str):
+    if not (listed if data.is_tokenized else isinstance(row, str)):
         wanted = "lists of token ids" if data.is_tokenized else "text"
         raise UserError(f"'data.column_name': {where} holds {_describe(row)}, not {wanted}")
 
@@ -67,7 +67,10 @@ class Tokeniser:
     def _batches(self, rows: Sequence[Any]) -> Iterator[list[NDArray[np.int64]]]:
         assert self.tokenizer is not None
         for start in range(0, len(rows), TOKENISE_ROWS):
-            texts = [row or "" for row in rows[start : start + TOKENISE_ROWS]]
+            texts = ["" if row is None else row for row in rows[start : start + TOKENISE_ROWS]]
+            for text in texts:
+                if not isinstance(text, str):
+                    check_column(self.data, text)
             found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             yield [np.asarray(ids, dtype=np.int64) for ids in found["input_ids"]]
 
