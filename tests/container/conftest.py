@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -41,15 +40,3 @@ def image(engine: None) -> Iterator[str]:
     report(f"image: {size:.2f} GB, built in {time.monotonic() - start:.0f} s")
     yield tag
     docker("image", "rm", "--no-prune", tag, check=False)
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, tiny_text: Path) -> Path:
-    """A folder with a tiny model, a text and a study of six cells, readable for the container's user."""
-    folder = tmp_path_factory.mktemp("container-data")
-    shutil.copytree(tiny_model_dir, folder / "model")
-    shutil.copy(tiny_text, folder / "text.jsonl")
-    shutil.copy(Path(__file__).with_name("study.yaml"), folder / "study.yaml")
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder

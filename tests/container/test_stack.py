@@ -10,14 +10,13 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from stack import Stack, docker, report, wait_for
 
 BUDGET_GB = 2.5
 PASSWORD = "p@ss:w/rd%of-the?test"  # whatever a URL would trip over
-STUDY = "containers"
+STUDY = "demo"
 STATES = "select t.state, count(*) from trials t join studies s using (study_id) group by 1 order by 1"
 
 
@@ -28,12 +27,10 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def stack(image: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The shipped files with a study of six cells, not yet up. Whatever happens it is taken down."""
+def stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The shipped files and the shipped demo study of six cells, not yet up. Whatever happens it is taken down."""
     settings = {
         "POSTGRES_PASSWORD": PASSWORD,
-        "STUDY_FILE": "data/study.yaml",
-        "DATA_DIR": str(data),
         "SAEOPT_IMAGE": image,
         "BASE_IMAGE": os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm"),
         "HF_HUB_OFFLINE": "1",
