@@ -92,6 +92,9 @@ def test_geometric_median_of_points_that_meet_it() -> None:
     far_from_the_mean = torch.tensor([[0.0], [0.0], [0.0], [10.0]])
     torch.testing.assert_close(geometric_median(far_from_the_mean), torch.zeros(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(geometric_median(torch.ones(4, 3)), torch.ones(3))
+    # the mean lies on three points that outweigh the pull of the others: nothing moves
+    held = torch.tensor([[0.0], [0.0], [0.0], [1.0], [2.0], [-3.0]])
+    assert geometric_median(held, max_iterations=1).item() == 0
     # the first iterate (the mean) lies on a point that is not the median
     on_the_mean = torch.tensor([[0.0], [1.0], [1.0], [1.0], [-3.0]])
     torch.testing.assert_close(geometric_median(on_the_mean), torch.ones(1), rtol=0, atol=1e-5)

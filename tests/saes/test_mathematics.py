@@ -233,12 +233,15 @@ def test_auxk_uses_at_most_aux_k_dead_latents_and_no_living_one() -> None:
         assert torch.equal(alive, torch.zeros_like(alive))
 
 
-def test_auxk_is_0_where_the_error_has_no_spread() -> None:
-    sae = build("topk", {"k": 2})
-    one_token = sae.training_forward(activations(1), step_inputs(sae, 1)).ratios["aux"]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 3, 7])
+def test_auxk_is_0_where_the_error_has_no_spread(n: int, dtype: torch.dtype) -> None:
+    sae = build("topk", {"k": 2}, dtype=dtype)
+    same_Nd = activations(1).to(dtype).repeat(n, 1)
+    one_token = sae.training_forward(same_Nd, step_inputs(sae, n)).ratios["aux"]
     assert one_token.numerator > 0
-    assert one_token.value(1).item() == 0
+    assert one_token.value(n).item() == 0
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.zero_()
-    assert sae.training_forward(torch.zeros(5, 6).double(), step_inputs(sae, 5)).ratios["aux"].value(5).item() == 0
+    assert sae.training_forward(torch.zeros(5, 6, dtype=dtype), step_inputs(sae, 5)).ratios["aux"].value(5).item() == 0
