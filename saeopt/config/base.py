@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from saeopt.errors import UserError
 
@@ -21,7 +21,7 @@ class StrictModel(BaseModel):
 def _whole(value: object) -> object:
     """YAML reads `1e5` as a string and `1e+5` as a float; both mean a whole number of samples."""
     if isinstance(value, bool):
-        raise ValueError("a whole number, not true or false")
+        raise ValueError("must be a whole number, not true or false")
     if isinstance(value, str):
         try:
             value = float(value.replace("_", ""))
@@ -34,12 +34,13 @@ def _whole(value: object) -> object:
 
 def _number(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a number, not true or false")
+        raise ValueError("must be a number, not true or false")
     return value.replace("_", "") if isinstance(value, str) else value
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
-Float = Annotated[float, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def nearest(word: str, known: list[str], n: int = 3) -> str:
@@ -48,19 +49,49 @@ def nearest(word: str, known: list[str], n: int = 3) -> str:
     return "; did you mean " + " or ".join(repr(k) for k in near) + "?" if near else ""
 
 
-def explain(error: ValidationError, source: str, known: dict[tuple[str, ...], list[str]]) -> UserError:
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "batch_size": "data.train_batch_size",
+    "dataset": "data.dataset_name",
+    "model": "tlens_model_name",
+    "model_name": "tlens_model_name",
+    "output_dir": "save_dir",
+    "l1_coeff": "saes.sparsity_coeff",
+    "hook_point": "saes.sae_positions",
+    "hook_points": "saes.sae_positions",
+    "expansion_factor": "saes.dict_size_to_input_ratio",
+    "betas": "adam_betas",
+    "grad_clip": "max_grad_norm",
+}
+"""What people bring from other libraries."""
+
+
+def explain(
+    error: ValidationError, source: str, known: dict[tuple[str, ...], list[str]], sae_type: str = ""
+) -> UserError:
     """The first problem of a validation as one line; `known` maps a section to the names it accepts."""
     first = error.errors(include_url=False)[0]
     location = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     field = ".".join(location) or "the file"
     if first["type"] == "extra_forbidden":
-        names = known.get(location[:-1], [])
-        return UserError(f"{source}: unknown key '{field}'{nearest(location[-1], names)}")
+        return UserError(f"{source}: unknown key '{field}'{_suggestion(location, known, sae_type)}")
     if first["type"] == "missing":
         return UserError(f"{source}: '{field}' is missing")
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return UserError(f"{source}: '{field}' must be a section of 'key: value' pairs")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     value: Any = first.get("input")
     shown = "" if isinstance(value, dict | list) or len(str(value)) > 80 else f" (got {value!r})"
     if first["type"] == "value_error" and not location:
         return UserError(f"{source}: {message}")
     return UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{shown}")
+
+
+def _suggestion(location: tuple[str, ...], known: dict[tuple[str, ...], list[str]], sae_type: str) -> str:
+    """Where the name would be right, or what it resembles."""
+    section, name = location[:-1], location[-1]
+    elsewhere = [".".join((*at, name)) for at, names in known.items() if name in names]
+    if elsewhere or name in _OTHER_NAMES:
+        return f"; did you mean '{(elsewhere or [_OTHER_NAMES[name]])[0]}'?"
+    near = nearest(name, known.get(section, []))
+    return f" of sae_type '{sae_type}'{near}" if sae_type and section == ("saes",) else near

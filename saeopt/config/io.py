@@ -104,7 +104,9 @@ def validate_run(raw: Mapping[str, Any], source: str | Path) -> RunConfig:
     try:
         return run_model(_sae_class(raw)).model_validate(dict(raw))
     except ValidationError as error:
-        raise explain(error, str(source), known_names(raw)) from None
+        saes = raw.get("saes")
+        sae_type = str(saes.get("sae_type")) if isinstance(saes, dict) else ""
+        raise explain(error, str(source), known_names(raw), sae_type) from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -113,7 +115,11 @@ def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfi
     """A run config from a YAML file, with `key.path=value` overrides applied in order."""
     raw = read_yaml(path)
     for text in overrides:
-        raw = apply_overrides(raw, dict([parse_override(text)]))
+        changes = dict([parse_override(text)])
+        try:
+            raw = apply_overrides(raw, changes)
+        except UserError as error:
+            raise UserError(f"--set {text}: {error}") from None
     return validate_run(raw, path)
 
 

@@ -7,21 +7,22 @@ import json
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, create_model, model_validator
+from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, StrictModel
+from saeopt.config.base import Float, Int, StrictModel, Text
 from saeopt.config.saes import SAEConfig
 
 PositiveInt = Annotated[Int, Field(gt=0)]
+Decay = Annotated[Float, Field(ge=0, lt=1)]
 Cadence = Annotated[Int, Field(ge=0)] | None
 
 
 class DataConfig(StrictModel):
     """The `data:` section. A sample is one token sequence of `context_length` tokens."""
 
-    dataset_name: str
+    dataset_name: Text
     """Hub name, local folder, or `.parquet`, `.jsonl`, `.json`, `.txt` file or glob."""
-    tokenizer_name: str | None = None
+    tokenizer_name: Text | None = None
     """Hub name or local folder; null: the language model's own."""
     context_length: PositiveInt = 1024
     """Tokens per sample."""
@@ -37,11 +38,11 @@ class DataConfig(StrictModel):
     """Read the data set as a stream instead of downloading it first."""
     is_tokenized: bool = True
     """true: `column_name` holds token ids; false: text."""
-    column_name: str = "input_ids"
+    column_name: Text = "input_ids"
     """The column to read."""
-    split: str = "train"
+    split: Text = "train"
     """The split to read."""
-    subset: str | None = None
+    subset: Text | None = None
     """The data set's configuration name on the hub."""
     seed: Annotated[Int, Field(ge=0)] | None = None
     """Seed of the data order, apart from the run's, so that a sweep over `seed` keeps one stream; null: 0."""
@@ -75,9 +76,9 @@ class PerformanceConfig(StrictModel):
 class RunConfig(StrictModel):
     """One run. Unknown keys are errors; the seed's base configs load unchanged."""
 
-    wandb_project: str | None = None
+    wandb_project: Text | None = None
     """W&B project; null: no W&B."""
-    wandb_run_name: str | None = None
+    wandb_run_name: Text | None = None
     """null: generated from the parameters that matter."""
     wandb_tags: list[str] = Field(default_factory=list)
     """Tags of the W&B run."""
@@ -85,9 +86,9 @@ class RunConfig(StrictModel):
     """More sinks for the metrics, through Accelerate's trackers (`wandb_project` alone switches W&B on)."""
     seed: Annotated[Int, Field(ge=0)] = 0
     """Decides initial weights and gate noise (the data order has `data.seed`)."""
-    tlens_model_name: str | None = None
+    tlens_model_name: Text | None = None
     """Hub name of the language model; exactly one of name and path."""
-    tlens_model_path: str | None = None
+    tlens_model_path: Text | None = None
     """A local Hugging Face directory."""
     lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
@@ -95,7 +96,7 @@ class RunConfig(StrictModel):
     """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Accelerate's; auto: bf16 on a GPU, no on the CPU. Master weights stay float32."""
-    save_dir: str = "output"
+    save_dir: Text = "output"
     """Run folders are made below it."""
     save_every_n_samples: Cadence = 0
     """Checkpoint cadence; 0 and null: at the end only."""
@@ -119,7 +120,7 @@ class RunConfig(StrictModel):
     """Micro-batches per optimiser step."""
     max_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
     """Clip each member's gradient to this norm; null: no clipping."""
-    adam_betas: tuple[Float, Float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
     legacy_scaling: bool | None = None
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
@@ -129,6 +130,11 @@ class RunConfig(StrictModel):
     """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
+
+    @field_validator("wandb_tags", "trackers", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -147,7 +153,10 @@ class RunConfig(StrictModel):
         if self.cooldown_samples is not None and self.lr_schedule != "linear":
             raise ValueError("'cooldown_samples' needs 'lr_schedule: linear'")
         if n is not None and self.warmup_samples + (self.cooldown_samples or 0) > n:
-            raise ValueError("'warmup_samples' + 'cooldown_samples' exceed 'data.n_train_samples'")
+            raise ValueError(
+                f"'warmup_samples' ({self.warmup_samples}) + 'cooldown_samples' ({self.cooldown_samples or 0})"
+                f" exceed 'data.n_train_samples' ({n})"
+            )
         return self
 
     @property

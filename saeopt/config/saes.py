@@ -46,8 +46,15 @@ class SAEConfig(StrictModel):
     def _one_or_many(cls, value: object) -> object:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("pretrained_sae_paths")
+    @classmethod
+    def _none_is_null(cls, value: list[str] | None) -> list[str] | None:
+        return value or None
+
     @model_validator(mode="after")
-    def _per_hook_fields(self) -> Self:
+    def _consistent(self) -> Self:
+        if not self.retrain_saes and self.pretrained_sae_paths is None:
+            raise ValueError("'retrain_saes: false' needs 'pretrained_sae_paths'")
         for hook, fields in self.per_hook.items():
             for field in fields:
                 if field not in type(self).model_fields or field in _NOT_PER_HOOK:
