@@ -1,0 +1,139 @@
+"""What a study shows of itself in optuna-dashboard: notes, readable attributes, pictures. Imports no torch.
+
+For each trial the worker calls `on_trial_start` after the claim, passes `evaluation_attributes(…)` to `claims.finish`,
+and calls `on_trial_end` just before it; `on_study_progress` after it. All three are decoration: what goes wrong in them
+is a warning and never costs a trial.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.trial import FrozenTrial
+
+from saeopt.config.study import StudySpec
+from saeopt.console import log
+from saeopt.evaluation.pareto import Point
+from saeopt.files import write_bytes
+from saeopt.search import internals as db
+from saeopt.search import notes
+from saeopt.search.attributes import RUN_DIR
+from saeopt.search.points import candidates, study_points
+from saeopt.search.storage import Store
+
+ARTIFACTS = "artifacts"
+FRONT = "pareto_front.png"
+PROGRESS_EVERY_S = 60.0
+_DRAWN = "saeopt:front_drawn"
+_P = ParamSpec("_P")
+
+
+def harmless(function: Callable[_P, None]) -> Callable[_P, None]:
+    """Monitoring may fail (a lost database, a full disk) without any effect on training."""
+
+    @wraps(function)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            log.warning("monitoring: %s: %s: %s", function.__name__, type(error).__name__, text)
+
+    return guarded
+
+
+def artifact_dir(spec: StudySpec) -> Path:
+    """Where the study's artifacts lie: `optuna-dashboard STORAGE --artifact-dir` wants this folder."""
+    return spec.runs / ARTIFACTS
+
+
+def dashboard_command(store: Store, spec: StudySpec) -> str:
+    """The command that opens the dashboard with its artifacts, the password left out."""
+    return f"optuna-dashboard {store.shown} --artifact-dir {artifact_dir(spec)}"
+
+
+@harmless
+def on_study_created(store: Store, study_id: int, spec: StudySpec) -> None:
+    """The note of the study."""
+    notes.save(store, study_id, None, notes.study_text(spec))
+
+
+@harmless
+def on_trial_start(store: Store, study_id: int, trial_id: int, spec: StudySpec, worker: str = "") -> None:
+    """The note of a trial and the folder of its run."""
+    trial = store.optuna.get_trial(trial_id)
+    run_dir = spec.run_dir(trial.number)
+    with store.write() as connection:
+        db.set_attrs(connection, db.trial_user_attrs, trial_id, {RUN_DIR: str(run_dir)})
+    outcome = f"training on {worker}" if worker else "training"
+    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome))
+
+
+@harmless
+def on_trial_end(store: Store, study_id: int, trial_id: int, spec: StudySpec, outcome: str = "trained") -> None:
+    """Training curves as an artifact, the note with the outcome. Before the tell: a told trial takes no artifacts."""
+    from saeopt.evaluation.plots import CURVES, read_metrics, training_curves
+
+    trial = store.optuna.get_trial(trial_id)
+    run_dir = spec.run_dir(trial.number)
+    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome))
+    picture = run_dir / CURVES
+    rows = [] if picture.exists() else read_metrics(run_dir / "metrics.jsonl")
+    if rows:
+        training_curves(rows, picture)
+    if picture.exists():
+        put_artifact(store, trial, artifact_dir(spec), picture)
+
+
+@harmless
+def on_study_progress(store: Store, study_id: int, spec: StudySpec, force: bool = False) -> None:
+    """Draw the front anew, at most once a minute over all workers unless forced."""
+    from saeopt.evaluation.plots import pareto_plot
+
+    with store.write() as connection:
+        last = db.get_attrs(connection, db.study_attrs, study_id, _DRAWN).get(_DRAWN, 0.0)
+        if not force and time.time() - last < PROGRESS_EVERY_S:
+            return
+        db.set_attrs(connection, db.study_attrs, study_id, {_DRAWN: time.time()})
+    found = study_points(store.engine, study_id, spec)
+    if not found:
+        return
+    study = store.study(spec.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        put_artifact(store, study, artifact_dir(spec), pareto_plot(found, Path(scratch) / FRONT))
+    _interactive_front(study, found)
+
+
+def _interactive_front(study: optuna.Study, found: list[Point]) -> None:
+    """The same as a plotly figure that the dashboard shows beside its own plots; the newest 200 SAEs."""
+    import plotly.graph_objects as go
+    from optuna_dashboard import save_plotly_graph_object
+
+    plot = go.Figure()
+    shown = [p for p in candidates(found) if math.isfinite(p["fvu"])][-200:]
+    for hook in dict.fromkeys(p.hook_point for p in shown):
+        here = [p for p in shown if p.hook_point == hook]
+        x, y = [p["l0"] for p in here], [1 - p["fvu"] for p in here]
+        plot.add_scatter(x=x, y=y, text=[p.label for p in here], mode="markers", name=hook)
+    plot.update_layout(title="Sparsity against fidelity", xaxis={"type": "log", "title": "L0"})
+    plot.update_layout(yaxis={"title": "explained variance"}, template=None)  # the template alone has 7,000 characters
+    save_plotly_graph_object(study, plot, graph_object_id="front")
+
+
+def put_artifact(store: Store, owner: optuna.Study | FrozenTrial, folder: Path, file: Path) -> None:
+    """Upload a file, or overwrite the artifact of the same name (a retried trial, a front that has grown)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files, storage = FileSystemArtifactStore(folder), store.optuna
+    for known in get_all_artifact_meta(owner, storage=storage):
+        if known.filename == file.name:
+            write_bytes(folder / known.artifact_id, file.read_bytes())
+            return
+    upload_artifact(artifact_store=files, file_path=str(file), study_or_trial=owner, storage=storage)

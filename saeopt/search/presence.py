@@ -1,0 +1,74 @@
+"""What workers say about themselves, kept in the study so that any host can see it.
+
+A worker writes one small record every few seconds (`beat`) and removes it when it ends (`leave`): a system attribute of
+the study, one statement each, which the dashboard does not list.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from saeopt.search import internals as db
+from saeopt.search.storage import Store
+
+WORKER = "saeopt:worker:"
+ALIVE_S = 30.0
+"""A worker that has said nothing for so long counts as gone."""
+FORGET_S = 24 * 3600.0
+
+
+@dataclass
+class Presence:
+    """What a worker says about itself."""
+
+    worker: str
+    """Unique: host, process and device."""
+    host: str
+    device: str
+    pid: int
+    started: float
+    """Unix time."""
+    seen: float = 0.0
+    trials: list[int] = field(default_factory=list)
+    """Numbers of the trials that it trains now."""
+    samples: int = 0
+    total: int = 0
+    tokens_per_s: float = 0.0
+    """Tokens of the stream; each is used by every trial of the pack."""
+    finished: int = 0
+    """Trials told since its start."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has been heard of lately."""
+        return time.time() - self.seen < ALIVE_S
+
+
+def beat(store: Store, study_id: int, presence: Presence) -> None:
+    """Say that the worker is alive. One statement; call it every five to ten seconds."""
+    presence.seen = time.time()
+    with store.write() as connection:
+        db.set_attrs(connection, db.study_attrs, study_id, {WORKER + presence.worker: asdict(presence)})
+
+
+def leave(store: Store, study_id: int, presence: Presence) -> None:
+    """The worker ends: it is no longer listed."""
+    with store.write() as connection:
+        db.drop_attrs(connection, db.study_attrs, study_id, [WORKER + presence.worker])
+
+
+def workers(attributes: dict[str, Any]) -> list[Presence]:
+    """The workers in the system attributes of a study, newest word first; those long gone are left out."""
+    found = []
+    for key, value in attributes.items():
+        if not key.startswith(WORKER) or not isinstance(value, dict):
+            continue
+        try:
+            presence = Presence(**{k: v for k, v in value.items() if k in Presence.__dataclass_fields__})
+        except TypeError:
+            continue
+        if time.time() - presence.seen < FORGET_S:
+            found.append(presence)
+    return sorted(found, key=lambda p: -p.seen)
