@@ -150,12 +150,11 @@ def beat(store: Store, claims: Sequence[Claim]) -> set[int]:
 
 
 def describe(store: Store, claim: Claim, stream: str, attrs: Mapping[str, Any]) -> bool:
-    """Store the stream of a trial whose parameters are known now, and attributes for people."""
+    """Store the stream of a trial whose parameters are known now, and more system attributes."""
     with store.write() as connection:
         if not _still_ours(connection, [claim]):
             return False
-        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {STREAM: stream})
-        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs)
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {STREAM: stream, **attrs})
     return True
 
 

@@ -187,6 +187,11 @@ class Space:
         """The cell in the middle of every dimension."""
         return self.cell(self._at({p.name: 0.5 for p in self.parameters}))
 
+    def largest(self) -> Cell:
+        """The cell with the most latents, the middle otherwise."""
+        size = "saes.dict_size_to_input_ratio"
+        return self.cell(self._at({p.name: 0.999 if p.field == size else 0.5 for p in self.parameters}))
+
     def check_corners(self) -> None:
         """Each parameter's ends or values once, everything else in the middle; :class:`UserError` if one is invalid."""
         for p in self.parameters:
@@ -205,6 +210,11 @@ class Space:
                     n = len(q.choices)
                     axes.append([(q.name, (i + 0.5) / n) for i in range(n) if q.value(q.choices[i]) in accepted])
         yield from (dict(choice) for choice in itertools.product(*axes))
+
+    def is_complete(self, params: dict[str, Any]) -> bool:
+        """Whether every parameter that exists under these values has one."""
+        chosen = self.values(params)
+        return all(p.name in params for p in self.parameters if self.active(p, chosen))
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
         """Parameters for a trial from its sampler, parents first."""

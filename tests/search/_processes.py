@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -35,9 +34,3 @@ def create_and_claim(url: str, spec_file: Path, out: Path, at: float, limit: int
             if persistently(lambda c=claim: claims.finish(store, c, "COMPLETE", [1.0, 0.5]), "telling", 60):
                 numbers.append(claim.number)
     out.write_text(" ".join(map(str, numbers)))
-
-
-if __name__ == "__main__":
-    create_and_claim(
-        sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]), sys.argv[6] == "0"
-    )

@@ -1,0 +1,127 @@
+"""What running trials say to the store, sent by a thread of its own: training never waits for a database."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from saeopt.config.run import RunConfig
+from saeopt.config.settings import redact
+from saeopt.config.study import StudySpec
+from saeopt.console import log
+from saeopt.search import claims, pruning
+from saeopt.search import internals as db
+from saeopt.search.claims import Claim
+from saeopt.search.objectives import Evaluation, collapse_reason, expanded, metric_of, objective_values
+from saeopt.search.pruning import CURVE, Curve, Stopper
+from saeopt.search.storage import Store, persistently
+
+
+@dataclass
+class Progress:
+    """A trial that is being trained."""
+
+    claim: Claim
+    config: RunConfig
+    total: int = 0
+    reported: int = 0
+    collapsed: int = 0
+    curve: Curve = field(default_factory=dict)
+    verdict: str | None = None
+
+
+class Reports(threading.Thread):
+    """Collects log steps and evaluations, sends at most fifty per trial, and asks whether the trial should stop."""
+
+    def __init__(self, store: Store, study_id: int, spec: StudySpec) -> None:
+        super().__init__(name="saeopt-reports", daemon=True)
+        self.store, self.spec = store, spec
+        self.stopper = Stopper(store, study_id, spec)
+        self.from_evaluations = bool(spec.base.get("eval_every_n_samples"))
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+
+    def run(self) -> None:
+        """Send in order; errors that do not pass are logged and skipped."""
+        while (action := self._queue.get()) is not None:
+            try:
+                persistently(action, "reporting")
+            except Exception as error:
+                log.warning("a report was lost: %s: %s", type(error).__name__, redact(str(error))[:300])
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def stop(self) -> None:
+        """End the thread after what is waiting, but do not wait long for a lost store."""
+        self._queue.put(None)
+        self.join(timeout=2)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all that was handed in has been sent, at most so long."""
+        end = time.monotonic() + seconds
+        while self._queue.unfinished_tasks and time.monotonic() < end and self.is_alive():
+            time.sleep(0.002)
+
+    # ---- from the training loop
+    def started(self, progress: Progress, samples: int, total: int) -> None:
+        """A trial starts, perhaps in the middle: its earlier curve is read back."""
+        progress.total, progress.reported = total, samples
+        if samples > 0:
+            self._queue.put(lambda: self._read_curve(progress))
+
+    def measured(self, progress: Progress, samples: int, metrics: Evaluation, *, evaluated: bool) -> str | None:
+        """Metrics of a log step or of an evaluation; returns why the trial should stop, if it should."""
+        rule = self.spec.early_stopping.collapse
+        warmup = pruning.warmup_samples(self.spec.early_stopping, progress.config, progress.total)
+        if rule is not None and samples >= warmup and (found := collapse_reason(rule, metrics)):
+            progress.collapsed += 1
+            if progress.collapsed >= rule.patience:
+                return f"{found} (after {samples} samples)"
+        else:
+            progress.collapsed = 0
+        if evaluated != self.from_evaluations:
+            return progress.verdict
+        if evaluated or pruning.is_due(progress.reported, samples, progress.total):
+            progress.reported = samples
+            values = objective_values(self.spec, metrics)
+            shown = values[0] if values is not None else self._stand_in(metrics)
+            if shown is not None:
+                self._queue.put(lambda: self._send(progress, samples, shown, values, warmup))
+                if evaluated:
+                    self.flush(3.0)
+        return progress.verdict
+
+    def checkpointed(self, claim: Claim, samples: int) -> None:
+        """The trial can go on from here."""
+        self._queue.put(lambda: _drop_result(claims.checkpointed(self.store, claim, samples)))
+
+    # ---- in the thread
+    def _send(self, progress: Progress, samples: int, shown: float, values: list[float] | None, warmup: int) -> None:
+        if values is not None:
+            progress.curve[samples] = values
+        attrs: Mapping[str, object] = {CURVE: progress.curve} if progress.curve else {}
+        if claims.report(self.store, progress.claim, samples, shown, attrs):
+            trial_id = progress.claim.trial_id
+            progress.verdict = self.stopper.reason(trial_id, samples, values, warmup, progress.total)
+
+    def _read_curve(self, progress: Progress) -> None:
+        with self.store.read() as connection:
+            stored = db.get_attrs(connection, db.trial_attrs, progress.claim.trial_id, CURVE).get(CURVE, {})
+        curve = {s: v for s, v in pruning.parse_curve(stored).items() if s <= progress.reported}
+        progress.curve = curve | progress.curve
+
+    def _stand_in(self, metrics: Evaluation) -> float | None:
+        """A curve for objectives that training does not measure: explained variance or FVU, by direction."""
+        name = "explained_variance" if expanded(self.spec)[0][1].maximised else "fvu"
+        found = [metric_of(row, name) for row in metrics.values()]
+        if not found or any(v is None or not math.isfinite(v) for v in found):
+            return None
+        return math.fsum(v for v in found if v is not None) / len(found)
+
+
+def _drop_result(_done: bool) -> None:
+    """A refused report means a lost claim, which the heart notices."""

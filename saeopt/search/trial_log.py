@@ -1,0 +1,37 @@
+"""The library's log of a pack, beside each of its runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from saeopt.config.settings import redact
+from saeopt.console import log
+
+NAME = "trial.log"
+
+
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+@contextmanager
+def trial_logs(folders: Iterable[Path]) -> Iterator[None]:
+    """Write the log into `trial.log` of every folder; a folder that cannot be written is passed over."""
+    with ExitStack() as stack:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handler = RotatingFileHandler(folder / NAME, maxBytes=2_000_000, backupCount=1, encoding="utf-8")
+            except OSError as error:
+                log.warning("no log in %s: %s", folder, error.strerror)
+                continue
+            handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
+            log.addHandler(handler)
+            stack.callback(handler.close)
+            stack.callback(log.removeHandler, handler)
+        yield

@@ -1,0 +1,178 @@
+"""Pull trials of a study and train them: `python -m saeopt.worker --study NAME`, or `saeopt worker`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from saeopt.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from saeopt.search.space import Space
+    from saeopt.training.plan import Observer, TrialPlan, TrialResult
+    from saeopt.training.runtime import Runtime
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_CPU_PACK = 8
+_LARGEST_PACK = 64
+_MEMORY_SHARE = 0.8
+
+
+@app.command()
+def worker(
+    study: Annotated[str | None, typer.Option("--study", help="The study's name.")] = None,
+    storage: Annotated[str | None, typer.Option(help="URL of the store; default SAEOPT_STORAGE.")] = None,
+    devices: Annotated[str, typer.Option(help="auto, or a list (cuda:0,cuda:1 or cpu,cpu): a process each.")] = "auto",
+    max_trials: Annotated[
+        int | None, typer.Option("--max-trials", "--limit", min=1, help="End after so many trials.")
+    ] = None,
+    pack: Annotated[str | None, typer.Option(help="Most trials at once, or auto; default: the study's.")] = None,
+    idle_timeout: Annotated[
+        float, typer.Option("--idle-timeout", min=0, help="End after so many seconds without any trial to wait for.")
+    ] = 0.0,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="One trial at a time; the first error ends the worker, with traceback.")
+    ] = False,
+    show_devices: Annotated[
+        bool, typer.Option("--show-devices", "--show_devices", help="List the devices and end.")
+    ] = False,
+    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at an empty queue.")] = 1.0,
+) -> None:
+    """Train the trials of a study until none is left."""
+    from saeopt.config.settings import export_tokens
+    from saeopt.console import console, set_up_logging
+    from saeopt.search import devices as dev
+    from saeopt.worker_loop import Options
+
+    if show_devices:
+        for name, text in dev.show_devices():
+            console.print(f"{name:10}{text}")
+        return
+    if study is None:
+        raise UserError("--study NAME is missing")
+    size = pack_size(pack)
+    set_up_logging()
+    export_tokens()
+    interrupted = stop_on_signals()
+    dev.watch_parent()
+    if storage is not None:  # for children too: a command line would show its password
+        os.environ["SAEOPT_STORAGE"] = storage
+    with _own_gpu(devices, interrupted) as own:
+        names = [own] if own else dev.parse_devices(devices)
+        if len(names) > 1 and not sequential:
+            arguments = ["--study", study, "--idle-timeout", str(idle_timeout), "--poll", str(poll)]
+            arguments += ["--pack", pack] if pack is not None else []
+            raise typer.Exit(dev.run_children(names, arguments, dev.split(max_trials, len(names)), interrupted))
+        options = Options(names[0], max_trials, idle_timeout, poll, sequential)
+        work(storage, study, options, size, interrupted)
+
+
+def work(storage: str | None, study: str, options: Any, pack: int | str | None, interrupted: threading.Event) -> int:
+    """One device's worker in this process; returns the number of trials told."""
+    from saeopt.search.storage import Store
+    from saeopt.worker_loop import Worker
+
+    store = Store.open(storage, create=False, patience=60)
+    trainer = _Trainer(options.device)
+    try:
+        spec = store.spec(study)
+        wanted = spec.pack if pack is None else pack
+
+        def limit(space: Space) -> int:
+            return wanted if isinstance(wanted, int) else trainer.fitting(space)
+
+        return Worker(store, study, options, trainer, limit, interrupted).run()
+    finally:
+        store.close()
+
+
+class _Trainer:
+    """The training loop on one device; the runtime, with language model and tokens, stays warm between packs."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._runtime: Runtime | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        if self._runtime is None:
+            from saeopt.training.launch import make_runtime
+
+            self._runtime = make_runtime(self.device)
+        return self._runtime
+
+    def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+        from saeopt.training import train_pack
+
+        return train_pack(plans, self.runtime, observer)
+
+    def fitting(self, space: Space) -> int:
+        """How many trials of the space's middle fit into the device's free memory (an error halves it later)."""
+        import torch
+
+        device = self.runtime.device
+        if device.type != "cuda":
+            return _CPU_PACK
+        from saeopt.training.dry_run import shapes, weightless
+        from saeopt.training.memory import estimate, member_bytes
+
+        config = space.largest().config
+        model, lm_parameters = weightless(config)
+        members = shapes(config, model)
+        needed = sum(estimate(config, members, lm_parameters, 2, model.vocab_size).values())
+        each = sum(member_bytes(m, config) for m in members)
+        free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE
+        return max(1, min(_LARGEST_PACK, 1 + int((free - needed) / max(each, 1))))
+
+
+def pack_size(text: str | None) -> int | str | None:
+    """`--pack`: a number, `auto`, or the study's."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"--pack {text}: must be a whole number above 0, or auto")
+    return int(text)
+
+
+def stop_on_signals() -> threading.Event:
+    """SIGTERM and SIGINT set the event; a second one ends the process at once."""
+    interrupted = threading.Event()
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        if interrupted.is_set():
+            os._exit(128 + signum)
+        interrupted.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, handle)
+    return interrupted
+
+
+@contextmanager
+def _own_gpu(devices: str, interrupted: threading.Event) -> Iterator[str | None]:
+    """With `SAEOPT_GPU_LOCKS` and `--devices auto`: a GPU that no other worker of this host has."""
+    from saeopt.search.gpu_lock import lock_folder, take_gpu
+
+    folder = lock_folder()
+    lock = take_gpu(folder, stop=interrupted.is_set) if folder is not None and devices == "auto" else None
+    try:
+        yield lock.device if lock is not None else None
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def main() -> None:
+    """The command."""
+    run_cli(app)
+
+
+if __name__ == "__main__":
+    main()
