@@ -1,0 +1,306 @@
+"""Studies: `python -m saeopt.study COMMAND`, installed as `saeopt study`. A thin command line over `saeopt.search`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saeopt.console import console
+from saeopt.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from saeopt.config.study import StudySpec
+    from saeopt.search.storage import Store
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="Studies.")
+PATIENCE_S = 10.0
+"""How long a store that does not answer is asked again."""
+Storage = Annotated[
+    str | None,
+    typer.Option("--storage", metavar="URL", help="Default: SAEOPT_STORAGE, else sqlite:///studies/saeopt.db"),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
+
+
+def _open(storage: str | None, *, create: bool = False) -> Store:
+    from saeopt.console import set_up_logging
+    from saeopt.search.storage import Store
+
+    set_up_logging()
+    return Store.open(storage, create=create, patience=PATIENCE_S)
+
+
+def _say(text: str) -> None:
+    from saeopt.config.settings import redact
+
+    console.print(redact(text), markup=False, soft_wrap=True)
+
+
+@app.command()
+def create(
+    file: Annotated[Path | None, typer.Argument(metavar="[STUDY_FILE]", help="A native study file.")] = None,
+    name: Annotated[str | None, typer.Option(help="Default: the study file's name.")] = None,
+    base_config: Annotated[
+        Path | None, typer.Option("--base-config", "--base_config", help="A run's YAML file.")
+    ] = None,
+    sweep_config: Annotated[
+        Path | None, typer.Option("--sweep-config", "--sweep_config", help="Lists of values for it: a grid study.")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output-dir", "--output_dir", help="Run folders go to DIR/NAME/TRIAL.")
+    ] = None,
+    max_trials: Annotated[
+        int | None, typer.Option("--max-trials", "--limit", min=1, help="Keep the first cells.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", "--dry_run", help="Print cells, packs, estimated memory and time; store nothing."),
+    ] = False,
+    storage: Storage = None,
+) -> None:
+    """Create a study from a study file, or from --name, --base-config and --sweep-config. Again: no new cells."""
+    spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials)
+    if dry_run:
+        from saeopt.preview import print_preview
+
+        print_preview(spec)
+        return
+    from saeopt.search.create import create_study
+    from saeopt.search.monitoring import dashboard_command, on_study_created
+
+    store = _open(storage, create=True)
+    made = create_study(store, spec)
+    if made.is_new:
+        on_study_created(store, made.study_id, spec)
+    what = "created with" if made.is_new else "is there already, with"
+    _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
+    _say(f"  work:      python -m saeopt.worker --study {spec.name}")
+    _say(f"  watch:     python -m saeopt.study status {spec.name} --watch")
+    _say(f"  dashboard: {dashboard_command(store, spec)}")
+
+
+def _spec(
+    file: Path | None,
+    name: str | None,
+    base_config: Path | None,
+    sweep_config: Path | None,
+    output_dir: str | None,
+    max_trials: int | None,
+) -> StudySpec:
+    from saeopt.config.io import read_yaml
+    from saeopt.config.study import study_spec
+    from saeopt.config.sweep import sweep_spec
+
+    if file is None:
+        if name is None or base_config is None or sweep_config is None:
+            raise UserError("create needs a study file, or --name, --base-config and --sweep-config")
+        return sweep_spec(base_config, sweep_config, name, output_dir, max_trials)
+    if base_config is not None or sweep_config is not None:
+        raise UserError("create takes a study file or --base-config and --sweep-config, not both")
+    raw = read_yaml(file)
+    raw["name"] = name or raw.get("name") or file.stem
+    if output_dir is not None:
+        raw["output_dir"] = output_dir
+    if max_trials is not None:
+        raw["max_trials"] = max_trials
+    return study_spec(raw, file)
+
+
+@app.command("list")
+def list_studies(storage: Storage = None) -> None:
+    """All studies of a store."""
+    from saeopt.search.status import list_table
+
+    console.print(list_table(_open(storage)))
+
+
+@app.command()
+def show(name: Name, storage: Storage = None) -> None:
+    """What a study searches and where its files are, as YAML."""
+    import json
+
+    import yaml
+
+    from saeopt.search.monitoring import artifact_dir, dashboard_command
+
+    store = _open(storage)
+    spec = store.spec(name)
+    _say(yaml.safe_dump(json.loads(spec.to_json()), sort_keys=False, allow_unicode=True).rstrip())
+    _say(f"# storage: {store.shown}\n# run folders: {spec.runs}\n# artifacts: {artifact_dir(spec)}")
+    _say(f"# dashboard: {dashboard_command(store, spec)}")
+
+
+@app.command()
+def status(
+    name: Name,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep the table up to date until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks with --watch.")] = 5.0,
+    storage: Storage = None,
+) -> None:
+    """Trials by state, workers alive, throughput, time left, best so far."""
+    from saeopt.search.status import gather, render
+
+    store = _open(storage)
+    if not watch:
+        console.print(render(gather(store, name)))
+        return
+    from rich.live import Live
+
+    from saeopt.search.storage import persistently
+
+    found = gather(store, name)
+    with Live(render(found), console=console, auto_refresh=False) as live:
+        while found.remaining:
+            time.sleep(interval)
+            found = persistently(lambda: gather(store, name), "status")
+            live.update(render(found), refresh=True)
+
+
+@app.command()
+def best(
+    name: Name,
+    hook: Annotated[str | None, typer.Option("--hook", help="Only this hook point.")] = None,
+    by: Annotated[str, typer.Option(help="Metric that the best of a range of L0 has, e.g. ce_recovered.")] = "fvu",
+    png: Annotated[Path | None, typer.Option(help="Also draw the fronts into this file.")] = None,
+    storage: Storage = None,
+) -> None:
+    """The Pareto front and the best SAE per range of L0, for each hook point."""
+    from saeopt.search.best import best_tables, chosen, load_points
+
+    store = _open(storage)
+    points, params = load_points(store, name)
+    points = chosen(points, hook)
+    console.print(best_tables(points, params, by))
+    if png is not None:
+        from saeopt.evaluation.plots import pareto_plot
+
+        _say(f"front: {pareto_plot(points, png)}")
+
+
+@app.command()
+def export(
+    name: Name,
+    configs: Annotated[Path | None, typer.Option(metavar="DIR", help="One runnable YAML per cell.")] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row per trial and hook point.")] = None,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as Parquet.")] = None,
+    wandb_sweep: Annotated[
+        Path | None, typer.Option("--wandb-sweep", metavar="FILE", help="A W&B sweep definition of the same space.")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Write a study to files."""
+    from saeopt.search import export as files
+
+    if configs is None and csv is None and parquet is None and wandb_sweep is None:
+        raise UserError("export needs --configs DIR, --csv FILE, --parquet FILE or --wandb-sweep FILE")
+    store = _open(storage)
+    if configs is not None:
+        _say(f"{len(files.export_configs(store, name, configs))} configs in {configs}")
+    if csv is not None:
+        _say(f"{files.export_csv(store, name, csv)} rows in {csv}")
+    if parquet is not None:
+        _say(f"{files.export_parquet(store, name, parquet)} rows in {parquet}")
+    if wandb_sweep is not None:
+        base = files.export_wandb_sweep(store.spec(name), wandb_sweep)
+        _say(f"W&B sweep in {wandb_sweep}, its base config in {base}; start it with: wandb sweep {wandb_sweep}")
+
+
+@app.command()
+def retry(
+    name: Name,
+    trials: Annotated[
+        list[int] | None, typer.Argument(metavar="[TRIAL]...", help="Default: all failed trials.")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Put failed trials back into the queue; they go on from their last checkpoint."""
+    from saeopt.search import claims
+    from saeopt.search.logs import find_trial
+
+    store = _open(storage)
+    study_id = store.study_id(name)
+    for number in trials or []:
+        row, _ = find_trial(store, name, str(number))
+        if row.state != "FAIL":
+            raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}")
+    done = claims.retry(store, study_id, trials or None)
+    _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+
+
+@app.command()
+def stop(name: Name, storage: Storage = None) -> None:
+    """Ask all workers to finish the step, write checkpoints and hand their trials back."""
+    _set_stopped(name, storage, True)
+    _say(f"study {name} is stopped: workers checkpoint and release; 'saeopt study resume {name}' lets them go on")
+
+
+@app.command()
+def resume(name: Name, storage: Storage = None) -> None:
+    """Let workers go on with a stopped study."""
+    _set_stopped(name, storage, False)
+    _say(f"study {name} goes on: its trials can be claimed again")
+
+
+def _set_stopped(name: str, storage: str | None, stopped: bool) -> None:
+    from saeopt.search import claims
+
+    store = _open(storage)
+    claims.set_stopped(store, store.study_id(name), stopped)
+
+
+@app.command()
+def delete(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Delete a study from the store. Its run folders stay."""
+    import optuna
+
+    from saeopt.search.status import gather
+
+    store = _open(storage)
+    found = gather(store, name)
+    if found.alive and not yes:
+        raise UserError(f"{len(found.alive)} workers are at work on study '{name}': stop it first, or give --yes")
+    if not yes:
+        question = f"Delete study {name} with {len(found.rows)} trials from {store.shown}? (run folders stay)"
+        typer.confirm(question, abort=True)
+    optuna.delete_study(study_name=name, storage=store.optuna)
+    _say(f"study {name} deleted; its run folders are still in {found.spec.runs}")
+
+
+@app.command()
+def logs(
+    name: Name,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The trial's number.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the trial ends.")] = False,
+    storage: Storage = None,
+) -> None:
+    """How a trial stands, why it ended, and its metrics."""
+    from saeopt.search.logs import find_trial, head, lines
+    from saeopt.search.storage import persistently
+
+    store = _open(storage)
+    row, run_dir = find_trial(store, name, trial)
+    for text in head(row, run_dir):
+        _say(text)
+
+    def ended() -> bool:
+        now = persistently(lambda: find_trial(store, name, trial)[0], "logs")
+        return now.state not in ("RUNNING", "WAITING")
+
+    for text in lines(run_dir / "metrics.jsonl", ended if follow else None):
+        _say(text)
+
+
+def main() -> None:
+    """The command."""
+    run_cli(app)
+
+
+if __name__ == "__main__":
+    main()
