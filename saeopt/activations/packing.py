@@ -7,6 +7,7 @@ Both engines deal in units: some documents, joined. Unit u of pass p is the same
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -144,7 +145,8 @@ class StreamEngine:
         self, rows: IterableDataset, tokeniser: Tokeniser, separator: Separator, seed: int, shuffle: bool,
         held_out_tokens: int,
     ):  # fmt: skip
-        self._rows, self._tokeniser, self._separator = rows, tokeniser, separator
+        # Readers in several threads each need rows of their own; copying a data set that is being read is not safe.
+        self._rows, self._tokeniser, self._separator = pickle.dumps(rows), tokeniser, separator
         self._seed, self._shuffle = seed, shuffle
         self.tokens_per_pass: int | None = None
         self._first_blocks: list[list[Ids]] = []
@@ -175,7 +177,7 @@ class StreamEngine:
 
     def _blocks(self, state: dict[str, Any] | None) -> Iterator[tuple[list[Ids], dict[str, Any]]]:
         """Blocks of tokenised documents and the state after each, in the order of the data set."""
-        rows = copy.deepcopy(self._rows)
+        rows: IterableDataset = pickle.loads(self._rows)
         if state is not None:
             rows.load_state_dict(copy.deepcopy(state))
         column = self._tokeniser.data.column_name

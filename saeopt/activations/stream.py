@@ -1,6 +1,11 @@
 """The stream of activations that a pack trains on.
 
-Suffixes: b sequences, T positions, N = b·T tokens, d width.
+Tokens are read ahead by a thread. Micro-batches are harvested in groups at fixed slot numbers, so that a run that
+resumes inside a group harvests it again and sees the same bits. A group is as many micro-batches as one
+pass of the language model takes, or, with `data.shuffle_buffer_tokens`, as many as the shuffle buffer holds.
+On a GPU the next group is harvested on a side stream while the present one is trained on.
+
+Suffixes: b sequences of a micro-batch, T positions, N = tokens, d width.
 """
 
 from __future__ import annotations
@@ -9,22 +14,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from saeopt.activations.masks import keep_norms, keep_tokens
+from saeopt.activations.harvest import Group, Harvester
+from saeopt.activations.masks import keep_norms
+from saeopt.activations.prefetch import Prefetch
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
     from saeopt.activations.tokens import TokenBatch, TokenData
     from saeopt.config.run import RunConfig
 
+TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of one pass of the language model where `lm_batch_size` does not say."""
+
 
 @dataclass
 class Batch:
-    """One micro-batch of one rank, on the device of the language model.
+    """One micro-batch of one rank, on the device of the language model; valid until the next one is asked for.
 
     `keep_N` and `n_keep` follow from the token ids alone, so that no synchronisation is needed to know them;
-    :meth:`keep` adds the norm outliers of a hook point where the config asks for that.
+    :meth:`keep` adds the norm outliers of a hook point where the config asks for that. With a shuffle buffer the
+    rows are tokens of the whole buffer, and the slots number the rows and nothing else.
     """
 
     x: dict[str, Tensor]
@@ -45,8 +57,54 @@ class Batch:
         return self._kept[hook]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How micro-batches fall into groups: group g starts at slot `origin + g · group · samples`."""
+
+    samples: int
+    """Slots of one micro-batch over all ranks."""
+    group: int
+    """Micro-batches of a group."""
+    origin: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, device: torch.device, world: int, start: int) -> Schedule:
+        """The groups of a run."""
+        data = config.data
+        samples = data.train_batch_size * world
+        if data.shuffle_buffer_tokens:
+            group = -(-data.shuffle_buffer_tokens // (data.train_batch_size * data.context_length))
+        elif device.type == "cuda" or config.lm_batch_size is not None:
+            group = sequences_per_pass(config, device) // data.train_batch_size
+        else:
+            group = 1
+        return cls(samples, max(1, group), start % samples)
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """The group of a slot, and the number of its micro-batch in the group."""
+        return divmod((slot - self.origin) // self.samples, self.group)
+
+    def slot(self, group: int) -> int:
+        """The first slot of a group."""
+        return self.origin + group * self.group * self.samples
+
+
+def sequences_per_pass(config: RunConfig, device: torch.device) -> int:
+    """Sequences that the language model gets at once."""
+    if config.lm_batch_size is not None:
+        return config.lm_batch_size
+    return max(1, TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cpu"]) // config.data.context_length)
+
+
 class ActivationStream:
-    """Batches of activations without end, from sample `start` on; iterate over it, and close it at the end."""
+    """Batches of activations without end, from sample `start` on; iterate over it, and close it at the end.
+
+    Args:
+        hooks: hook points, resolved.
+        rank, world: which part of each micro-batch is this process's.
+        start: samples consumed before, over all ranks.
+        cursor: what :meth:`cursor` gave when `start` samples had been consumed.
+    """
 
     def __init__(
         self,
@@ -60,28 +118,51 @@ class ActivationStream:
         start: int = 0,
         cursor: Mapping[str, Any] | None = None,
     ):
-        self.model, self.hooks, self.config = model, list(hooks), config
+        self.config, self.rank = config, rank
+        self.schedule = Schedule.of(config, model.device, world, start)
+        self._group, self._micro = self.schedule.locate(start)
+        first = self.schedule.slot(self._group)
         self._cursor: dict[str, Any] = dict(cursor or {})
-        batch = config.data.train_batch_size
-        self._tokens = tokens.train(start, batch, rank, world, self._cursor)
+        batches = tokens.train(first, config.data.train_batch_size, rank, world, self._cursor)
+        self._tokens = Prefetch(batches, depth=2 * self.schedule.group)
+        self._harvester = Harvester(model, hooks, config, sequences_per_pass(config, model.device))
+        self._groups = self._harvester.groups(self._read_group)
+        self._next_group = self._group
+        self._now: Group | None = None
+
+    def _read_group(self) -> tuple[list[TokenBatch], int | None]:
+        """The token batches of the next group, and the seed of its order if it is shuffled."""
+        parts = [next(self._tokens) for _ in range(self.schedule.group)]
+        number, self._next_group = self._next_group, self._next_group + 1
+        if not self.config.data.shuffle_buffer_tokens:
+            return parts, None
+        from saeopt.saes.noise import derived_seed
+
+        return parts, derived_seed("activation shuffle", self.config.data_seed, number, self.rank)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        part = next(self._tokens)
-        batch = self._harvest(part)
-        self._cursor = part.cursor
+        if self._now is None or self._micro == self.schedule.group:
+            if self._now is not None:
+                self._group, self._micro = self._group + 1, 0
+            self._now = next(self._groups)
+        batch = self._batch(self._now, self._micro)
+        self._micro += 1
+        if self._micro == self.schedule.group:
+            self._cursor = self._now.parts[-1].cursor
+        self._harvester.work_ahead(1 / self.schedule.group)
         return batch
 
-    def _harvest(self, part: TokenBatch) -> Batch:
-        data = self.config.data
-        keep_bT = keep_tokens(part.tokens_bT, self.model.special_ids, data)
-        x = {h: x_bTd.flatten(0, 1) for h, x_bTd in self.model.activations(part.tokens_bT, self.hooks).items()}
+    def _batch(self, group: Group, micro: int) -> Batch:
+        data, part = self.config.data, group.parts[micro]
+        rows = len(part.tokens_bT) * data.context_length
+        span = slice(micro * rows, (micro + 1) * rows)
         return Batch(
-            x=x,
-            keep_N=keep_bT.flatten().to(self.model.device),
-            n_keep=int(keep_bT.sum()),
+            x={hook: x_Nd[span] for hook, x_Nd in group.x.items()},
+            keep_N=group.keep_N[span],
+            n_keep=int(group.host_keep_N[span].sum()),
             first_slot=part.first_slot,
             n_slots=len(part.tokens_bT),
             tokens_per_slot=data.context_length,
@@ -89,8 +170,10 @@ class ActivationStream:
         )
 
     def cursor(self) -> dict[str, Any]:
-        """What was consumed: plain values, to be given back as `cursor` together with `start`."""
+        """What was consumed, as plain values: give it back as `cursor`, with `start`. Inside a group: its beginning."""
         return self._cursor
 
     def close(self) -> None:
         """Stop reading ahead."""
+        self._tokens.close()
+        self._now = None

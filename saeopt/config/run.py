@@ -94,6 +94,8 @@ class RunConfig(StrictModel):
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
     lm_processing: Literal["raw", "compatibility"] = "raw"
     """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
+    lm_batch_size: PositiveInt | None = None
+    """Sequences per pass of the language model, apart from the SAEs' batch; null: as suits the device."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Accelerate's; auto: bf16 on a GPU, no on the CPU. Master weights stay float32."""
     save_dir: Text = "output"
