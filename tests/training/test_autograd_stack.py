@@ -123,9 +123,12 @@ def test_sums_of_two_ranks_equal_one_process(sae_type: str) -> None:
         assert_near(whole.saes[0], rank.saes[0], 1e-9)
 
 
+@pytest.mark.parametrize("decoder_norm", ["free", "unit"])
 @every_architecture
-def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str) -> None:
-    stack, plain = AutogradStack([make(sae_type)], [7], OPTIONS), make(sae_type)
+def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str) -> None:
+    """With unit decoder rows the gradient is projected before it is clipped."""
+    plain = make(sae_type, decoder_norm=decoder_norm)
+    stack = AutogradStack([make(sae_type, decoder_norm=decoder_norm)], [7], OPTIONS)
     optimiser = torch.optim.Adam(plain.parameters(), lr=HYPER.lr)
     measured = train(stack, [HYPER], range(15))
     for step in range(15):
@@ -138,8 +141,10 @@ def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str) -> None:
         loss = sum(forward.terms.values()) / n + sum(ratio.value(n) for ratio in forward.ratios.values())
         optimiser.zero_grad()
         loss.backward()
+        plain.before_step()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), HYPER.max_grad_norm)
         optimiser.step()
+        plain.after_step()
         fired_h = (forward.f_Nh != 0).any(0)
         plain.tokens_since_fired.copy_(torch.where(fired_h, 0, plain.tokens_since_fired + n))
         found = measured[step][0]
