@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saeopt.activations.masks import keep_mask
 from saeopt.config.run import DataConfig
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
@@ -67,11 +68,10 @@ def reconstruct(
 
 
 def keep_rule(lm: SplicingModel, data: DataConfig | None) -> Keep:
-    """Which positions count in a run: all but special tokens, unless `data` says otherwise."""
-    special = torch.tensor(sorted(lm.special_ids) if data is None or data.mask_special_tokens else [], dtype=torch.long)
+    """Which positions count in a run: the rule of training, special tokens and norm outliers left out."""
 
     def keep(tokens_BT: Tensor, x_BTd: Tensor) -> Tensor:
-        return ~torch.isin(tokens_BT, special.to(tokens_BT.device))
+        return keep_mask(tokens_BT, lm.special_ids, data, x_BTd.flatten(0, 1)).view(tokens_BT.shape)
 
     return keep
 
@@ -102,16 +102,24 @@ def evaluate(
     device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
     keep = keep or keep_rule(lm, data)
     members = {key: _member(key, value) for key, value in saes.items()}
-    rows = 1  # of the first part; then as many as the memory for logits holds
+    hooks = list(dict.fromkeys(member.hook for member in members.values()))
+    rows = 1  # sequences whose logits are held at once; more from when the size of the vocabulary is known
     for batch in tokens:
-        start = 0
+        tokens_BT = batch.to(device)
+        x = lm.activations(tokens_BT, hooks)
+        # on the whole batch: an outlier is one among its tokens, whatever the memory for logits
+        kept = {hook: keep(tokens_BT, x[hook]) for hook in hooks}
         rows = rows if cross_entropy else max(1, len(batch))
+        start = 0
         while start < len(batch):
-            tokens_BT = batch[start : start + rows].to(device)
+            part = slice(start, start + rows)
             start += rows
-            vocabulary = _evaluate_batch(list(members.values()), lm, tokens_BT, keep, cross_entropy)
-            if vocabulary is not None:
-                rows = sequences_at_once(tokens_BT.shape[1], vocabulary, device)
+            clean_BTV = lm.logits(tokens_BT[part]) if cross_entropy else None
+            for hook in hooks:
+                at_hook = [member for member in members.values() if member.hook == hook]
+                _evaluate_hook(at_hook, lm, tokens_BT[part], x[hook][part], kept[hook][part], clean_BTV)
+            if clean_BTV is not None:
+                rows = sequences_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
         if progress is not None:
             progress(len(batch))
     if reduce is not None:
@@ -123,19 +131,6 @@ def _member(key: object, value: SAE | tuple[str, SAE]) -> _Member:
     hook, sae = value if isinstance(value, tuple) else (str(key), value)
     device = sae.W_enc.device
     return _Member(hook, sae, Accumulator(sae.d, sae.h, scale=sae.scale, device=device), CrossEntropy(device))
-
-
-def _evaluate_batch(
-    members: list[_Member], lm: SplicingModel, tokens_BT: Tensor, keep: Keep, cross_entropy: bool
-) -> int | None:
-    """Add one batch to every member; the size of the vocabulary where logits were computed."""
-    hooks = list(dict.fromkeys(member.hook for member in members))
-    x = lm.activations(tokens_BT, hooks)
-    clean_BTV = lm.logits(tokens_BT) if cross_entropy else None
-    for hook in hooks:
-        at_hook = [member for member in members if member.hook == hook]
-        _evaluate_hook(at_hook, lm, tokens_BT, x[hook], keep(tokens_BT, x[hook]), clean_BTV)
-    return None if clean_BTV is None else clean_BTV.shape[-1]
 
 
 def _evaluate_hook(

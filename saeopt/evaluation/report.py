@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from saeopt.console import console
@@ -46,9 +47,9 @@ def tokens_per_second(run_dir: str | Path) -> float | None:
 
 def run_table(evaluation: Mapping[str, Row], speed: float | None = None, title: str | None = None) -> Table:
     """L0, FVU, CE recovered, dead share and training speed per hook point."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("hook point", overflow="fold")
-    for name in ("L0", "FVU", "CE recovered", "KL", "dead", "tokens/s"):
+    for name in ("L0", "FVU", "CE recovered", "dead", "tokens/s"):
         table.add_column(name, justify="right")
     for hook, row in evaluation.items():
         table.add_row(
@@ -56,7 +57,6 @@ def run_table(evaluation: Mapping[str, Row], speed: float | None = None, title: 
             show(row.get("l0"), ".1f"),
             show(row.get("fvu"), ".4f"),
             show(row.get("ce_recovered")),
-            show(row.get("kl")),
             show(row.get("fraction_dead"), ".1%"),
             show(speed, ",.0f"),
         )
@@ -87,7 +87,7 @@ def best_table(
     title: str | None = None,
 ) -> Table:
     """The best SAE per range of L0; ranges without a point say so."""
-    table = Table(title=title or f"Best {by} by range of L0", title_justify="left")
+    table = Table(title=title or f"Best {by} by range of L0", title_justify="left", box=box.SIMPLE)
     table.add_column("L0 range")
     table.add_column("SAE", overflow="fold")
     for name in ("L0", "FVU", "CE recovered", "dead", "of"):

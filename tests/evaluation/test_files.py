@@ -36,7 +36,9 @@ def test_the_temporary_name_starts_with_a_dot_and_the_target_stays_old_until_the
         assert temporary.name.startswith(".")
         assert temporary.parent == tmp_path
         assert path.read_text() == "old"
+        file = temporary.stat().st_ino
     assert path.read_text() == "new"
+    assert path.stat().st_ino == file  # renamed, not copied: no moment shows half of it
 
 
 def test_a_failure_inside_leaves_the_old_file(tmp_path: Path) -> None:

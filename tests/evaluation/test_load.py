@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from saeopt.config import RunConfig
+from saeopt.config import RunConfig, apply_overrides, validate_run
 from saeopt.errors import UserError
 from saeopt.evaluation.load import (
     CorruptCheckpoint,
@@ -73,6 +73,14 @@ def test_members_of_a_stack_are_saved_without_their_neighbours(
 def test_checkpoints_are_listed_by_number_not_by_name(run_dir: Path) -> None:
     assert [n for n, _ in list_checkpoints(run_dir)] == [100, 16, 8]
     assert list_checkpoints(run_dir / "absent") == []
+
+
+def test_what_differs_per_hook_point_comes_back(tmp_path: Path, config: RunConfig, make_sae: MakeSAE) -> None:
+    raw = apply_overrides(config.model_dump(mode="json"), {f"saes.decoder_norm@{HOOKS[1]}": "unit"})
+    config = validate_run(raw, "test")
+    save_weights(weights_path(tmp_path, 1), config, {hook: make_sae() for hook in HOOKS}, 1)
+    saes = load_run(tmp_path)[1]
+    assert [saes[hook].config.decoder_norm for hook in HOOKS] == ["free", "unit"]
 
 
 def test_double_precision_stays_double(tmp_path: Path, config: RunConfig, make_sae: MakeSAE) -> None:
