@@ -29,6 +29,7 @@ class Runtime:
         wanted = None if device is None or str(device) == "auto" else torch.device(device)
         self.accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu")
         if wanted is not None and wanted.type == "cuda":
+            wanted = torch.device("cuda", wanted.index or 0)
             torch.cuda.set_device(wanted)
         self.device: torch.device = wanted if wanted is not None else self.accelerator.device
         self.weights_dtype = weights_dtype
