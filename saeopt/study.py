@@ -281,12 +281,12 @@ def logs(
     storage: Storage = None,
 ) -> None:
     """How a trial stands, why it ended, and its metrics."""
-    from saeopt.search.logs import find_trial, head, lines
+    from saeopt.search.logs import find_trial, head, lines, log_lines
     from saeopt.search.storage import persistently
 
     store = _open(storage)
     row, run_dir = find_trial(store, name, trial)
-    for text in head(row, run_dir):
+    for text in [*head(row, run_dir), *log_lines(run_dir)]:
         _say(text)
 
     def ended() -> bool:

@@ -43,6 +43,12 @@ def metric_line(row: dict[str, Any]) -> str:
     return f"{row['samples']:>10,}  {row.get('hook_point', '')}  {'  '.join(values)}"
 
 
+def log_lines(run_dir: Path, last: int = 200) -> list[str]:
+    """The end of the log of the worker while it trained this trial."""
+    path = run_dir / "trial.log"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-last:] if path.exists() else []
+
+
 def lines(path: Path, ended: Callable[[], bool] | None = None, poll_s: float = 1.0) -> Iterator[str]:
     """The lines of `metrics.jsonl`; with `ended`, wait for more until it is true. A resumed run's rewind is noticed."""
     shown: set[tuple[Any, ...]] = set()

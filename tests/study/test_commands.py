@@ -160,9 +160,7 @@ def test_the_store_is_an_option_or_the_environment_or_the_default_file(cli: Cli,
     assert "studies/saeopt.db" in cli("list", storage=None, code=2).stderr
 
 
-def test_no_output_holds_the_password_of_the_store(
-    cli: Cli, study_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_output_holds_the_password_of_the_store(cli: Cli, study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeopt.study.PATIENCE_S", 0.5)
     url = f"postgresql+psycopg://user:{SECRET}@127.0.0.1:9/none"
     for args in (("create", study_file), ("list",), ("status", "six"), ("delete", "six", "--yes")):

@@ -1,0 +1,139 @@
+"""`study create --dry-run`: cells, packs, and estimates of memory and time, from configs alone; no weights are read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from saeopt.config.run import RunConfig
+from saeopt.config.study import StudySpec
+from saeopt.console import console
+from saeopt.errors import UserError
+from saeopt.search.create import planned_cells
+from saeopt.search.notes import dimension_text
+from saeopt.search.space import Cell, Space
+from saeopt.search.status import duration
+
+_SHOWN = 30
+_EFFICIENCY = 0.3
+"""Share of this machine's plain matrix product that training reaches."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pack needs."""
+
+    n_saes: int
+    memory: int
+    """Bytes."""
+    flops: float
+
+
+def print_preview(spec: StudySpec) -> None:
+    """The tables. :class:`UserError` if the space is invalid."""
+    cells, proposed = planned_cells(spec)
+    console.print(_space_table(spec))
+    console.print(_cells_table(spec, cells, proposed))
+    packs = packs_of(spec, cells)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
+    try:
+        costs = [cost(pack) for pack in packs]
+    except (UserError, OSError, ValueError, ImportError) as error:
+        console.print(_packs_table(packs, None))
+        console.print(f"memory and time: unknown ({' '.join(str(error).split())[:200]})", markup=False)
+        return
+    console.print(_packs_table(packs, costs))
+    trials = len(cells) + proposed
+    flops = sum(c.flops for c in costs) * trials / max(len(cells), 1)
+    device, rate = measured_rate()
+    console.print(
+        f"{trials} trials, {flops:.2e} floating-point operations: about {duration(flops / rate / _EFFICIENCY)}"
+        f" for one worker on this machine's {device} ({rate / 1e12:.2g} TFLOP/s measured)",
+        markup=False,
+    )
+
+
+def packs_of(spec: StudySpec, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells in packs as one worker would take them: all of a stream together, or the study's number (`pack`)."""
+    streams: dict[str, list[Cell]] = {}
+    for cell in cells:
+        streams.setdefault(cell.stream, []).append(cell)
+    size = spec.pack if isinstance(spec.pack, int) else max(len(cells), 1)
+    return [group[i : i + size] for group in streams.values() for i in range(0, len(group), size)]
+
+
+def cost(pack: Sequence[Cell]) -> Cost:
+    """Memory and arithmetic of a pack: the language model runs once for all its members."""
+    from saeopt.training.dry_run import shapes, weightless
+    from saeopt.training.memory import estimate
+
+    config: RunConfig = pack[0].config
+    model, lm_parameters = weightless(config)
+    members = [shape for cell in pack for shape in shapes(cell.config, model)]
+    lm_bytes = {"float32": 4, "auto": 2}.get(config.lm_dtype, 2)
+    memory = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size)
+    tokens = (config.data.n_train_samples or 0) * config.data.context_length
+    flops = tokens * (2.0 * lm_parameters + 6.0 * sum(m.n_parameters for m in members))
+    return Cost(len(members), sum(memory.values()), flops)
+
+
+def measured_rate() -> tuple[str, float]:
+    """(device, operations per second) of a matrix product in the precision that training uses."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (768, torch.float32)
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    rounds, best = 4, float("inf")
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return device.type, 2.0 * n**3 / best
+
+
+def _space_table(spec: StudySpec) -> Table:
+    table = Table(title=f"study {spec.name}: {spec.sampler.type}", title_justify="left")
+    table.add_column("parameter")
+    table.add_column("values", overflow="fold")
+    for name, alternatives in spec.space.items():
+        table.add_row(name, "; ".join(dimension_text(d) for d in alternatives))
+    return table
+
+
+def _cells_table(spec: StudySpec, cells: Sequence[Cell], proposed: int) -> Table:
+    space = Space(spec)
+    rows = [space.values(cell.params) for cell in cells]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    title = f"{len(cells)} cells" + (
+        f", and {proposed} trials that {spec.sampler.type} will propose" if proposed else ""
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("trial", justify="right")
+    for name in names:
+        table.add_column(name.removeprefix("saes."), overflow="fold")
+    for number, row in enumerate(rows[:_SHOWN]):
+        values = [row.get(name, "–") for name in names]
+        table.add_row(str(number), *[f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+    if len(cells) > _SHOWN:
+        table.caption = f"and {len(cells) - _SHOWN} more"
+    return table
+
+
+def _packs_table(packs: Sequence[Sequence[Cell]], costs: Sequence[Cost] | None) -> Table:
+    table = Table(title=f"{len(packs)} packs: the language model runs once for each", title_justify="left")
+    for name in ("pack", "trials", "SAEs", "samples", "estimated memory"):
+        table.add_column(name, justify="right")
+    for i, pack in enumerate(packs[:_SHOWN]):
+        samples = pack[0].config.data.n_train_samples
+        found = costs[i] if costs is not None else None
+        memory = f"{found.memory / 2**30:.2f} GiB" if found else "–"
+        saes = str(found.n_saes) if found else "–"
+        table.add_row(str(i), str(len(pack)), saes, f"{samples:,}" if samples else "one pass", memory)
+    if len(packs) > _SHOWN:
+        table.caption = f"and {len(packs) - _SHOWN} more"
+    return table

@@ -1,0 +1,33 @@
+"""`study create --dry-run`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_dry_run_prints_cells_packs_memory_and_time_and_stores_nothing(
+    cli: Cli, study_file: Path, tiny_model_dir: Path
+) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["base"] |= {"tlens_model_name": None, "tlens_model_path": str(tiny_model_dir)}
+    raw["space"]["data.n_train_samples"] = [500, 1000]
+    study_file.write_text(yaml.safe_dump(raw))
+    text = cli("create", study_file, "--dry-run").stdout
+    assert "12 cells" in text
+    assert "2 packs" in text
+    assert "GiB" in text
+    assert "12 trials" in text
+    assert "no such store" in cli("list", code=2).stderr
+
+
+def test_a_dry_run_without_the_model_still_shows_cells(cli: Cli, study_file: Path) -> None:
+    text = cli("create", study_file, "--dry-run").stdout
+    assert "6 cells" in text
+    assert "memory and time: unknown" in text
