@@ -173,6 +173,10 @@ class ActivationStream:
         """What was consumed, as plain values: give it back as `cursor`, with `start`. Inside a group: its beginning."""
         return self._cursor
 
+    def keep_only(self, hooks: Sequence[str]) -> None:
+        """Harvest only these hook points from the next group on (those of members that still train)."""
+        self._harvester.hooks = [hook for hook in self._harvester.hooks if hook in hooks]
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._tokens.close()

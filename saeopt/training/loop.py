@@ -198,7 +198,7 @@ class _Loop:
             if broken:
                 reason = f"NaN or Inf in loss or gradient before sample {self.samples}"
                 log.warning("%s: %s at %s", trial.plan.name, reason, ", ".join(m.hook_point for m in broken))
-                self.pack.drop(broken, reason)
+                self._drop(broken, reason)
             if not trial.active:
                 self._stop(trial, "diverged", trial.members[0].reason or "")
             elif reason := self.runtime.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
@@ -258,10 +258,13 @@ class _Loop:
         if self.stream is not None:
             self.cursor = self.stream.cursor()
         self._checkpoint(trial)
-        self.pack.drop(trial.active, reason)
-        if self.stream is not None and self.pack.groups:
-            self.stream.hooks = self.pack.hook_points
+        self._drop(trial.active, reason)
         self._close(trial, TrialResult(status, self.samples, reason, evaluation or {}))
+
+    def _drop(self, members: list[Member], reason: str) -> None:
+        self.pack.drop(members, reason)
+        if self.stream is not None:
+            self.stream.keep_only(self.pack.hook_points)
 
     def _finish(self, trial: _Trial) -> None:
         """All trials that reached the end together share one evaluation pass."""

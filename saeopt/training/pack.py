@@ -16,7 +16,7 @@ from saeopt.saes.noise import derived_seed
 from saeopt.training.runtime import Runtime
 from saeopt.training.schedules import hyper
 from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.base import Stack, StackBatch, StackOptions
+from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
 
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_SHARE_OF_RUN = 10
@@ -119,7 +119,7 @@ class Pack:
         for group in self.groups:
             group.stack.apply(self._hyper(group, samples_after))
 
-    def _hyper(self, group: _Group, samples: int) -> list:  # type: ignore[type-arg]
+    def _hyper(self, group: _Group, samples: int) -> list[Hyper]:
         return [hyper(m.config, m.sae_config, samples, self.total) for m in group.members]
 
     def metrics(self, samples: int) -> list[tuple[Member, dict[str, float]]]:
