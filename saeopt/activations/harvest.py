@@ -43,6 +43,7 @@ class Harvester:
     def __init__(self, model: LanguageModel, hooks: Sequence[str], config: RunConfig, sequences: int):
         self.model, self.hooks, self.config = model, list(hooks), config
         self.sequences = sequences
+        self._compiled = config.performance.compile != "off"
         self._cuda = model.device.type == "cuda"
         self._side = torch.cuda.Stream(model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
@@ -114,7 +115,7 @@ class Harvester:
         done = 0
         for chunk_bT in here_nT.split(self.sequences):
             with self._on_side():
-                found = self.model.activations(chunk_bT, self.hooks)
+                found = self.model.activations(chunk_bT, self.hooks, compiled=self._compiled)
                 if done == 0:
                     # Only now may the buffer be overwritten; the pass itself did not need to wait.
                     torch.cuda.current_stream(device).wait_event(buffer.consumed)

@@ -121,10 +121,11 @@ class LanguageModel:
         return self._bridge.widths[hook]
 
     @torch.no_grad()
-    def activations(self, tokens_BT: Tensor, hooks: Sequence[str]) -> dict[str, Tensor]:
+    def activations(self, tokens_BT: Tensor, hooks: Sequence[str], compiled: bool = False) -> dict[str, Tensor]:
         """x_BTd at each hook point, in the model's dtype, on the model's device; extra axes are flattened.
 
-        The model stops at the deepest hook point; logits are never computed.
+        The model stops at the deepest hook point; logits are never computed. `compiled` is for long streams of
+        batches of one shape, and matters to plain residual-stream hooks only.
         """
         tokens_BT = tokens_BT.to(self.device)
         bounds = {h: b for h in hooks if (b := self._boundary(h)) is not None}
@@ -132,7 +133,7 @@ class LanguageModel:
         found: dict[str, Tensor] = {}
         if bounds:
             assert self._plain is not None
-            at = self._plain.boundaries(tokens_BT, bounds.values())
+            at = self._plain.boundaries(tokens_BT, bounds.values(), compiled)
             found |= {h: at[b] for h, b in bounds.items()}
         if others:
             found |= self._bridge.activations(tokens_BT, others)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from saeopt.console import log
 
 Splice = Callable[[Tensor], Tensor]
 
@@ -33,7 +35,7 @@ class PlainDecoder:
         self.layers_name = next(n for n in _LAYERS if isinstance(getattr(self.base, n, None), nn.ModuleList))
         self.layers = cast(nn.ModuleList, getattr(self.base, self.layers_name))
         self.norm_name = next(n for n in _FINAL_NORMS if isinstance(getattr(self.base, n, None), nn.Module))
-        self._trunks: dict[int, nn.Module] = {}
+        self._trunks: dict[tuple[frozenset[int], bool], _Trunk] = {}
 
     @staticmethod
     def supports(model: nn.Module, family: str) -> bool:
@@ -46,35 +48,15 @@ class PlainDecoder:
             and any(isinstance(getattr(base, n, None), nn.Module) for n in _FINAL_NORMS)
         )
 
-    def trunk(self, depth: int) -> nn.Module:
-        """The model's first `depth` layers, without final norm and unembedding; shares every weight."""
-        if depth not in self._trunks:
-            trunk = copy.copy(self.base)
-            trunk._modules = dict(self.base._modules)
-            trunk._modules[self.layers_name] = nn.ModuleList(list(self.layers)[:depth])
-            trunk._modules[self.norm_name] = nn.Identity()
-            self._trunks[depth] = trunk
-        return self._trunks[depth]
+    def boundaries(self, tokens_BT: Tensor, wanted: Iterable[int], compiled: bool = False) -> dict[int, Tensor]:
+        """The residual stream x_BTd at each wanted boundary.
 
-    def boundaries(self, tokens_BT: Tensor, wanted: Iterable[int]) -> dict[int, Tensor]:
-        """The residual stream x_BTd at each wanted boundary."""
-        wanted = set(wanted)
-        depth = max(wanted)
-        found: dict[int, Tensor] = {}
-
-        def keep(b: int) -> Callable[..., None]:
-            def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-                found[b] = args[0] if args else kwargs["hidden_states"]
-
-            return hook
-
-        handles = [self.layers[b].register_forward_pre_hook(keep(b), with_kwargs=True) for b in wanted if b < depth]
-        try:
-            found[depth] = self.trunk(depth)(input_ids=tokens_BT, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        `compiled` goes through torch.compile, which is worth its start-up where many batches of one shape follow.
+        """
+        key = (frozenset(wanted), compiled)
+        if key not in self._trunks:
+            self._trunks[key] = _Trunk(self, key[0], compiled)
+        return self._trunks[key](tokens_BT)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Next-token logits_BTV."""
@@ -101,6 +83,58 @@ class PlainDecoder:
             return self.logits(tokens_BT)
         finally:
             handle.remove()
+
+
+class _Trunk:
+    """A model's layers up to the deepest wanted boundary, without final norm and unembedding; shares every weight."""
+
+    def __init__(self, decoder: PlainDecoder, wanted: frozenset[int], compiled: bool):
+        self.kept: dict[int, Tensor] = {}
+        self.depth = max(wanted)
+        layers = list(decoder.layers)[: self.depth]
+        tapped = [_Tap(layer, self.kept, b) if b in wanted else layer for b, layer in enumerate(layers)]
+        self.module = copy.copy(decoder.base)
+        self.module._modules = dict(decoder.base._modules)
+        self.module._modules[decoder.layers_name] = nn.ModuleList(tapped)
+        self.module._modules[decoder.norm_name] = nn.Identity()
+        self.run: Callable[..., Any] = torch.compile(self.module, dynamic=False) if compiled else self.module
+
+    def __call__(self, tokens_BT: Tensor) -> dict[int, Tensor]:
+        last = self._run(tokens_BT)
+        found = {**self.kept, self.depth: last}
+        self.kept.clear()
+        return found
+
+    def _run(self, tokens_BT: Tensor) -> Tensor:
+        try:
+            return self.run(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self.run is self.module:
+                raise
+            log.info("the language model cannot be compiled, and runs as it is (%s)", type(error).__name__)
+            self.run = self.module
+            return self._run(tokens_BT)
+
+
+class _Tap(nn.Module):
+    """A layer whose input is kept. A wrapper and no forward hook, because torch.compile sees through it."""
+
+    def __init__(self, layer: nn.Module, kept: dict[int, Tensor], at: int):
+        super().__init__()
+        self.layer, self.kept, self.at = layer, kept, at
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own output."""
+        self.kept[self.at] = args[0] if args else kwargs["hidden_states"]
+        return self.layer(*args, **kwargs)
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

@@ -96,6 +96,11 @@ def sequences_per_pass(config: RunConfig, device: torch.device) -> int:
     return max(1, TOKENS_PER_PASS.get(device.type, TOKENS_PER_PASS["cpu"]) // config.data.context_length)
 
 
+def even_share(total: int, most: int) -> int:
+    """Sequences per pass, at most `most`, such that the passes of a group are as equal as can be."""
+    return -(-total // -(-total // most))
+
+
 class ActivationStream:
     """Batches of activations without end, from sample `start` on; iterate over it, and close it at the end.
 
@@ -125,7 +130,10 @@ class ActivationStream:
         self._cursor: dict[str, Any] = dict(cursor or {})
         batches = tokens.train(first, config.data.train_batch_size, rank, world, self._cursor)
         self._tokens = Prefetch(batches, depth=2 * self.schedule.group)
-        self._harvester = Harvester(model, hooks, config, sequences_per_pass(config, model.device))
+        sequences = even_share(
+            self.schedule.group * config.data.train_batch_size, sequences_per_pass(config, model.device)
+        )
+        self._harvester = Harvester(model, hooks, config, sequences)
         self._groups = self._harvester.groups(self._read_group)
         self._next_group = self._group
         self._now: Group | None = None

@@ -73,6 +73,18 @@ def test_the_numbers_of_a_hook_do_not_depend_on_the_other_hooks(family: str):
     assert torch.equal(mlp, both["blocks.0.mlp.hook_post"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neo"])
+def test_the_compiled_way_gives_the_same_activations(family: str, monkeypatch: pytest.MonkeyPatch):
+    lm = language_model(family)
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **kwargs: compiled(module, backend="eager", **kwargs))
+    hooks = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post", "blocks.0.hook_resid_pre"]
+    plain, fast = lm.activations(TOKENS, hooks), lm.activations(TOKENS, hooks, compiled=True)
+    for hook in hooks:
+        torch.testing.assert_close(fast[hook], plain[hook])
+    assert all(t.run is not t.module for (_, c), t in lm._plain._trunks.items() if c)  # it did not fall back
+
+
 def test_every_listed_hook_point_yields_one_vector_per_token_and_can_be_spliced():
     lm = language_model("gpt2")
     assert {"blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "blocks.2.mlp.hook_post"} <= set(lm.hook_points)
