@@ -5,8 +5,8 @@
 
 The search: TPE over λ (0.05 to 10, logarithmic, normalised units) and the dictionary ratio (8, 16, 32), a quasi-random
 design first, L0 and FVU as objectives, collapsed trials infeasible. The old grid: its nine λ with its scaling of the
-loss terms, at ratio 8 alone and at all three ratios. Everything else (tokens, batch, learning rate, held-out text) is the
-same. An SAE has collapsed when L0 < 1 or FVU >= 0.9. A second call goes on where the first ended.
+loss terms, at ratio 8 alone and at all three ratios. Everything else (tokens, batch, learning rate, held-out text) is
+the same. An SAE has collapsed when L0 < 1 or FVU >= 0.9. A second call goes on where the first ended.
 """
 
 from __future__ import annotations
