@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saeopt.console import log
 from saeopt.search import claims, monitoring
@@ -68,6 +68,8 @@ class Worker:
         self.reports = Reports(store, self.study_id, self.spec)
         self._ask_limit = limit
         self._limit: int | None = None
+        self._ended = threading.Event()
+        self._progress: dict[str, Progress] = {}
 
     def run(self) -> int:
         """Until the study is done, `max_trials` are told, or a signal comes; returns the number of trials told."""
@@ -82,6 +84,7 @@ class Worker:
                 self._give_back(claim, None)
             self.reports.stop()
             self.heart.stop()
+            self._ended.set()
         log.info(
             "this worker told %d trial%s of study %s", self.me.finished, "s"[: self.me.finished != 1], self.spec.name
         )
@@ -148,7 +151,7 @@ class Worker:
             self._tell(assignment, results[assignment.name])
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
-        by_name = {a.name: Progress(a.claim, a.config) for a in pack}
+        by_name = self._progress = {a.name: Progress(a.claim, a.config) for a in pack}
         plans = [TrialPlan(a.name, a.config, a.run_dir, resume=a.start > 0) for a in pack]
         for a in pack:
             monitoring.on_trial_start(self.store, self.study_id, a.claim.trial_id, self.spec, self.me.worker)
@@ -211,10 +214,10 @@ class Worker:
         limits = self._constraints(result, reason, pruned=values is None)
         outcome = f"{'complete' if values is not None else 'stopped early'}{': ' + reason if reason else ''}"
         monitoring.on_trial_end(self.store, self.study_id, claim.trial_id, spec, outcome)
+        state: Literal["COMPLETE", "PRUNED"] = "PRUNED" if values is None else "COMPLETE"
+        final = self._last_values(assignment) if values is None else values
         told = persistently(
-            lambda: claims.finish(
-                self.store, claim, "PRUNED" if values is None else "COMPLETE", values, constraints=limits, attrs=attrs
-            ),
+            lambda: claims.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
             f"telling trial {claim.number}",
         )
         self.heart.drop(claim)
@@ -222,6 +225,11 @@ class Worker:
         if told:
             shown = "" if values is None else " (" + ", ".join(f"{v:.4g}" for v in values) + ")"
             log.info("trial %d: %s%s", claim.number, outcome, shown)
+
+    def _last_values(self, assignment: Assignment) -> list[float] | None:
+        """What a trial that was given up had reached, as Optuna keeps it for a single objective."""
+        curve = self._progress[assignment.name].curve
+        return curve[max(curve)] if curve and len(curve[max(curve)]) == 1 else None
 
     def _constraints(self, result: TrialResult, reason: str | None, *, pruned: bool) -> dict[str, float]:
         """What the sampler learns about a trial that collapsed or was given up: it is infeasible, by so much."""
@@ -250,7 +258,8 @@ class Worker:
     def _leave_in_time(self) -> None:
         """After a signal: whatever hangs, the trials are given back and the process ends within ten seconds."""
         self.interrupted.wait()
-        time.sleep(LEAVE_SECONDS - 1.0)
+        if self._ended.wait(LEAVE_SECONDS - 1.0):
+            return
         last = threading.Timer(1.0, os._exit, [1])
         last.daemon = True
         last.start()

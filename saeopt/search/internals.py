@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,8 +54,10 @@ def trial_id_of(trial: FrozenTrial | Trial) -> int:
 
 
 def live_trial(study: optuna.Study, trial_id: int) -> Trial:
-    """The trial as an object that suggests parameters; the study forgets what it has read before."""
+    """The trial as an object that suggests parameters; the study reads everything anew (its cache knows no other way
+    to a trial that this process did not create)."""
     study._thread_local.cached_all_trials = None
+    study.get_trials(deepcopy=False)
     return Trial(study, trial_id)
 
 
@@ -124,13 +125,6 @@ def set_report(connection: sa.Connection, trial_id: int, step: int, value: float
     )
 
 
-def last_report(connection: sa.Connection, trial_id: int) -> float | None:
-    """The newest intermediate value, if it is finite."""
-    statement = sa.select(trial_reports.c.intermediate_value).where(trial_reports.c.trial_id == trial_id)
-    value = connection.execute(statement.order_by(trial_reports.c.step.desc()).limit(1)).scalar()
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
 def params_of(connection: sa.Connection, trial_ids: Iterable[int]) -> dict[int, dict[str, Any]]:
     """Parameters per trial, as the sampler or the queue gave them."""
     found: dict[int, dict[str, Any]] = {trial_id: {} for trial_id in trial_ids}
@@ -139,6 +133,17 @@ def params_of(connection: sa.Connection, trial_ids: Iterable[int]) -> dict[int, 
     for trial_id, name, value, distribution in connection.execute(statement.order_by(trial_params.c.param_id)):
         found[trial_id][name] = json_to_distribution(distribution).to_external_repr(value)
     return found
+
+
+def clear_params(connection: sa.Connection, trial_id: int) -> None:
+    """Forget the parameters of a trial."""
+    connection.execute(sa.delete(trial_params).where(trial_params.c.trial_id == trial_id))
+
+
+def other_params(connection: sa.Connection, study_id: int, trial_id: int) -> list[dict[str, Any]]:
+    """Parameters of the study's other trials that have some."""
+    others = sa.select(trials.c.trial_id).where(trials.c.study_id == study_id, trials.c.trial_id != trial_id)
+    return [params for params in params_of(connection, connection.execute(others).scalars()).values() if params]
 
 
 def insert_waiting(

@@ -19,6 +19,8 @@ from saeopt.search.pruning import make_pruner, warmup_samples
 from saeopt.search.space import Space
 from saeopt.search.storage import Store, persistently
 
+_ATTEMPTS = 12
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -81,13 +83,24 @@ def _assignment(heart: Heart, space: Space, claim: Claim, resume_point: Callable
 
 
 def propose(store: Store, spec: StudySpec, space: Space, claim: Claim) -> dict[str, Any]:
-    """Ask the study's sampler; what it said before for this trial stays."""
-    sampler = samplers.make_sampler(spec, claim.number)
-    study = store.study(spec.name, sampler=sampler)
-    if spec.early_stopping.type == "hyperband":  # its brackets have samplers' histories of their own
-        config = space.middle().config
-        total = config.data.n_train_samples or 0
-        study.pruner = make_pruner(
-            spec.early_stopping, warmup_samples(spec.early_stopping, config, total), max(total, 2)
-        )
-    return space.suggest(db.live_trial(study, claim.trial_id))
+    """Ask the study's sampler; what it said before for this trial stays.
+
+    A sampler may repeat itself. The same cell is not trained twice: it is asked again, and chance after that, unless
+    the space seems to hold nothing new.
+    """
+    params: dict[str, Any] = {}
+    for attempt in range(_ATTEMPTS):
+        study = store.study(spec.name, sampler=samplers.make_sampler(spec, claim.number, attempt))
+        if spec.early_stopping.type == "hyperband":  # its brackets have samplers' histories of their own
+            config = space.middle().config
+            total = config.data.n_train_samples or 0
+            study.pruner = make_pruner(
+                spec.early_stopping, warmup_samples(spec.early_stopping, config, total), max(total, 2)
+            )
+        params = space.suggest(db.live_trial(study, claim.trial_id))
+        with store.write() as connection:
+            if params not in db.other_params(connection, claim.study_id, claim.trial_id):
+                break
+            if attempt < _ATTEMPTS - 1:
+                db.clear_params(connection, claim.trial_id)
+    return params

@@ -14,9 +14,11 @@ def trial_seed(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
 
 
-def make_sampler(spec: StudySpec, number: int) -> optuna.samplers.BaseSampler:
+def make_sampler(spec: StudySpec, number: int, attempt: int = 0) -> optuna.samplers.BaseSampler:
     """Who proposes trial `number`. Collapsed trials are infeasible: their constraints are stored with them."""
-    seed = trial_seed(spec.sampler.seed, number)
+    seed = trial_seed(spec.sampler.seed + attempt * 1_000_003, number)
+    if attempt > 2:
+        return optuna.samplers.RandomSampler(seed=seed)
     startup = max(spec.sampler.n_startup_trials, 1)
     population = max(4, min(50, (spec.max_trials or 50) // 5))
     match spec.sampler.type:

@@ -1,0 +1,289 @@
+"""The worker's loop with a pretended trainer: packs, failures, early stopping, signals."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _stores import grid_spec
+
+from saeopt.config.study import StudySpec, study_spec
+from saeopt.search import claims, monitoring, presence
+from saeopt.search import internals as db
+from saeopt.search.attributes import evaluation_of
+from saeopt.search.create import create_study
+from saeopt.search.storage import Store
+from saeopt.training.plan import Observer, TrialPlan, TrialResult
+from saeopt.worker_loop import Options, Worker
+
+HOOK = "blocks.1.hook_resid_pre"
+TOTAL = 64
+
+
+class OutOfMemoryError(RuntimeError):
+    """What torch raises bears this name."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+        monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Any:
+    opened = Store.open(f"sqlite:///{tmp_path}/store.db")
+    yield opened
+    opened.close()
+
+
+Measure = Callable[[TrialPlan, int], dict[str, float]]
+
+
+def good(plan: TrialPlan, samples: int) -> dict[str, float]:
+    return {"l0": 20.0, "fvu": 0.2}
+
+
+class Trainer:
+    """Pretends to train; remembers the packs."""
+
+    def __init__(self, measure: Measure = good, before: Callable[[list[str]], None] = lambda names: None) -> None:
+        self.measure, self.before = measure, before
+        self.packs: list[list[str]] = []
+
+    def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+        self.packs.append([p.name for p in plans])
+        self.before(self.packs[-1])
+        results: dict[str, TrialResult] = {}
+        for plan in plans:
+            observer.on_start(plan.name, 0, TOTAL)
+        for samples in range(4, TOTAL + 1, 4):
+            if observer.should_interrupt():
+                break
+            observer.progress(samples, TOTAL, 1000.0)
+            for plan in plans:
+                if plan.name not in results:
+                    reason = observer.on_log(plan.name, samples, {HOOK: self.measure(plan, samples)})
+                    time.sleep(0.01)
+                    if reason:
+                        results[plan.name] = TrialResult("stopped", samples, reason)
+        for plan in plans:
+            if plan.name not in results:
+                done = samples >= TOTAL
+                evaluation = {HOOK: self.measure(plan, samples)} if done else {}
+                results[plan.name] = TrialResult("finished" if done else "interrupted", samples, None, evaluation)
+        return results
+
+
+def start(store: Store, spec: StudySpec, trainer: Trainer, pack: int = 4, **options: Any) -> Worker:
+    create_study(store, spec)
+    settings = Options(poll=0.05, **options)
+    return Worker(store, spec.name, settings, trainer, lambda space: pack, threading.Event())
+
+
+def spec_in(folder: Path, n: int = 6, **fields: Any) -> StudySpec:
+    return grid_spec(n, output_dir=str(folder / "out"), heartbeat=0.2, grace=1.0, **fields)
+
+
+def states(store: Store) -> list[str]:
+    return [t.state.name for t in store.study("s").trials]
+
+
+def test_packs_are_trained_and_every_trial_is_told(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer()
+    worker = start(store, spec_in(tmp_path), trainer)
+    assert worker.run() == 6
+    assert trainer.packs == [["0", "1", "2", "3"], ["4", "5"]]
+    trial = store.study("s").trials[0]
+    assert (trial.state.name, trial.values) == ("COMPLETE", [20.0, 0.8])
+    assert 1 < len(trial.intermediate_values) <= 50
+    assert evaluation_of(trial.user_attrs) == {HOOK: {"l0": 20.0, "fvu": 0.2}}
+    assert (tmp_path / "out/s/0/trial.log").exists()
+    with store.read() as connection:
+        attributes = db.get_attrs(connection, db.study_attrs, worker.study_id)
+    assert presence.workers(attributes) == []
+
+
+def test_a_failing_trial_is_found_in_its_pack_and_fails_alone(store: Store, tmp_path: Path) -> None:
+    def before(names: list[str]) -> None:
+        if "2" in names:
+            raise ValueError("trial two is broken")
+
+    trainer = Trainer(before=before)
+    start(store, spec_in(tmp_path, 4, retries=1), trainer).run()
+    assert states(store) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert trainer.packs == [["0", "1", "2", "3"], ["0"], ["1"], ["2"], ["3"], ["2"]]
+    attrs = store.study("s").trials[2].user_attrs
+    assert attrs["reason"] == "ValueError: trial two is broken"
+    assert "in before" in attrs["traceback"]
+    assert attrs["failures"] == 2
+
+
+def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_path: Path) -> None:
+    def before(names: list[str]) -> None:
+        if len(names) > 2:
+            raise OutOfMemoryError("CUDA out of memory")
+
+    trainer = Trainer(before=before)
+    start(store, spec_in(tmp_path, 6), trainer).run()
+    assert [len(p) for p in trainer.packs] == [4, 2, 2, 2]
+    assert set(states(store)) == {"COMPLETE"}
+    assert all("failures" not in t.user_attrs for t in store.study("s").trials)
+
+
+def test_a_signal_gives_the_trials_back(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer()
+    worker = start(store, spec_in(tmp_path), trainer)
+    threading.Timer(0.3, worker.interrupted.set).start()
+    trainer.measure = lambda plan, samples: time.sleep(0.02) or good(plan, samples)  # type: ignore[func-returns-value]
+    assert worker.run() == 0
+    assert states(store) == ["WAITING"] * 6
+    assert "saeopt:losses" not in store.study("s").trials[0].system_attrs
+
+
+def test_a_stopped_study_gets_its_trials_back_and_the_worker_ends(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer(measure=lambda plan, samples: time.sleep(0.02) or good(plan, samples))  # type: ignore[func-returns-value]
+    worker = start(store, spec_in(tmp_path), trainer)
+    threading.Timer(0.3, claims.set_stopped, (store, worker.study_id, True)).start()
+    worker.run()
+    assert states(store) == ["WAITING"] * 6
+
+
+def test_a_collapsed_trial_is_stopped_with_its_reason_and_is_infeasible(store: Store, tmp_path: Path) -> None:
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        return {"l0": 0.1 if plan.name == "1" else 20.0, "fvu": 0.5}
+
+    start(store, spec_in(tmp_path, 3), Trainer(measure)).run()
+    trials = store.study("s").trials
+    assert [t.state.name for t in trials] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert trials[1].user_attrs["reason"].startswith(f"collapsed: {HOOK}: L0 0.1 is below 0.5")
+    assert trials[1].user_attrs["samples"] < TOTAL
+    assert max(trials[1].constraints.values()) > 0
+    assert max(trials[0].constraints.values()) <= 0
+
+
+@pytest.mark.parametrize("rule", ["median", "asha", "hyperband"])
+def test_a_bad_trial_of_a_single_objective_is_pruned(store: Store, tmp_path: Path, rule: str) -> None:
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        return {"l0": 20.0, "fvu": 0.9 if plan.name == "7" else 0.1 + 0.01 * int(plan.name)}
+
+    spec = spec_in(tmp_path, 8, objectives=["fvu"], early_stopping={"type": rule, "n_startup_trials": 3})
+    start(store, spec, Trainer(measure), pack=1).run()
+    trials = store.study("s").trials
+    assert trials[0].state.name == "COMPLETE"
+    if rule != "hyperband":  # its brackets may put the bad trial where nothing is compared
+        assert trials[7].state.name == "PRUNED"
+        assert rule in trials[7].user_attrs["reason"]
+        assert trials[7].values == pytest.approx([0.9])
+
+
+def test_a_trial_that_is_worse_in_every_objective_is_stopped(store: Store, tmp_path: Path) -> None:
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        worse = plan.name == "5"
+        return {"l0": 60.0 if worse else 20.0, "fvu": 0.6 if worse else 0.2}
+
+    spec = spec_in(tmp_path, 6, early_stopping={"type": "pareto", "n_startup_trials": 3})
+    start(store, spec, Trainer(measure), pack=1).run()
+    trials = store.study("s").trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 5 + ["PRUNED"]
+    assert "better in every objective" in trials[5].user_attrs["reason"]
+
+
+def test_max_trials_ends_the_worker(store: Store, tmp_path: Path) -> None:
+    assert start(store, spec_in(tmp_path), Trainer(), max_trials=5).run() == 5
+    assert states(store).count("COMPLETE") == 5
+
+
+def test_a_worker_waits_for_trials_that_others_train_and_takes_over_when_they_die(store: Store, tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, 1)
+    worker = start(store, spec, Trainer())
+    assert len(claims.claim(store, worker.study_id, 1, {"worker": "doomed"})) == 1
+    before = time.monotonic()
+    assert worker.run() == 1
+    assert time.monotonic() - before > 0.9
+    assert states(store) == ["COMPLETE"]
+
+
+def test_sequential_raises_the_first_error_and_gives_the_trial_back(store: Store, tmp_path: Path) -> None:
+    def before(names: list[str]) -> None:
+        raise ValueError("broken")
+
+    worker = start(store, spec_in(tmp_path, 2), Trainer(before=before), sequential=True)
+    with pytest.raises(ValueError, match="broken"):
+        worker.run()
+    assert states(store) == ["WAITING", "WAITING"]
+
+
+def test_a_trial_without_the_metric_of_its_objective_is_pruned_with_a_reason(store: Store, tmp_path: Path) -> None:
+    start(store, spec_in(tmp_path, 1, objectives=["kl"]), Trainer()).run()
+    (trial,) = store.study("s").trials
+    assert trial.state.name == "PRUNED"
+    assert "no finite value" in trial.user_attrs["reason"]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "nsga2", "gp", "qmc"])
+def test_samplers_propose_every_trial_once_in_a_conditional_space(store: Store, tmp_path: Path, sampler: str) -> None:
+    base = spec_in(tmp_path).base
+    space = {
+        "sae_type": ["relu", "topk"],
+        "saes.sparsity_coeff": {"low": 0.05, "high": 10, "log": True, "when": {"sae_type": "relu"}},
+        "saes.k": {"low": 4, "high": 64, "int": True, "log": True, "when": {"sae_type": "topk"}},
+        "saes.dict_size_to_input_ratio": [8, 16, 32],
+    }
+    raw = {"name": "s", "base": base, "space": space, "sampler": {"type": sampler, "n_startup_trials": 4}}
+    spec = study_spec({**raw, "max_trials": 14, "output_dir": str(tmp_path / "out")}, "s.yaml")
+
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        ratio = plan.config.saes.dict_size_to_input_ratio
+        collapsed = plan.config.saes.sae_type == "relu" and plan.config.saes.sparsity_coeff > 3
+        return {"l0": 0.1 if collapsed else ratio, "fvu": 2.0 / ratio}
+
+    start(store, spec, Trainer(measure), pack=3).run()
+    trials = store.study("s").trials
+    assert len(trials) == 14
+    assert {t.state.name for t in trials} <= {"COMPLETE", "PRUNED"}
+    for trial in trials:
+        other = "saes.k" if trial.params["saes.sae_type"] == "relu" else "saes.sparsity_coeff"
+        assert other not in trial.params
+        assert len(trial.params) == 3
+    assert len({str(sorted(t.params.items())) for t in trials}) == 14
+
+
+def test_cmaes_and_random_streams_pack_only_what_fits_together(store: Store, tmp_path: Path) -> None:
+    space = {"data.train_batch_size": [4, 8], "lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    spec = spec_in(
+        tmp_path, objectives=["fvu"], space=space, sampler={"type": "cmaes", "n_startup_trials": 2}, max_trials=8
+    )
+    trainer = Trainer()
+    start(store, spec, trainer, pack=4).run()
+    trials = store.study("s").trials
+    assert {t.state.name for t in trials} == {"COMPLETE"}
+    for pack in trainer.packs:
+        assert len({trials[int(n)].params["data.train_batch_size"] for n in pack}) == 1
+
+
+def test_the_store_may_vanish_while_a_pack_trains(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from sqlalchemy.exc import OperationalError
+
+    worker = start(store, spec_in(tmp_path, 2), Trainer())
+    begin, outage = Store.write, {"until": 0.0}
+
+    def write(self: Store) -> Any:
+        if time.monotonic() < outage["until"]:
+            raise OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+        return begin(self)
+
+    monkeypatch.setattr(Store, "write", write)
+    worker.train.before = lambda names: outage.update(until=time.monotonic() + 2.0)  # type: ignore[attr-defined]
+    with caplog.at_level(logging.WARNING, "saeopt"):
+        assert worker.run() == 2
+    assert states(store) == ["COMPLETE", "COMPLETE"]
+    assert len(store.study("s").trials[0].intermediate_values) > 1
+    assert "cannot be reached" in caplog.text
