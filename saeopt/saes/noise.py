@@ -22,8 +22,11 @@ def uniform(
     """u_Nh in [1e-6, 1 − 1e-6], float32, for N = n_slots · tokens_per_slot tokens.
 
     The generator is reseeded per slot, so that batch sizes and ranks do not matter. Values differ between
-    the CPU and a GPU.
+    the CPU and a GPU, where they are :func:`hashed_uniform`.
     """
+    if torch.device(device).type == "cuda":
+        seeds, slot = torch.tensor([seed], device=device), torch.tensor(first_slot, device=device)
+        return hashed_uniform(row_keys(seeds, slot, n_slots, tokens_per_slot), h)[0]
     u_Nh = torch.empty(n_slots * tokens_per_slot, h, device=device)
     generator = torch.Generator(device=u_Nh.device)
     for slot in range(n_slots):
@@ -31,3 +34,36 @@ def uniform(
         rows = u_Nh[slot * tokens_per_slot : (slot + 1) * tokens_per_slot]
         rows.uniform_(generator=generator)
     return u_Nh.clamp_(TINY, 1 - TINY)
+
+
+# ---- counter-based noise: elementwise, so that it can be computed inside a kernel and inside a CUDA graph
+def _mix64(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele et al. 2014); int64 products wrap."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def _mix32(z: Tensor) -> Tensor:
+    """The finaliser of murmur3; int32 products wrap."""
+    z = (z ^ ((z >> 16) & 0xFFFF)) * -0x7A143595
+    z = (z ^ ((z >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return z ^ ((z >> 16) & 0xFFFF)
+
+
+def row_keys(seed_M: Tensor, first_slot: Tensor, n_slots: int, tokens_per_slot: int) -> Tensor:
+    """Two 32-bit keys per member and token, (2, M, N), from int64 seeds and the global number of the first slot."""
+    rows_N = torch.arange(n_slots * tokens_per_slot, device=seed_M.device)
+    slot_N = first_slot.to(torch.int64) + torch.div(rows_N, tokens_per_slot, rounding_mode="floor")
+    token_N = rows_N % tokens_per_slot
+    by_slot_MN = _mix64(_mix64(seed_M.to(torch.int64)).unsqueeze(1) + slot_N * -0x61C8864680B583EB)
+    key_MN = _mix64(by_slot_MN + token_N * -0x61C8864680B583EB)
+    return torch.stack([key_MN.to(torch.int32), (key_MN >> 32).to(torch.int32)])
+
+
+def hashed_uniform(keys_2MN: Tensor, h: int) -> Tensor:
+    """u_MNh of the latents 0 … h − 1, float32 in [1e-6, 1 − 1e-6]: two rounds of a 32-bit hash."""
+    latent_h = torch.arange(h, device=keys_2MN.device, dtype=torch.int32)
+    mixed_MNh = _mix32(latent_h * -0x61C88647 + keys_2MN[0].unsqueeze(-1))
+    bits_MNh = (_mix32(mixed_MNh ^ keys_2MN[1].unsqueeze(-1)) >> 8) & 0xFFFFFF
+    return ((bits_MNh.to(torch.float32) + 0.5) * 2.0**-24).clamp(TINY, 1 - TINY)

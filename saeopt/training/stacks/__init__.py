@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import log
@@ -29,8 +30,14 @@ def make_stack(
         if performance.stack == "fused":
             _notice(f"the fused step is not used: {reason}")
         return AutogradStack(saes, seeds, options)
-    cls = SparseStack if saes[0].config.sae_type in SparseStack.architectures else FusedStack
-    return cls(saes, seeds, options, performance)
+    if saes[0].W_enc.is_cuda:
+        from saeopt.training.stacks.gpu import GpuStack
+        from saeopt.training.stacks.gpu_topk import GpuSparseStack
+
+        on_gpu = GpuSparseStack if saes[0].config.sae_type == "topk" else GpuStack
+        return on_gpu(saes, seeds, options, performance)
+    on_cpu = SparseStack if saes[0].config.sae_type == "topk" else FusedStack
+    return on_cpu(saes, seeds, options, performance)
 
 
 def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
@@ -46,6 +53,8 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
         return f"'{sae_type}' has none"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"
+    if first.W_enc.is_cuda and (find_spec("triton") is None or first.W_enc.dtype != torch.float32):
+        return "it needs Triton and float32 weights on a GPU"
     if first.W_enc.device.type not in ("cpu", "cuda"):
         return f"there is none for {first.W_enc.device.type}"
     if any(not torch.equal(sae.scale, first.scale) for sae in saes):

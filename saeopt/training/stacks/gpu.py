@@ -1,0 +1,267 @@
+"""Fused stacks on a CUDA device: all members at once, elementwise stages compiled, the step replayed as graphs.
+
+Shape suffixes: M members, N tokens, d model width, h dictionary width, V vectors end to end. A window's first
+micro-batch writes gradients in the dtype of the products; further ones, and ranks, are added in float32. Nothing
+here waits for the device: numbers of the step travel in `hyper` (M, 5): lr, λ, β, clip norm, first slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeopt.config.run import PerformanceConfig
+from saeopt.saes.base import SAE
+from saeopt.saes.noise import hashed_uniform, row_keys
+from saeopt.training.stacks import kernels_rows
+from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+from saeopt.training.stacks.dense import PASSES, Form, Given
+from saeopt.training.stacks.fused import PULL, FusedStack
+from saeopt.training.stacks.graphs import Graphs
+from saeopt.training.stacks.packed import VECTORS, Store
+
+_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
+    """`function` through torch.compile (static shapes), or as it is."""
+    if not enabled:
+        return function
+    if function not in _compiled:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+        _compiled[function] = torch.compile(function, dynamic=False)
+    return _compiled[function]
+
+
+class GpuStack(FusedStack):
+    """The dense architectures on a CUDA device."""
+
+    def __init__(
+        self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions, performance: PerformanceConfig
+    ) -> None:
+        self.compiling = performance.compile != "off"
+        self.graphs = Graphs(performance.graphs != "off")
+        super().__init__(saes, seeds, options, performance)
+
+    def _prepare(self) -> None:
+        self.factor_Mh: Tensor | None = None
+        super()._prepare()
+        size = len(self.saes)
+        self.graphs.clear()
+        self.grads, self.window = {}, {}
+        self.micro_batches, self.replayed, self.wide, self.rows = 0, None, False, 0
+        self.rows_per_window = 0
+        self.hyper = torch.zeros(size, 5, dtype=torch.float64, device=self.device)
+        self.uploaded: tuple[tuple[float, ...], ...] = ()
+        self.seed_M = torch.tensor(self.seeds, dtype=torch.int64, device=self.device)
+        self.mode = kernels_rows.UNIT if self.form.unit else kernels_rows.FREE
+        if self.directions:
+            self.mode = kernels_rows.DIRECTION_UNIT if self.form.unit else kernels_rows.DIRECTION
+            self.factor_Mh = self._row_factor().expand_as(self.norm_Mh).contiguous()
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        if self.factor_Mh is not None:
+            self.factor_Mh.copy_(self._row_factor())
+
+    def _upload(self, hyper: Sequence[Hyper], first_slot: int) -> None:
+        """Send the step's numbers if they changed. Pinned memory is reused only after its copy has run."""
+        numbers = tuple((*row, float(first_slot)) for row in hyper)
+        if numbers != self.uploaded:
+            self.uploaded = numbers
+            self.hyper.copy_(torch.tensor(numbers, dtype=torch.float64).pin_memory(), non_blocking=True)
+
+    # ---- a micro-batch
+    @torch.no_grad()
+    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+        if self.packed.version(self.saes) != self._seen:
+            self._refresh()
+        self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
+        x_Nd, keep_N = batch.x_Nd, batch.keep_N
+        key = ("accumulate", tuple(x_Nd.shape), x_Nd.dtype, keep_N is None, batch.n_slots, *self._key())
+
+        def run(x_Nd: Tensor, keep_N: Tensor | None) -> tuple[Store, Store]:
+            return self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot)
+
+        self.micro_batches += 1
+        self.rows += len(x_Nd)
+        if self.micro_batches == 1:
+            self.grads, self.window = self.graphs(key, run, x_Nd, keep_N)
+            self.replayed = key if self.graphs.is_captured(key) else None
+            return
+        self.graphs.enabled = False  # windows of several micro-batches are summed outside graphs
+        self._widen()
+        grads, window = run(x_Nd, keep_N)
+        for store, new in ((self.grads, grads), (self.window, window)):
+            for name, tensor in new.items():
+                if tensor.is_floating_point():
+                    store[name] += tensor
+
+    def _key(self) -> tuple[int, ...]:
+        return ()
+
+    def _widen(self) -> None:
+        """Make sums that others can be added to: in the weights' dtype and in memory of their own."""
+        if self.wide:
+            return
+        self.wide, self.replayed = True, None
+        self.grads = {n: t.to(self.dtype, copy=True) if t.is_floating_point() else t for n, t in self.grads.items()}
+        self.window = {n: t.clone() for n, t in self.window.items()}
+
+    def _gradients(self, x_Nd: Tensor, keep_N: Tensor | None, slots: int, tokens_per_slot: int) -> tuple[Store, Store]:
+        keys = None
+        if self.saes[0].needs_noise:
+            keys = row_keys(self.seed_M, self.hyper[0, 4], slots, tokens_per_slot)
+        if "beta" in self.packed.buffers:
+            self.packed.buffers["beta"].copy_(self.hyper[:, 2])
+        return compiled(dense_gradients, self.compiling)(
+            self.sae_type,
+            self.form,
+            self.packed.slices,
+            self.low,
+            self.packed.weights[VECTORS],
+            self.norm_Mh,
+            self.packed.buffers["scale"],
+            x_Nd,
+            keep_N,
+            keys,
+            self.hyper,
+        )
+
+    # ---- the end of a window
+    def sums(self) -> list[Tensor]:
+        self.graphs.enabled = False
+        self._widen()
+        return [*(tensor for tensor in self.grads.values() if tensor.is_floating_point()), *self.window.values()]
+
+    @torch.no_grad()
+    def apply(self, hyper: Sequence[Hyper]) -> None:
+        self._upload(hyper, int(self.uploaded[0][4]) if self.uploaded else 0)
+        if self.replayed is None:
+            self._finish()
+        else:
+            self.graphs(("apply", self.replayed), self._finish)
+        self.grads, self.window, self.replayed = {}, {}, None
+        self.micro_batches, self.wide = 0, False
+        self.rows_per_window, self.rows = max(self.rows_per_window, self.rows), 0
+
+    def _finish(self) -> None:
+        aux_M = self._settle(self.window["x"][self.d + 1].clamp_min(1))
+        packed, grads = self.packed, self.grads
+        coefficients, squares_Mh = kernels_rows.decoder_rows(
+            grads["W_dec"], packed.weights["W_dec"], grads.get(PULL), self.factor_Mh, self.mode
+        )
+        for name in packed.matrices:
+            if name != "W_dec":
+                kernels_rows.add_row_squares(grads[name], squares_Mh)
+        scalars = compiled(finish_small, self.compiling)(
+            squares_Mh,
+            aux_M,
+            (packed.weights[VECTORS], packed.m[VECTORS], packed.v[VECTORS], grads[VECTORS]),
+            self.window,
+            self.flags,
+            self.pending,
+            packed.buffers["tokens_since_fired"],
+            self.hyper,
+            self.options.adam_betas,
+            self.options.adam_eps,
+        )
+        for name in packed.matrices:
+            decoder = name == "W_dec"
+            kernels_rows.adam_rows(
+                grads[name],
+                packed.weights[name],
+                packed.m[name],
+                packed.v[name],
+                None if self._shares(name) else self.low[name],
+                scalars,
+                self.options.adam_betas,
+                self.options.adam_eps,
+                coefficients=coefficients if decoder else None,
+                norm_Mh=self.norm_Mh if decoder else None,
+                factor_Mh=self.factor_Mh if decoder else None,
+                row_norm_M=packed.buffers.get("row_norm") if decoder else None,
+                mode=self.mode if decoder else kernels_rows.FREE,
+            )
+
+
+def dense_gradients(
+    sae_type: str,
+    form: Form,
+    slices: dict[str, slice],
+    low: Store,
+    weights_MV: Tensor,
+    norm_Mh: Tensor,
+    scale_M: Tensor,
+    x_Nd: Tensor,
+    keep_N: Tensor | None,
+    keys_2MN: Tensor | None,
+    hyper: Tensor,
+) -> tuple[Store, Store]:
+    """Gradient sums and window sums of one micro-batch."""
+    x_Nd = x_Nd.to(norm_Mh.dtype) * scale_M[0]
+    keep_N = None if keep_N is None else keep_N.to(norm_Mh.dtype)
+    u_MNh = None if keys_2MN is None else hashed_uniform(keys_2MN, norm_Mh.shape[1]).to(norm_Mh.dtype)
+    sparsity_M, beta_M = hyper[:, 1].to(norm_Mh.dtype), hyper[:, 2].to(norm_Mh.dtype)
+    vectors = {name: weights_MV[:, where] for name, where in slices.items()}
+    found = PASSES[sae_type](form, Given(low, vectors, norm_Mh, x_Nd, keep_N, u_MNh, sparsity_M, beta_M))
+    grads = {name: torch.bmm(left.mT, right) for name, left, right in found.products}
+    grads[VECTORS] = torch.cat([found.vectors[name] for name in slices], 1)
+    if found.pull_Mh is not None:
+        grads[PULL] = found.pull_Mh
+    window = {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "x": x_sums(x_Nd, keep_N)}
+    return grads, window
+
+
+def x_sums(x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Σx, Σ‖x‖² and the number of kept tokens, end to end."""
+    kept_Nd = x_Nd if keep_N is None else x_Nd * keep_N.unsqueeze(-1)
+    n = torch.full((1,), float(len(x_Nd)), device=x_Nd.device) if keep_N is None else keep_N.sum().view(1)
+    return torch.cat([kept_Nd.sum(0), kept_Nd.square().sum().view(1), n]).double()
+
+
+def finish_small(
+    squares_Mh: Tensor,
+    aux_M: Tensor,
+    vectors: tuple[Tensor, Tensor, Tensor, Tensor],
+    window: Store,
+    flags: Store,
+    pending: Store,
+    since_Mh: Tensor,
+    hyper: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> Tensor:
+    """Norm, clip and health of every member, Adam on the vectors, counters; gives the kernels' scalars (M, 4)."""
+    weights, m, v, g = vectors
+    d = window["x"].numel() - 2
+    n_kept = window["x"][d + 1]
+    n = n_kept.clamp_min(1)
+    norm_M = (squares_Mh.sum(1).double() + g.square().sum(1).double()).sqrt() / n
+    healthy_M = torch.isfinite(norm_M) & torch.isfinite(window["totals"]).all(-1)
+    go_M = flags["finite"] & healthy_M
+    step_M = flags["step"] + 1
+    rate_M, c2_M = hyper[:, 0] / (1 - betas[0] ** step_M), 1 / (1 - betas[1] ** step_M)
+    gain_M = (hyper[:, 3] / (norm_M + 1e-6)).clamp(max=1.0) / n
+    scalars = torch.stack([rate_M, c2_M, gain_M, go_M.double()], -1).to(torch.float32)
+    rate, c2, gain, go = (column.to(g.dtype).unsqueeze(1) for column in (rate_M, c2_M, gain_M, go_M))
+    g = g * gain
+    m_new, v_new = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+    stepped = weights - rate * m_new / ((v_new * c2).sqrt() + eps)
+    for old, new in ((weights, stepped), (m, m_new), (v, v_new)):
+        old.copy_(torch.where(go > 0, new, old))
+    flags["step"].copy_(torch.where(go_M, step_M, flags["step"]))
+    flags["finite"].copy_(go_M)
+    since_Mh.copy_(torch.where(window["fired"] > 0, 0, since_Mh + n.to(torch.int64)))
+    loss_M, mse_M, sparsity_M, nonzero_M = window["totals"].unbind(-1)
+    spread = window["x"][d] - window["x"][:d].square().sum() / n
+    means = [loss_M + aux_M * n, mse_M, sparsity_M, aux_M * n, nonzero_M, spread.expand_as(loss_M)]
+    pending["n"].add_(n_kept)
+    pending["steps"].add_(1)
+    pending["means"].add_(torch.stack(means, -1))
+    pending["grad_norm"].add_(norm_M)
+    return scalars

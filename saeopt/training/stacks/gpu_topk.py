@@ -1,0 +1,203 @@
+"""The topk step on a CUDA device: Triton selection, sparse decode, gradients per latent; AuxK over the dead alone.
+
+Shape suffixes: M members, N tokens, d model width, h dictionary width, k kept latents, C places for dead latents.
+The auxiliary products are dense over C places. C must be known on the host without waiting for the device: every
+so many windows an upper bound of the latents that can be dead soon is sent, and read half a period later.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from saeopt.training.stacks import kernels_topk
+from saeopt.training.stacks.gpu import GpuStack, compiled, x_sums
+from saeopt.training.stacks.packed import VECTORS, Store
+
+_PERIOD = 32
+AUX = "aux."
+
+
+class GpuSparseStack(GpuStack):
+    """topk members on a CUDA device."""
+
+    architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
+
+    def _prepare(self) -> None:
+        config: Any = self.saes[0].config
+        self.k: int = config.k
+        self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
+        self.aux_coeff: float = config.aux_coeff
+        self.windows = self.rows_per_window = self.capacity = 0
+        self.coming: tuple[Tensor, torch.cuda.Event] | None = None
+        super()._prepare()
+
+    def _refresh(self) -> None:
+        super()._refresh()
+        self.windows, self.coming = 0, None  # the counters may have been loaded: look again
+
+    def _key(self) -> tuple[int, ...]:
+        if self.micro_batches == 0:
+            self._look_for_dead()
+        return (self.capacity,)
+
+    # ---- how many latents can be dead
+    def _look_for_dead(self) -> None:
+        """Set the capacity for this window. A bound holds for two periods after it was sent."""
+        if self.windows < 2:  # what is dead now; then, as the size of a window is known, what can be soon
+            self._send_bound()
+            self._read_bound()
+        elif self.windows % _PERIOD == 0:
+            self._read_bound()
+            self._send_bound()
+        self.windows += 1
+
+    def _send_bound(self) -> None:
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        soon = (2 * _PERIOD + 1) * self.rows_per_window * world
+        bound = (self.packed.buffers["tokens_since_fired"] + soon >= self.options.dead_after_tokens).sum(-1).max()
+        pinned = torch.empty((), dtype=bound.dtype, pin_memory=True)
+        pinned.copy_(bound, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.coming = (pinned, event)
+
+    def _read_bound(self) -> None:
+        assert self.coming is not None
+        pinned, event = self.coming
+        event.synchronize()  # sent a period ago: waits only after a start
+        bound = int(pinned)
+        step = max(64, 2 ** max(0, bound.bit_length() - 3))
+        self.capacity = min(self.h, -(-bound // step) * step)
+
+    # ---- a micro-batch
+    def _gradients(self, x_Nd: Tensor, keep_N: Tensor | None, slots: int, tokens_per_slot: int) -> tuple[Store, Store]:
+        packed, low = self.packed, self.low
+        b_enc, b_dec = (packed.vector(packed.weights, n).contiguous() for n in ("b_enc", "b_dec"))
+        scale, factor = packed.buffers["scale"], 2 * self.form.mse
+        keep = None if keep_N is None else keep_N.to(self.dtype)
+        centred, x_stats = compiled(centre, self.compiling)(x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
+        pre = torch.bmm(centred, low["W_enc"].mT)
+        values, index = kernels_topk.select(pre, b_enc, keep, self.k)
+        x_given = x_Nd.contiguous()
+        error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
+        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(values, index, dots, error, centred, self.h, factor)
+        g_vectors, totals, ratio = compiled(small_sums, self.compiling)(
+            error,
+            squares,
+            g_bias,
+            fired,
+            low["W_enc"],
+            self.form.mse,
+            factor,
+            list(packed.slices) == ["b_enc", "b_dec"],
+        )
+        grads = {"W_dec": g_dec, "W_enc": g_enc, VECTORS: g_vectors}
+        window = {"totals": totals, "fired": fired, "x": x_stats, "ratio": ratio}
+        if self.capacity:
+            self._auxiliary(pre, b_enc, keep, error, centred, grads, ratio)
+        return grads, window
+
+    def _auxiliary(
+        self,
+        pre: Tensor,
+        b_enc: Tensor,
+        keep: Tensor | None,
+        error: Tensor,
+        centred: Tensor,
+        grads: Store,
+        ratio: Tensor,
+    ) -> None:
+        dead_Mh = self.packed.buffers["tokens_since_fired"] >= self.options.dead_after_tokens
+        places, valid = dead_places(dead_Mh, self.capacity)
+        f = compiled(dead_code, self.compiling)(pre, b_enc, places, valid, keep)
+        if self.aux_k < self.capacity:
+            f = kernels_topk.keep_largest(f, self.aux_k)
+        rows = places.unsqueeze(-1).expand(-1, -1, self.d)
+        W_dec, W_enc = self.low["W_dec"].gather(1, rows), self.low["W_enc"].gather(1, rows)
+        g_dec, g_enc, g_bias, g_b_dec, numerator = compiled(aux_gradients, self.compiling)(
+            f, error, centred, W_dec, W_enc, self.aux_coeff
+        )
+        ratio[:, 0] = numerator * valid.any(-1)
+        grads.update({AUX + "W_dec": g_dec, AUX + "W_enc": g_enc, AUX + "b_enc": g_bias, AUX + "b_dec": g_b_dec})
+        grads[AUX + "places"] = places
+
+    # ---- the end of a window
+    def _settle(self, n: Tensor) -> Tensor:
+        """The auxiliary gradients join the others times n / denominator, now that the window's is known."""
+        value_M, over_M = ratio_parts(self.window["ratio"], n)
+        if AUX + "places" not in self.grads:
+            return value_M
+        grads, members = self.grads, len(self.saes)
+        factor_M = (over_M * n).to(self.dtype)
+        offset = torch.arange(0, members * self.h, self.h, device=self.device).unsqueeze(1)
+        places = (grads[AUX + "places"] + offset).view(-1)
+        for name in ("W_dec", "W_enc"):
+            rows = grads[AUX + name] * factor_M[:, None, None]
+            grads[name].view(-1, self.d).index_add_(0, places, rows.view(-1, self.d).to(grads[name].dtype))
+        vectors, slices = grads[VECTORS], self.packed.slices
+        vectors[:, slices["b_enc"]].scatter_add_(1, grads[AUX + "places"], grads[AUX + "b_enc"] * factor_M.unsqueeze(1))
+        vectors[:, slices["b_dec"]].add_(grads[AUX + "b_dec"] * factor_M.unsqueeze(1))
+        return value_M
+
+
+def centre(
+    x_Nd: Tensor, b_dec_Md: Tensor, scale_M: Tensor, keep_N: Tensor | None, low: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x̄ (M, N, d) and the sums of x."""
+    x_Nd = x_Nd.to(b_dec_Md.dtype) * scale_M[0]
+    return (x_Nd - b_dec_Md.unsqueeze(1)).to(low), x_sums(x_Nd, keep_N)
+
+
+def small_sums(
+    error: Tensor, squares_MN: Tensor, g_bias: Tensor, fired: Tensor, W_enc: Tensor, mse: float, factor: float,
+    encoder_first: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the vectors, the window's totals, and the parts of the auxiliary ratio (numerator 0)."""
+    error_Md = error.sum(1, dtype=torch.float32)
+    through = torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
+    g_b_dec = factor * error_Md - through
+    squared_M = squares_MN.sum(1).double()
+    totals = torch.stack([mse * squared_M, squared_M, torch.zeros_like(squared_M), fired.sum(1).double()], -1)
+    ratio = torch.cat([torch.zeros_like(squared_M).unsqueeze(1), squared_M.unsqueeze(1), -error_Md.double()], 1)
+    return torch.cat([g_bias, g_b_dec] if encoder_first else [g_b_dec, g_bias], 1), totals, ratio
+
+
+def ratio_parts(ratio: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and inverse denominator per member; see :class:`saeopt.saes.base.Ratio`."""
+    spread_M = ratio[:, 1] - ratio[:, 2:].square().sum(1) / n
+    over_M = torch.where(spread_M > 1e-6 * ratio[:, 1], 1 / spread_M, 0.0)
+    return ratio[:, 0] * over_M, over_M
+
+
+def dead_places(dead_Mh: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Indices of the dead latents of every member, (M, C), and which places hold one."""
+    members, h = dead_Mh.shape
+    rank = dead_Mh.cumsum(1) - 1
+    slot = torch.where(dead_Mh & (rank < capacity), rank, capacity)
+    latent = torch.arange(h, device=dead_Mh.device).expand(members, h)
+    places = torch.zeros(members, capacity + 1, dtype=torch.int64, device=dead_Mh.device).scatter_(1, slot, latent)
+    count_M1 = dead_Mh.sum(1, keepdim=True)
+    return places[:, :capacity].contiguous(), torch.arange(capacity, device=dead_Mh.device) < count_M1
+
+
+def dead_code(pre: Tensor, b_enc: Tensor, places: Tensor, valid: Tensor, keep_N: Tensor | None) -> Tensor:
+    """relu(π) of the dead latents, (M, N, C), in the dtype of the products."""
+    acts = pre.gather(2, places.unsqueeze(1).expand(-1, pre.shape[1], -1)).to(b_enc.dtype)
+    acts = torch.relu(acts + b_enc.gather(1, places).unsqueeze(1)) * valid.unsqueeze(1)
+    return (acts if keep_N is None else acts * keep_N[None, :, None]).to(pre.dtype)
+
+
+def aux_gradients(
+    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, coefficient: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of coefficient · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
+    left = error.float() + torch.bmm(f, W_dec).float()
+    g_hat = (2 * coefficient * left).to(f.dtype)
+    g_f = torch.where(f > 0, torch.bmm(g_hat, W_dec.mT), 0.0)
+    g_bias = g_f.sum(1, dtype=torch.float32)
+    g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
+    numerator = coefficient * left.square().sum((1, 2)).double()
+    return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
