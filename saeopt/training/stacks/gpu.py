@@ -7,7 +7,7 @@ here waits for the device: numbers of the step travel in `hyper` (M, 5): lr, λ,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ class GpuStack(FusedStack):
         size = len(self.saes)
         self.graphs.clear()
         self.grads, self.window = {}, {}
-        self.micro_batches, self.replayed, self.wide, self.rows = 0, None, False, 0
+        self.micro_batches, self.rows, self.wide = 0, 0, False
+        self.replayed: Hashable | None = None
         self.rows_per_window = 0
         self.hyper = torch.zeros(size, 5, dtype=torch.float64, device=self.device)
         self.uploaded: tuple[tuple[float, ...], ...] = ()

@@ -4,6 +4,7 @@ One program handles a block of rows in pieces of their width, all members in one
 `scalars` (M, 4): lr / (1 − β1^t), 1 / (1 − β2^t), clip / n, and 1 where the update is to be made.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,7 @@ Rows are (member, token) pairs, member first. Selection finds the k-th largest v
 non-negative floats (their order is that of the integers); ties at the threshold go to the lower index.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
