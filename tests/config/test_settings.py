@@ -1,0 +1,58 @@
+"""Secrets come from the environment and go nowhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saeopt.config.settings import export_tokens, redact, settings
+from saeopt.console import _Redacting
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HF_ACCESS_TOKEN", "SAEOPT_STORAGE", "WANDB_ENTITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    settings.cache_clear()
+    yield
+    settings.cache_clear()
+
+
+def test_env_file_is_read_and_the_old_name_of_the_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".env").write_text("HF_ACCESS_TOKEN=hf_secret_1\nWANDB_API_KEY=wandb_secret\nOTHER=1\n", encoding="utf-8")
+    export_tokens()
+    import os
+
+    assert os.environ["HF_TOKEN"] == "hf_secret_1"
+    assert os.environ["WANDB_API_KEY"] == "wandb_secret"
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.delenv(name)
+
+
+def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "w" * 40)
+    monkeypatch.setenv("SAEOPT_STORAGE", "postgresql+psycopg://saeopt:pa:ss@db/saeopt")
+    text = redact(f"key {'w' * 40} at {settings().storage.get_secret_value()}")
+    assert text == "key *** at postgresql+psycopg://saeopt:***@db/saeopt"
+    assert "w" * 40 not in repr(settings())
+    assert "pa:ss" not in repr(settings())
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:p%40ss@h/db", "postgresql+psycopg://u:a@b@h:5432/db", "https://x:token@host/path?q=1"],
+)
+def test_passwords_of_urls_are_hidden(url: str) -> None:
+    head, _, tail = url.partition("://")
+    user = tail.partition(":")[0]
+    assert redact(f"cannot reach {url}") == f"cannot reach {head}://{user}:***@{tail.rpartition('@')[2]}"
+
+
+def test_log_records_are_redacted_after_formatting() -> None:
+    record = logging.LogRecord("saeopt", logging.INFO, "f", 1, "at %s", ("postgresql://u:secret@h/db",), None)
+    assert _Redacting().filter(record)
+    assert "secret" not in record.getMessage()
