@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from stack import Stack, docker, report, wait_for
@@ -26,18 +27,24 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The shipped files and the shipped demo study of six cells, not yet up. Whatever happens it is taken down."""
-    settings = {
+def new_stack(image: str, folder: Path, name: str, **settings: str) -> Stack:
+    """The shipped files with the shipped defaults, but for these settings."""
+    own = {
         "POSTGRES_PASSWORD": PASSWORD,
         "SAEOPT_IMAGE": image,
         "BASE_IMAGE": os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm"),
         "HF_HUB_OFFLINE": "1",
         "DASHBOARD_PORT": str(free_port()),
     }
-    made = Stack(f"saeopt-test-{os.getpid()}", tmp_path_factory.mktemp("stack"), settings)
+    made = Stack(f"saeopt-test-{name}-{os.getpid()}", folder, own | settings)
     made.write()
+    return made
+
+
+@pytest.fixture(scope="module")
+def stack(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack with its demo study of six cells, not yet up. Whatever happens it is taken down."""
+    made = new_stack(image, tmp_path_factory.mktemp("stack"), "study")
     try:
         yield made
     finally:
@@ -110,8 +117,7 @@ def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack)
         cells.setdefault(trial, []).append(f"{name}={value}")
     assert len(cells) == 6
     assert len({tuple(cell) for cell in cells.values()}) == 6, "each cell exactly once"
-    show = stack.compose("run", "--rm", "-T", "study", "status", STUDY)
-    assert "COMPLETE" in show.upper()
+    assert f"study {STUDY}" in stack.compose("run", "--rm", "-T", "study", "status", STUDY)
     listing = stack.compose(
         "run", "--rm", "-T", "--entrypoint", "find", "study", "/data/output", "-name", "evaluation.json"
     )
@@ -168,3 +174,83 @@ def test_nothing_is_left_behind(stack: Stack) -> None:
     assert stack.leftovers() != []
     stack.down()
     assert stack.leftovers() == []
+
+
+LOCK = """
+import time
+from pathlib import Path
+from saeopt.search.gpu_lock import Gpu, take_gpu
+lock = take_gpu(Path("/data/locks"), [Gpu(0, "GPU-a"), Gpu(1, "GPU-b")], poll_seconds=0.2)
+print("took", lock.device, flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_containers_take_different_gpus_and_a_killed_ones_is_free(image: str) -> None:
+    """Stand-in GPUs, real containers: the kernel's locks hold across them, in a volume that they share."""
+    name = f"saeopt-test-locks-{os.getpid()}"
+    start = ("run", "--detach", "--rm", "--init", "--volume", f"{name}:/data/locks", image, "python", "-c", LOCK)
+    containers = [docker(*start).strip() for _ in range(3)]
+    try:
+
+        def took() -> dict[str, str]:
+            logs = {c: docker("logs", c, check=False).split() for c in containers}
+            return {c: words[1] for c, words in logs.items() if words[:1] == ["took"]}
+
+        wait_for(lambda: len(took()) == 2, 60, "two containers with a GPU")
+        first = took()
+        assert set(first.values()) == {"cuda:0", "cuda:1"}
+        time.sleep(1)
+        assert took() == first, "the third waits"
+        killed = next(iter(first))
+        (waiting,) = set(containers) - set(first)
+        docker("kill", killed)
+        wait_for(lambda: took().get(waiting) == first[killed], 20, "the third takes the killed one's GPU")
+    finally:
+        docker("kill", *containers, check=False)
+        wait_for(lambda: not docker("ps", "--quiet", "--filter", f"volume={name}"), 20, "the containers are gone")
+        docker("volume", "rm", name)
+
+
+CADDY = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN apt-get update -qq && apt-get install -y -qq caddy >/dev/null\n"
+
+
+@pytest.fixture
+def caddy(engine: None, tmp_path: Path) -> Iterator[str]:
+    """The proxy's own image where it can be had, else a stand-in with Debian's Caddy."""
+    shipped = "caddy:2.10-alpine"
+    if not subprocess.run(["docker", "image", "inspect", shipped], capture_output=True, check=False).returncode:
+        yield shipped
+        return
+    (tmp_path / "Dockerfile").write_text(CADDY, encoding="utf-8")
+    tag, base = f"saeopt-test-caddy:{os.getpid()}", os.environ.get("BASE_IMAGE", "python:3.11-slim-bookworm")
+    command = ["docker", "build", "--network", "host", "--build-arg", f"BASE_IMAGE={base}", "-t", tag, str(tmp_path)]
+    if subprocess.run(command, capture_output=True, check=False, timeout=400).returncode:
+        pytest.skip("no image of Caddy, and none can be made from Debian's package")
+    yield tag
+    docker("image", "rm", "--no-prune", tag, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_proxy_asks_for_the_password_over_tls(image: str, caddy: str, tmp_path: Path) -> None:
+    port, secret = free_port(), "a-Password:with@signs"
+    made = new_stack(
+        image, tmp_path, "proxy", CADDY_IMAGE=caddy, PROXY_PORT=str(port), DASHBOARD_PASSWORD=secret, STUDY_FILE=""
+    )
+    try:
+        made.compose("--profile", "proxy", "up", "-d", "--no-build", "proxy")
+
+        def status(*credentials: str) -> str:
+            url = f"https://localhost:{port}/dashboard/"
+            command = ["curl", "-sk", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "10", *credentials, url]
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+        wait_for(lambda: status("-u", f"saeopt:{secret}") == "200", 120, "the page behind the proxy", made.logs)
+        assert status() == "401"
+        assert status("-u", "saeopt:wrong") == "401"
+    finally:
+        made.down()
+        assert made.leftovers() == []
