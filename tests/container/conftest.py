@@ -24,7 +24,7 @@ def engine() -> None:
 
 @pytest.fixture(scope="session")
 def image(engine: None) -> Iterator[str]:
-    """The image of this checkout. Its layers stay in the engine's cache, the tag goes."""
+    """The image of this checkout, removed afterwards."""
     tag = f"saeopt:test-{os.getpid()}"
     start = time.monotonic()
     arguments = ["--build-arg", f"TORCH_INDEX={os.environ.get('SAEOPT_TEST_TORCH_INDEX', '')}", "--network", "host"]
@@ -39,4 +39,4 @@ def image(engine: None) -> Iterator[str]:
     size = int(docker("image", "inspect", "--format", "{{.Size}}", tag)) / 1e9
     report(f"image: {size:.2f} GB, built in {time.monotonic() - start:.0f} s")
     yield tag
-    docker("image", "rm", "--no-prune", tag, check=False)
+    docker("image", "rm", tag, check=False)

@@ -86,7 +86,17 @@ class Stack:
         files = ["-f", str(ROOT / "docker-compose.yml"), "-f", str(self.folder / "override.yml")]
         head = [*self.command, "-p", self.project, "--env-file", str(self.folder / "env"), *files]
         # The caller's shell would take precedence over the file.
-        hidden = {*self.settings, "UID", "GID", "SAEOPT_STORAGE", "STUDY", "STUDY_FILE", "CADDY_IMAGE", "HF_TOKEN", "WANDB_API_KEY"}
+        hidden = {
+            *self.settings,
+            "UID",
+            "GID",
+            "SAEOPT_STORAGE",
+            "STUDY",
+            "STUDY_FILE",
+            "CADDY_IMAGE",
+            "HF_TOKEN",
+            "WANDB_API_KEY",
+        }
         done = subprocess.run(
             [*head, *arguments], capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT,
             env={name: value for name, value in os.environ.items() if name not in hidden}, stdin=subprocess.DEVNULL,

@@ -210,8 +210,12 @@ def test_containers_take_different_gpus_and_a_killed_ones_is_free(image: str) ->
         wait_for(lambda: took().get(waiting) == first[killed], 20, "the third takes the killed one's GPU")
     finally:
         docker("kill", *containers, check=False)
-        wait_for(lambda: not docker("ps", "--quiet", "--filter", f"volume={name}"), 20, "the containers are gone")
-        docker("volume", "rm", name)
+
+        def removed() -> bool:
+            docker("volume", "rm", name, check=False)
+            return not docker("volume", "ls", "--quiet", "--filter", f"name={name}")
+
+        wait_for(removed, 30, "the containers and their volume are gone")
 
 
 CADDY = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN apt-get update -qq && apt-get install -y -qq caddy >/dev/null\n"
@@ -230,7 +234,7 @@ def caddy(engine: None, tmp_path: Path) -> Iterator[str]:
     if subprocess.run(command, capture_output=True, check=False, timeout=400).returncode:
         pytest.skip("no image of Caddy, and none can be made from Debian's package")
     yield tag
-    docker("image", "rm", "--no-prune", tag, check=False)
+    docker("image", "rm", tag, check=False)
 
 
 @pytest.mark.slow
