@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,12 @@ def test_a_resumed_run_may_change_devices_and_logging_only(tmp_path: Path) -> No
         resolve(path, ["saes.sparsity_coeff=0.2"], tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         resolve(path, [], tmp_path / "none")
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("config_reference", ROOT / "scripts" / "config_reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run scripts/config_reference.py"

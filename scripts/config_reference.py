@@ -1,0 +1,57 @@
+"""Write docs/configuration.md from the descriptions of the config fields: python scripts/config_reference.py"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from saeopt.config.run import DataConfig, PerformanceConfig, RunConfig
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.registry import ARCHITECTURES, sae_config_class
+
+TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+HEAD = """# Configuration reference
+Written by `scripts/config_reference.py` from the fields themselves. Numbers may be written as people do (`1e-3`,
+`20_000`, `1e5`); unknown keys are errors. A *sample* is one sequence of `context_length` tokens.
+"""
+
+
+def table(model: type[Any], skip: frozenset[str] = frozenset()) -> str:
+    """One row per field."""
+    rows = ["| field | default | meaning |", "| --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        if name not in skip:
+            rows.append(f"| `{name}` | {_default(field)} | {_cell(field.description or '')} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or isinstance(value, bool):
+        return f"`{'null' if value is None else str(value).lower()}`"
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD, "## The run\n" + table(RunConfig, frozenset(["data", "saes", "performance"]))]
+    parts.append("## `data`\n" + table(DataConfig))
+    parts.append("## `saes`, every architecture\n" + table(SAEConfig))
+    common = frozenset(SAEConfig.model_fields)
+    for name in ARCHITECTURES:
+        own = sae_config_class(name)
+        if set(own.model_fields) - common:
+            parts.append(f"## `saes` with `sae_type: {name}`\n" + table(own, common))
+    parts.append("## `performance`\n" + table(PerformanceConfig))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")
