@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import random
 import socket
@@ -12,11 +13,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from saeopt.config import RunConfig, load_run_config
 from saeopt.console import log
+from saeopt.errors import UserError
 from saeopt.search import claims, monitoring
 from saeopt.search.attributes import REASON, evaluation_attributes
 from saeopt.search.claims import Claim
@@ -28,8 +32,9 @@ from saeopt.search.reports import Progress, Reports
 from saeopt.search.space import Space
 from saeopt.search.storage import Store, persistently
 from saeopt.search.trial_log import trial_logs
+from saeopt.training.launch import MAY_DIFFER
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
-from saeopt.training.run_folder import resume_point
+from saeopt.training.run_folder import RunFolder, resume_point
 
 LEAVE_SECONDS = 9.0
 """A scheduler kills ten seconds after its signal: what has not been given back by then is given back at once."""
@@ -97,7 +102,7 @@ class Worker:
             room = self._room()
             if room == 0:
                 return
-            pack = acquire(self.heart, self.space, room, self._owner(), resume_point)
+            pack = acquire(self.heart, self.space, room, self._owner(), start_of)
             if pack:
                 idle_since = None
                 self._train_pack(pack)
@@ -158,18 +163,18 @@ class Worker:
         try:
             return self.train(plans, _Watcher(self, by_name))
         finally:
-            self.reports.flush(5.0)
+            self.reports.flush(3.0 if self._leaving() else 900.0)
 
     def _after_error(self, pack: list[Assignment], error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         exhausted = is_out_of_memory(error)
-        error.__traceback__ = None  # its frames hold the pack's tensors
-        free_memory()
         if self.options.sequential:
             for assignment in pack:
                 self._give_back(assignment.claim, None)
             raise error
+        error.__traceback__ = None  # its frames hold the pack's tensors
+        free_memory()
         if len(pack) > 1:
             half = (len(pack) + 1) // 2 if exhausted else 1
             if exhausted:
@@ -183,6 +188,7 @@ class Worker:
                     self._train_pack(part)
             return
         claim = pack[0].claim
+        self.heart.closing(claim)
         where = persistently(
             lambda: claims.fail(self.store, claim, reason, text, self.spec.retries), "telling a failure"
         )
@@ -193,7 +199,7 @@ class Worker:
             self.interrupted.wait(_FULL_DISK_PAUSE)  # else a full disk uses up the retries of a whole study
 
     def _again(self, assignment: Assignment) -> Assignment:
-        start = resume_point(assignment.run_dir)
+        start = start_of(assignment.run_dir, assignment.config)
         return Assignment(assignment.claim, assignment.config, assignment.run_dir, start)
 
     # ---- the end of a trial
@@ -215,6 +221,7 @@ class Worker:
         outcome = f"{'complete' if values is not None else 'stopped early'}{': ' + reason if reason else ''}"
         monitoring.on_trial_end(self.store, self.study_id, claim.trial_id, spec, outcome)
         state: Literal["COMPLETE", "PRUNED"] = "PRUNED" if values is None else "COMPLETE"
+        self.heart.closing(claim)
         final = self._last_values(assignment) if values is None else values
         told = persistently(
             lambda: claims.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
@@ -244,6 +251,7 @@ class Worker:
         return {**found, "stopped": 1.0 if hopeless else 1e-3} if found or len(self.spec.objectives) > 1 else found
 
     def _give_back(self, claim: Claim, samples: int | None) -> None:
+        self.heart.closing(claim)
         patience = 5.0 if self._leaving() else 60.0
         try:
             persistently(lambda: claims.release(self.store, claim, samples), "giving a trial back", patience)
@@ -298,6 +306,28 @@ class _Watcher(Observer):
 
     def should_interrupt(self) -> bool:
         return self.worker._leaving()
+
+
+def start_of(run_dir: Path, config: RunConfig) -> int:
+    """Samples of the newest usable checkpoint of this config.
+
+    A folder that holds a run of another config (an older study of the same name) is moved aside.
+    """
+    saved = RunFolder(run_dir).config_path
+    if not saved.exists():
+        return 0
+    kept = set(config.model_dump()) - MAY_DIFFER
+    try:
+        before = load_run_config(saved).model_dump(mode="json", include=kept)
+    except UserError:
+        before = {}
+    if before == config.model_dump(mode="json", include=kept):
+        return resume_point(run_dir)
+    aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}-old-{i}")).exists())
+    log.warning("%s holds the run of another config: it is now %s", run_dir, aside.name)
+    with suppress(FileNotFoundError):
+        run_dir.rename(aside)
+    return 0
 
 
 def same_start(again: Sequence[Assignment]) -> list[list[Assignment]]:

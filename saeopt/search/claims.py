@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from saeopt.config.settings import redact
 from saeopt.search import internals as db
+from saeopt.search.attributes import REASON, TRACEBACK
 from saeopt.search.storage import Store
 
 CLAIM, STREAM, CHECKPOINT = "saeopt:claim", "saeopt:stream", "saeopt:checkpoint"
@@ -223,6 +224,8 @@ def finish(
         if values is not None:
             db.set_values(connection, claim.trial_id, values)
         db.set_attrs(connection, db.trial_attrs, claim.trial_id, db.constraint_attrs(constraints or {}))
+        # What an earlier attempt failed of is no longer true.
+        db.drop_attrs(connection, db.trial_user_attrs, claim.trial_id, [REASON, TRACEBACK])
         db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs or {})
         _end(connection, claim.trial_id, TrialState[state])
     return True
@@ -237,7 +240,7 @@ def fail(
             return "waiting"
         number = 1 + int(db.get_attrs(connection, db.trial_attrs, claim.trial_id, FAILURES).get(FAILURES, 0))
         again = number <= retries
-        attrs = {"reason": redact(reason), "traceback": redact(traceback)[-_TRACEBACK:], "failures": number}
+        attrs = {REASON: redact(reason), TRACEBACK: redact(traceback)[-_TRACEBACK:], "failures": number}
         db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs)
         db.set_attrs(connection, db.trial_attrs, claim.trial_id, {FAILURES: number})
         if again:
@@ -278,7 +281,7 @@ def reap(store: Store, study_id: int, suspects: Iterable[int], grace: float, max
             changed: dict[str, Any] = {LOSSES: losses, LOST_AT: checkpoint}
             if losses >= max_losses:
                 reason = f"its worker was lost {losses} times without a new checkpoint in between"
-                db.set_attrs(connection, db.trial_user_attrs, trial_id, {"reason": reason})
+                db.set_attrs(connection, db.trial_user_attrs, trial_id, {REASON: reason})
                 _end(connection, trial_id, TrialState.FAIL)
             else:
                 _requeue(connection, trial_id)
@@ -308,7 +311,7 @@ def retry(store: Store, study_id: int, numbers: Iterable[int] | None = None) -> 
                 .values(state=TrialState.WAITING, datetime_complete=None)
             )
             db.drop_attrs(connection, db.trial_attrs, row.trial_id, [LOSSES, LOST_AT, ALONE, FAILURES, CLAIM])
-            db.drop_attrs(connection, db.trial_user_attrs, row.trial_id, ["reason", "traceback", "failures"])
+            db.drop_attrs(connection, db.trial_user_attrs, row.trial_id, [REASON, TRACEBACK, "failures"])
             done.append(row.number)
     return done
 

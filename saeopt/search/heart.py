@@ -25,6 +25,7 @@ class Heart(threading.Thread):
         self.study_stopped = threading.Event()
         self._held: dict[int, Claim] = {}
         self._lost: set[str] = set()
+        self._closing: set[int] = set()
         self._guard = threading.Lock()
         self._wake = threading.Event()
         self._end = threading.Event()
@@ -38,9 +39,14 @@ class Heart(threading.Thread):
             self.me.trials = sorted(c.number for c in self._held.values())
         self._wake.set()
 
+    def closing(self, claim: Claim) -> None:
+        """The trial is being told or given back: go on beating, but its claim may end at any moment."""
+        self._closing.add(claim.trial_id)
+
     def drop(self, claim: Claim) -> None:
         """The trial has been told or given back."""
         with self._guard:
+            self._closing.discard(claim.trial_id)
             if self._held.get(claim.trial_id) == claim:
                 del self._held[claim.trial_id]
             self.me.trials = sorted(c.number for c in self._held.values())
@@ -88,7 +94,7 @@ class Heart(threading.Thread):
         mine = self.held()
         ours = claims.beat(self.store, mine)
         for claim in mine:
-            if claim.trial_id not in ours and claim in self.held():
+            if claim.trial_id not in ours and claim.trial_id not in self._closing and claim in self.held():
                 log.warning("trial %d was taken for dead and given to another worker", claim.number)
                 self._lost.add(claim.token + str(claim.trial_id))
                 self.drop(claim)

@@ -14,7 +14,8 @@ from typing import Any
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.storages import RDBStorage
+from optuna.storages import RDBStorage, _CachedStorage
+from optuna.storages._cached_storage import _StudyInfo
 from optuna.storages._rdb import models
 from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -36,6 +37,29 @@ heartbeats: sa.Table = models.TrialHeartbeatModel.__table__
 def make_storage(url: str, engine_kwargs: dict[str, Any]) -> RDBStorage:
     """Optuna's storage; creates the tables where they are missing."""
     return RDBStorage(url, engine_kwargs=engine_kwargs, heartbeat_interval=None)
+
+
+class QueueBlindStorage(_CachedStorage):
+    """Optuna's cache without the waiting trials, for samplers and pruners.
+
+    They never look at waiting trials, but the cache would read all of them again at every proposal and every report:
+    0.5 s each time with a thousand cells.
+    """
+
+    def _read_trials_from_remote_storage(self, study_id: int) -> None:
+        with self._backend.engine.connect() as connection:
+            rows = connection.execute(
+                sa.select(trials.c.trial_id, trials.c.number).where(
+                    trials.c.study_id == study_id, trials.c.state != TrialState.WAITING
+                )
+            ).all()
+        with self._lock:
+            study = self._studies.setdefault(study_id, _StudyInfo())
+            finished = {number for number, trial in study.trials.items() if trial.state.is_finished()}
+            wanted = {row.trial_id for row in rows if row.number not in finished}
+            if wanted:
+                found = self._backend._get_trials(study_id, None, wanted, max(wanted))
+                self._add_trials_to_cache(study_id, [t for t in found if t._trial_id in wanted])
 
 
 def schema_is_there(engine: sa.Engine) -> bool:

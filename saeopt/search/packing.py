@@ -38,19 +38,19 @@ class Assignment:
 
 
 def acquire(
-    heart: Heart, space: Space, limit: int, owner: Mapping[str, Any], resume_point: Callable[[Path], int]
+    heart: Heart, space: Space, limit: int, owner: Mapping[str, Any], start_of: Callable[[Path, RunConfig], int]
 ) -> list[Assignment]:
     """Claim up to `limit` trials and return those that share a pack; the others go back to the queue at once.
 
-    Parameters that nobody has proposed yet are proposed now. `resume_point` tells the samples of the newest usable
-    checkpoint in a run folder.
+    Parameters that nobody has proposed yet are proposed now. `start_of` tells the samples of the newest checkpoint in
+    a run folder that is usable and of this config.
     """
     store = heart.store
     taken = persistently(lambda: claims.claim(store, heart.study_id, limit, owner), "claiming trials")
     heart.hold(taken)
     pack: list[Assignment] = []
     for claim in taken:
-        found = _assignment(heart, space, claim, resume_point)
+        found = _assignment(heart, space, claim, start_of)
         if found is None:
             heart.drop(claim)
         elif pack and (stream_key(found.config), found.start) != (stream_key(pack[0].config), pack[0].start):
@@ -61,7 +61,9 @@ def acquire(
     return pack
 
 
-def _assignment(heart: Heart, space: Space, claim: Claim, resume_point: Callable[[Path], int]) -> Assignment | None:
+def _assignment(
+    heart: Heart, space: Space, claim: Claim, start_of: Callable[[Path, RunConfig], int]
+) -> Assignment | None:
     """The trial's config and folder; None if it is not to be trained (an invalid config fails the trial for good)."""
     store, spec = heart.store, heart.spec
     try:
@@ -74,7 +76,7 @@ def _assignment(heart: Heart, space: Space, claim: Claim, resume_point: Callable
         persistently(lambda: claims.fail(store, claim, text, retries=0), "telling a failure")
         return None
     run_dir = spec.run_dir(claim.number)
-    start = resume_point(run_dir)
+    start = start_of(run_dir, config)
     attrs = {claims.CHECKPOINT: start} if start != claim.checkpoint else {}
     key = stream_key(config)
     if attrs or key != claim.stream:
@@ -90,7 +92,7 @@ def propose(store: Store, spec: StudySpec, space: Space, claim: Claim) -> dict[s
     """
     params: dict[str, Any] = {}
     for attempt in range(_ATTEMPTS):
-        study = store.study(spec.name, sampler=samplers.make_sampler(spec, claim.number, attempt))
+        study = store.sampling_study(spec.name, sampler=samplers.make_sampler(spec, claim.number, attempt))
         if spec.early_stopping.type == "hyperband":  # its brackets have samplers' histories of their own
             config = space.middle().config
             total = config.data.n_train_samples or 0

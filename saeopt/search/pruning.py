@@ -76,7 +76,7 @@ class Stopper:
         if rule.type == "pareto":
             return None if values is None else self._dominated_by(samples, values)
         if self._study is None:
-            self._study = self.store.study(self.spec.name)
+            self._study = self.store.sampling_study(self.spec.name)
         self._study.pruner = make_pruner(rule, warmup, total)
         if self._study.pruner.prune(self._study, db.frozen_trial(self._study, trial_id)):
             return f"stopped early by {rule.type} at {samples} of {total} samples"

@@ -114,6 +114,7 @@ class Store:
     url: URL
     optuna: optuna.storages.RDBStorage
     _cached: Any = field(default=None, repr=False)
+    _blind: Any = field(default=None, repr=False)
 
     @classmethod
     def open(cls, url: str | None = None, *, create: bool = True, patience: float = 10.0) -> Store:
@@ -215,6 +216,12 @@ class Store:
         if self._cached is None:
             self._cached = optuna.storages.get_storage(self.optuna)
         return optuna.load_study(study_name=name, storage=self._cached, **kwargs)
+
+    def sampling_study(self, name: str, **kwargs: Any) -> optuna.Study:
+        """The study as samplers and pruners see it, without its waiting trials: fast in a long queue."""
+        if self._blind is None:
+            self._blind = db.QueueBlindStorage(self.optuna)
+        return optuna.load_study(study_name=name, storage=self._blind, **kwargs)
 
     def close(self) -> None:
         """Close all connections."""

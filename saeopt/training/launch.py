@@ -17,7 +17,7 @@ from saeopt.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from saeopt.training.runtime import Runtime
 
-_MAY_DIFFER = {
+MAY_DIFFER = {
     "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "log_every_n_grad_steps", "threads", "save_dir",
     "keep_checkpoints", "performance",
 }  # fmt: skip
@@ -50,7 +50,7 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
 
 def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
     """A resumed run is the same run: only devices and logging may change."""
-    old, new = (flatten(c.model_dump(mode="json", exclude=_MAY_DIFFER)) for c in (before, now))
+    old, new = (flatten(c.model_dump(mode="json", exclude=MAY_DIFFER)) for c in (before, now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if differing:
         key = differing[0]

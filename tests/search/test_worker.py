@@ -19,7 +19,7 @@ from saeopt.search.attributes import evaluation_of
 from saeopt.search.create import create_study
 from saeopt.search.storage import Store
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
-from saeopt.worker_loop import Options, Worker
+from saeopt.worker_loop import Options, Worker, start_of
 
 HOOK = "blocks.1.hook_resid_pre"
 TOTAL = 64
@@ -287,3 +287,70 @@ def test_the_store_may_vanish_while_a_pack_trains(
     assert states(store) == ["COMPLETE", "COMPLETE"]
     assert len(store.study("s").trials[0].intermediate_values) > 1
     assert "cannot be reached" in caplog.text
+
+
+def test_a_folder_of_another_config_is_moved_aside_and_never_resumed(tmp_path: Path) -> None:
+    from saeopt.training.run_folder import RunFolder
+
+    spec = spec_in(tmp_path, 2)
+    first, second = (spec.run_config({"lr": lr}) for lr in (1e-3, 2e-3))
+    folder = tmp_path / "out/s/0"
+    assert start_of(folder, first) == 0
+    folder.mkdir(parents=True)
+    RunFolder(folder).write_config(first)
+    assert start_of(folder, first.model_copy(update={"wandb_tags": ["other"]})) == 0
+    assert folder.exists()
+    assert start_of(folder, second) == 0
+    assert not folder.exists()
+    assert (tmp_path / "out/s/0-old-1/final_config.yaml").exists()
+
+
+def test_samplers_do_not_read_the_queue(store: Store, tmp_path: Path) -> None:
+    spec = spec_in(tmp_path, 40)
+    study_id = create_study(store, spec).study_id
+    taken = claims.claim(store, study_id, 3, {"worker": "w"})
+    blind = store.sampling_study("s")
+    assert [t.number for t in blind.get_trials(deepcopy=False)] == [0, 1, 2]
+    claims.finish(store, taken[1], "COMPLETE", [1.0, 2.0])
+    assert [t.state.name for t in blind.get_trials(deepcopy=False)] == ["RUNNING", "COMPLETE", "RUNNING"]
+    assert blind.get_trials(deepcopy=False)[1].values == [1.0, 2.0]
+
+
+def test_a_trial_that_succeeds_at_last_has_no_reason_any_more(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer()
+
+    def before(names: list[str]) -> None:
+        if len(trainer.packs) == 1:
+            raise ValueError("once")
+
+    trainer.before = before
+    start(store, spec_in(tmp_path, 1), trainer).run()
+    (trial,) = store.study("s").trials
+    assert trial.state.name == "COMPLETE"
+    assert "reason" not in trial.user_attrs
+    assert trial.user_attrs["failures"] == 1
+
+
+def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: Path, monkeypatch: Any) -> None:
+    import torch
+
+    from saeopt.search.space import Space
+    from saeopt.worker import _Trainer
+
+    base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir)}
+    base["data"] = base["data"] | {"context_length": 16}
+    spec = spec_in(tmp_path, base=base, space={"saes.dict_size_to_input_ratio": [8, 512]})
+    trainer = _Trainer("cpu")
+    assert trainer.fitting(Space(spec)) == 8
+
+    class Runtime:
+        device = torch.device("cuda")
+
+    trainer._runtime = Runtime()  # type: ignore[assignment]
+    sizes = {}
+    for free in (2**20, 2**27, 2**40):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        sizes[free] = trainer.fitting(Space(spec))
+    assert sizes[2**20] == 1
+    assert 1 < sizes[2**27] < 64
+    assert sizes[2**40] == 64

@@ -1,0 +1,142 @@
+"""`python -m saeopt.worker` as a real process: errors, signals, several devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _stores import grid_spec
+
+from saeopt.config.study import StudySpec, study_spec
+from saeopt.search import claims
+from saeopt.search.create import create_study
+from saeopt.search.storage import Store
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def start(tmp_path: Path, address: str) -> Any:
+    started = []
+
+    def go(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        env = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "SAEOPT_STORAGE": address}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "saeopt.worker", *arguments],
+            cwd=tmp_path, env=env | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def real_spec(model: Path, text: Path, folder: Path, samples: int, cells: int) -> StudySpec:
+    base: dict[str, Any] = {
+        "tlens_model_path": str(model), "threads": 1, "lr_schedule": "constant", "save_every_n_samples": 512,
+        "log_every_n_grad_steps": 8,
+        "data": {
+            "dataset_name": str(text), "is_tokenized": False, "streaming": False, "column_name": "text",
+            "context_length": 16, "n_train_samples": samples, "train_batch_size": 4, "n_eval_samples": 16,
+        },
+        "saes": {"sae_type": "relu", "sae_positions": ["blocks.1.hook_resid_pre"], "dict_size_to_input_ratio": 4},
+    }  # fmt: skip
+    space = {"saes.sparsity_coeff": [0.01 * (i + 1) for i in range(cells)]}
+    raw = {"name": "s", "base": base, "space": space, "output_dir": str(folder / "out"), "heartbeat": 1, "grace": 10}
+    return study_spec(raw, "s.yaml")
+
+
+def until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "--study NAME is missing"),
+        (["--study", "x"], "no such store"),
+        (["--study", "x", "--pack", "many"], "--pack many"),
+        (["--study", "x", "--devices", "tpu"], "'tpu' is no device"),
+        (["--study", "x", "--storage", "mysql://u:secret-word@h/d"], "is needed"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(start: Start, arguments: list[str], line: str) -> None:
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert line in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert "secret-word" not in errors
+
+
+def test_an_unknown_study_is_named_with_its_neighbours(start: Start, address: str, tmp_path: Path) -> None:
+    create_study(Store.open(address), grid_spec(1, name="mine"))
+    process = start("--study", "mime")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "did you mean 'mine'?" in errors
+
+
+def test_devices_are_listed(start: Start) -> None:
+    output, _ = start("--show-devices").communicate(timeout=60)
+    assert "cpu" in output
+    assert "cores" in output
+
+
+@pytest.mark.slow  # starts a real worker
+def test_sigterm_checkpoints_and_gives_the_trials_back_within_ten_seconds(
+    start: Start, address: str, tmp_path: Path, tiny_model_dir: Path, tiny_text: Path
+) -> None:
+    store = Store.open(address)
+    study_id = create_study(store, real_spec(tiny_model_dir, tiny_text, tmp_path, 400_000, 2)).study_id
+    process = start("--study", "s", "--devices", "cpu")
+    until(lambda: all(t.intermediate_values for t in store.study("s").trials), process)
+    before = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=15) == 0
+    assert time.monotonic() - before < 10
+    assert claims.counts(store, study_id)["WAITING"] == 2
+    starts = [t.system_attrs["saeopt:checkpoint"] for t in store.study("s").trials]
+    assert starts[0] == starts[1] > 0
+    assert (tmp_path / f"out/s/0/samples_{starts[0]}.safetensors").exists()
+    assert (tmp_path / "out/s/0/trial.log").exists()
+
+
+@pytest.mark.slow  # starts three real processes
+def test_each_device_has_a_process_and_they_die_with_their_parent(
+    start: Start, address: str, tmp_path: Path, tiny_model_dir: Path, tiny_text: Path
+) -> None:
+    store = Store.open(address)
+    study_id = create_study(store, real_spec(tiny_model_dir, tiny_text, tmp_path, 400_000, 2)).study_id
+    process = start("--study", "s", "--devices", "cpu,cpu", "--pack", "1")
+    until(lambda: claims.counts(store, study_id)["RUNNING"] == 2, process)
+    pids = {t.system_attrs[claims.CLAIM]["pid"] for t in store.study("s").trials}
+    assert len(pids | {process.pid}) == 3
+    until(lambda: all(t.intermediate_values for t in store.study("s").trials), process)
+    process.kill()
+    end = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert claims.counts(store, study_id)["WAITING"] == 2
