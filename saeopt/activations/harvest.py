@@ -20,11 +20,22 @@ from torch import Tensor
 from saeopt.activations.masks import keep_tokens
 
 if TYPE_CHECKING:
+    from saeopt.activations.cache import ActivationCache
     from saeopt.activations.language_model import LanguageModel
     from saeopt.activations.tokens import TokenBatch
     from saeopt.config.run import RunConfig
 
-ReadGroup = Callable[[], "tuple[list[TokenBatch], int | None]"]
+
+@dataclass(frozen=True)
+class GroupTokens:
+    """The token batches of a group, its first slot over all ranks, and the seed of its order if it is shuffled."""
+
+    parts: list[TokenBatch]
+    first_slot: int
+    seed: int | None
+
+
+ReadGroup = Callable[[], GroupTokens]
 
 
 @dataclass
@@ -40,11 +51,19 @@ class Group:
 class Harvester:
     """Turns token batches into groups of activations."""
 
-    def __init__(self, model: LanguageModel, hooks: Sequence[str], config: RunConfig, sequences: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        hooks: Sequence[str],
+        config: RunConfig,
+        sequences: int,
+        cache: ActivationCache | None = None,
+    ):
+        self.cache = cache
         self.model, self.hooks, self.config = model, list(hooks), config
         self.sequences = sequences
-        self._compiled = config.performance.compile != "off"
         self._cuda = model.device.type == "cuda"
+        self._compiled = self._cuda and config.performance.compile != "off"
         self._side = torch.cuda.Stream(model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
         self._passes = 0
@@ -61,21 +80,36 @@ class Harvester:
             self._owed -= 1
             next(self._ahead, None)
 
+    def _cached(self, group: GroupTokens) -> Iterator[dict[str, Tensor]] | None:
+        """x_Nd per hook point of each micro-batch of a group, from the cache; None if it does not go so far."""
+        cache, hooks = self.cache, list(self.hooks)
+        if cache is None or not cache.covers(group.first_slot):
+            return None
+        return ({h: cache.read(h, p.first_slot, len(p.tokens_bT)) for h in hooks} for p in group.parts)
+
+    def _fresh(self, tokens_nT: Tensor) -> Iterator[dict[str, Tensor]]:
+        """x_Nd per hook point of each pass of the language model."""
+        for chunk_bT in tokens_nT.split(self.sequences):
+            # Named at every pass: hook points may have left meanwhile.
+            options = {"compiled": True} if self._compiled else {}
+            found = self.model.activations(chunk_bT, list(self.hooks), **options)
+            yield {hook: x_bTd.flatten(0, 1) for hook, x_bTd in found.items()}
+
     # ---- the CPU
     def _plain(self, read: ReadGroup) -> Iterator[Group]:
         while True:
-            parts, seed = read()
-            tokens_nT = torch.cat([p.tokens_bT for p in parts])
-            order_N = _order(tokens_nT.numel(), seed)
+            given = read()
+            tokens_nT = torch.cat([p.tokens_bT for p in given.parts])
+            order_N = _order(tokens_nT.numel(), given.seed)
             keep_N = keep_tokens(tokens_nT, self.model.special_ids, self.config.data).flatten()
             pieces: dict[str, list[Tensor]] = {hook: [] for hook in self.hooks}
-            for chunk_bT in tokens_nT.split(self.sequences):
-                for hook, x_bTd in self.model.activations(chunk_bT, self.hooks).items():
-                    pieces[hook].append(x_bTd.flatten(0, 1))
+            for found in self._cached(given) or self._fresh(tokens_nT):
+                for hook, x_Nd in found.items():
+                    pieces[hook].append(x_Nd)
             x = {hook: p[0] if len(p) == 1 else torch.cat(p) for hook, p in pieces.items()}
             if order_N is not None:
                 x, keep_N = {hook: x_Nd[order_N] for hook, x_Nd in x.items()}, keep_N[order_N]
-            yield Group(parts, x, keep_N, keep_N)
+            yield Group(given.parts, x, keep_N, keep_N)
 
     # ---- a GPU
     def _overlapped(self, read: ReadGroup) -> Iterator[Group]:
@@ -95,35 +129,36 @@ class Harvester:
             buffer.consumed.record(torch.cuda.current_stream(self.model.device))
 
     def _begin(self, read: ReadGroup, buffer: _Buffer) -> None:
-        parts, seed = read()
-        tokens_nT = torch.cat([p.tokens_bT for p in parts])
-        self._passes, self._owed = math.ceil(len(tokens_nT) / self.sequences), 0.0
-        self._ahead = self._fill(parts, tokens_nT, seed, buffer)
+        given = read()
+        tokens_nT = torch.cat([p.tokens_bT for p in given.parts])
+        cached = self._cached(given)
+        self._passes = math.ceil(len(tokens_nT) / self.sequences) if cached is None else len(given.parts)
+        self._owed = 0.0
+        self._ahead = self._fill(given, tokens_nT, cached, buffer)
 
-    def _fill(self, parts: list[TokenBatch], tokens_nT: Tensor, seed: int | None, buffer: _Buffer) -> Iterator[None]:
-        """One step per pass of the language model; all of them are launched on the side stream."""
-        device, T = self.model.device, tokens_nT.shape[1]
-        order_N = _order(tokens_nT.numel(), seed)
+    def _fill(
+        self, given: GroupTokens, tokens_nT: Tensor, cached: Iterator[dict[str, Tensor]] | None, buffer: _Buffer
+    ) -> Iterator[None]:
+        """One step per pass of the language model or cached micro-batch, all of them on the side stream."""
+        device = self.model.device
+        order_N = _order(tokens_nT.numel(), given.seed)
         keep_N = keep_tokens(tokens_nT, self.model.special_ids, self.config.data).flatten()
         host_keep_N = keep_N if order_N is None else keep_N[order_N]
         with self._on_side():
-            here_nT = tokens_nT.pin_memory().to(device, non_blocking=True)
-            buffer.group = Group(parts, buffer.x, host_keep_N.pin_memory().to(device, non_blocking=True), host_keep_N)
-            rows_N = None
-            if order_N is not None:
-                rows_N = torch.argsort(order_N).pin_memory().to(device, non_blocking=True)
+            pieces = self._fresh(_to(tokens_nT, device)) if cached is None else cached
+            buffer.group = Group(given.parts, buffer.x, _to(host_keep_N, device), host_keep_N)
+            rows_N = None if order_N is None else _to(torch.argsort(order_N), device)
         done = 0
-        for chunk_bT in here_nT.split(self.sequences):
+        while done < tokens_nT.numel():
             with self._on_side():
-                found = self.model.activations(chunk_bT, self.hooks, compiled=self._compiled)
-                if done == 0:
-                    # Only now may the buffer be overwritten; the pass itself did not need to wait.
+                found = {hook: x_Nd if x_Nd.is_cuda else _to(x_Nd, device) for hook, x_Nd in next(pieces).items()}
+                if done == 0:  # the buffer may be overwritten once it was consumed; the pass need not wait for that
                     torch.cuda.current_stream(device).wait_event(buffer.consumed)
-                rows = slice(done * T, (done + len(chunk_bT)) * T)
-                for hook, x_bTd in found.items():
-                    buffer.put(hook, x_bTd.flatten(0, 1), rows, rows_N, tokens_nT.numel())
-                done += len(chunk_bT)
-                if done == len(here_nT):
+                n = len(next(iter(found.values())))
+                for hook, x_Nd in found.items():
+                    buffer.put(hook, x_Nd, slice(done, done + n), rows_N, tokens_nT.numel())
+                done += n
+                if done == tokens_nT.numel():
                     buffer.filled.record(torch.cuda.current_stream(device))
             yield
 
@@ -147,6 +182,11 @@ class _Buffer:
             self.x[hook][rows].copy_(x_Nd)
         else:
             self.x[hook].index_copy_(0, rows_N[rows], x_Nd)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _order(n: int, seed: int | None) -> Tensor | None:

@@ -9,6 +9,7 @@ Suffixes: B batch, T positions, d width, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -138,6 +139,13 @@ class LanguageModel:
         if others:
             found |= self._bridge.activations(tokens_BT, others)
         return {h: found[h] for h in hooks}
+
+    def fingerprint(self) -> str:
+        """Changes when the weights change: some values of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self._model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.flatten()[:8].tolist()}".encode())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:

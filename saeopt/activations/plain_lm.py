@@ -55,7 +55,9 @@ class PlainDecoder:
         """
         key = (frozenset(wanted), compiled)
         if key not in self._trunks:
-            self._trunks[key] = _Trunk(self, key[0], compiled)
+            # Hook points that leave a pack must not cost another compilation.
+            wider = next((t for (w, c), t in self._trunks.items() if c and compiled and w > key[0]), None)
+            self._trunks[key] = wider or _Trunk(self, key[0], compiled)
         return self._trunks[key](tokens_BT)
 
     def logits(self, tokens_BT: Tensor) -> Tensor:

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from saeopt.activations.harvest import Group, Harvester
+from saeopt.activations.harvest import Group, GroupTokens, Harvester
 from saeopt.activations.masks import keep_norms
 from saeopt.activations.prefetch import Prefetch
+from saeopt.saes.noise import derived_seed
 
 if TYPE_CHECKING:
+    from saeopt.activations.cache import ActivationCache
     from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenBatch, TokenData
+    from saeopt.activations.tokens import TokenData
     from saeopt.config.run import RunConfig
 
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
@@ -133,20 +135,34 @@ class ActivationStream:
         sequences = even_share(
             self.schedule.group * config.data.train_batch_size, sequences_per_pass(config, model.device)
         )
-        self._harvester = Harvester(model, hooks, config, sequences)
+        cache = self._open_cache(model, tokens, hooks, world, sequences)
+        self._harvester = Harvester(model, hooks, config, sequences, cache)
         self._groups = self._harvester.groups(self._read_group)
         self._next_group = self._group
         self._now: Group | None = None
 
-    def _read_group(self) -> tuple[list[TokenBatch], int | None]:
-        """The token batches of the next group, and the seed of its order if it is shuffled."""
+    def _open_cache(
+        self, model: LanguageModel, tokens: TokenData, hooks: Sequence[str], world: int, sequences: int
+    ) -> ActivationCache | None:
+        from saeopt.activations.cache import ActivationCache, cache_folder
+
+        folder = cache_folder(self.config)
+        if folder is None:
+            return None
+        slots = self.schedule.group * self.schedule.samples
+        cache = ActivationCache(
+            folder, self.config, model, tokens, hooks, world=world, group_slots=slots, sequences=sequences
+        )
+        cache.note(self._cursor)
+        return cache
+
+    def _read_group(self) -> GroupTokens:
         parts = [next(self._tokens) for _ in range(self.schedule.group)]
         number, self._next_group = self._next_group, self._next_group + 1
-        if not self.config.data.shuffle_buffer_tokens:
-            return parts, None
-        from saeopt.saes.noise import derived_seed
-
-        return parts, derived_seed("activation shuffle", self.config.data_seed, number, self.rank)
+        seed = None
+        if self.config.data.shuffle_buffer_tokens:
+            seed = derived_seed("activation shuffle", self.config.data_seed, number, self.rank)
+        return GroupTokens(parts, self.schedule.slot(number), seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -6,6 +6,7 @@ Suffixes: b sequences of one rank, n sequences, T positions.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -138,6 +139,11 @@ class TokenData:
         n = self.data.n_eval_samples
         tokens_nT = self._rows(self.engine.held_out[: n * self._fresh_tokens], n)
         yield from tokens_nT.split(batch) if n else ()
+
+    def fingerprint(self) -> str:
+        """Changes when the documents or their order change: by held-out tokens, first samples and number of tokens."""
+        parts = (self.calibration(4).numpy(), self.engine.held_out, np.array(self.engine.tokens_per_pass or 0))
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
     def _sequences(self, reader: Reader, n: int) -> Tensor:
         return self._rows(reader.read(n * self._fresh_tokens), n)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from saeopt.config.base import explain
-from saeopt.config.run import DataConfig, PerformanceConfig, RunConfig, run_model
+from saeopt.config.run import ActivationsConfig, DataConfig, PerformanceConfig, RunConfig, run_model
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
 
@@ -85,6 +85,7 @@ def known_names(raw: Mapping[str, Any]) -> dict[tuple[str, ...], list[str]]:
     return {
         (): list(RunConfig.model_fields),
         ("data",): list(DataConfig.model_fields),
+        ("activations",): list(ActivationsConfig.model_fields),
         ("performance",): list(PerformanceConfig.model_fields),
         ("saes",): list(_sae_class(raw).model_fields),
     }

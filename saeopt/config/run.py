@@ -62,6 +62,18 @@ class DataConfig(StrictModel):
     """Also leave out tokens whose activation norm exceeds so many medians (attention sinks); null: keep them."""
 
 
+class ActivationsConfig(StrictModel):
+    """The `activations:` section: a cache on disk, so that several runs harvest the same activations once."""
+
+    cache: str = "auto"
+    """A folder; `off`; or `auto`: the workers of a study share one, single runs have none."""
+    cache_max_gb: Annotated[Float, Field(gt=0)] = 50.0
+    """Largest size of one stream's cache; what does not fit is harvested each time (never more than half of what is
+    free on the disk)."""
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    """Stored precision; auto: the language model's, which changes no result."""
+
+
 class PerformanceConfig(StrictModel):
     """The `performance:` section. The defaults are right; results do not depend on it beyond rounding."""
 
@@ -128,6 +140,7 @@ class RunConfig(StrictModel):
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
     threads: PositiveInt | None = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
+    activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
     """How the step is computed."""
     data: DataConfig

@@ -35,10 +35,18 @@ class FakeModel:
         self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(bos_token_id=BOS, eos_token_id=EOS))
         self.sequences: list[int] = []
 
+    dtype = torch.float32
+
+    def width(self, hook: str) -> int:
+        return 4
+
+    def fingerprint(self) -> str:
+        return str(self.table.sum().item())
+
     def activations(self, tokens_BT: torch.Tensor, hooks: list[str]) -> dict[str, torch.Tensor]:
         self.sequences.append(len(tokens_BT))
         x_BTd = self.table[tokens_BT].cumsum(1)
-        return {hook: x_BTd * (i + 1) for i, hook in enumerate(hooks)}
+        return {hook: x_BTd * (ord(hook[-1]) - ord("a") + 1) for hook in hooks}
 
 
 def data_config(name: object, **changes: object) -> DataConfig:

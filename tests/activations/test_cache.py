@@ -1,0 +1,171 @@
+"""The activation cache: the same numbers as without, harvested once, mended when damaged, safe for several writers."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from fake_model import FakeModel
+from test_stream import HOOKS, file, open_stream, run_config, same, take, way
+
+from saeopt.activations import cache as cache_module
+from saeopt.activations.cache import CACHE_VARIABLE, cache_bytes
+from saeopt.activations.stream import ActivationStream
+from saeopt.activations.tokens import TokenData
+from saeopt.config.io import validate_run
+from saeopt.config.run import RunConfig
+
+__all__ = ["file", "way"]
+PER_SLOT = 16 * 4 * 4  # bytes of one hook point
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 10 * PER_SLOT)
+
+
+def cached(config: RunConfig, folder: Path, **settings: object) -> RunConfig:
+    section = config.activations.model_copy(update={"cache": str(folder), **settings})
+    return config.model_copy(update={"activations": section})
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lm_batch_size": 5}, {"shuffle_buffer_tokens": 100}])
+def test_a_cached_stream_gives_the_same_bits_cold_warm_and_resumed(
+    file: Path, tmp_path: Path, way: bool, settings: dict[str, int]
+):
+    plain = run_config(file, streaming=way, n_train_samples=61, **settings)
+    config = cached(plain, tmp_path / "cache")
+    wanted = take(open_stream(plain), 40)  # beyond what the cache holds
+    cold, warm = FakeModel(), FakeModel()
+    assert all(same(a, b) for a, b in zip(take(open_stream(config, cold), 40), wanted, strict=True))
+    harvested = sum(cold.sequences)
+    assert all(same(a, b) for a, b in zip(take(open_stream(config, warm), 40), wanted, strict=True))
+    assert harvested >= 80
+    assert sum(warm.sequences) <= 80 - 60 + 10  # only what lies beyond the cache
+    stream = open_stream(plain)
+    for _ in range(11):
+        next(stream)
+    resumed = open_stream(config, start=22, cursor=stream.cursor())
+    stream.close()
+    assert all(same(a, b) for a, b in zip(take(resumed, 20), wanted[11:], strict=False))
+    per_slot = cache_bytes(1, 16, [4, 4], torch.float32)
+    assert sum(p.stat().st_size for p in shards(tmp_path)) == pytest.approx(61 * per_slot, rel=0.35)
+
+
+def test_ranks_read_their_own_rows(file: Path, tmp_path: Path):
+    plain = run_config(file, n_train_samples=40)
+    for rank in range(2):
+        wanted = take(open_stream(plain, rank=rank, world=2), 9)
+        got = take(open_stream(cached(plain, tmp_path), rank=rank, world=2), 9)
+        assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_hook_points_are_added_to_a_cache_without_harvesting_the_others_again(file: Path, tmp_path: Path):
+    config = cached(run_config(file, n_train_samples=20), tmp_path)
+    model = FakeModel()
+    take(ActivationStream(model, TokenData.load(config.data, model), ["a"], config), 10)
+    asked: list[list[str]] = []
+    plain = model.activations
+    model.activations = lambda tokens, hooks: asked.append(hooks) or plain(tokens, hooks)  # type: ignore[method-assign]
+    batches = take(ActivationStream(model, TokenData.load(config.data, model), HOOKS, config), 10)
+    assert {tuple(hooks) for hooks in asked} == {("b",)}
+    assert all(torch.equal(2 * batch.x["a"], batch.x["b"]) for batch in batches)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_shard_is_harvested_again(file: Path, tmp_path: Path, damage: str):
+    config = cached(run_config(file, n_train_samples=40), tmp_path)
+    wanted = take(open_stream(config), 15)
+    victim = shards(tmp_path)[1]
+    content = bytearray(victim.read_bytes())
+    content[-9] ^= 0xFF
+    victim.write_bytes(content if damage == "flip" else content[:-50])
+    assert all(same(a, b) for a, b in zip(take(open_stream(config), 15), wanted, strict=True))
+    assert len(victim.read_bytes()) == len(content)
+
+
+def test_other_tokens_and_other_weights_never_share_a_cache(file: Path, tmp_path: Path):
+    config = cached(run_config(file, n_train_samples=20), tmp_path)
+    take(open_stream(config), 5)
+    n = len(shards(tmp_path))
+    other = FakeModel()
+    other.table = other.table + 1
+    old, new = (take(open_stream(config, model), 1)[0].x["a"] for model in (FakeModel(), other))
+    assert not torch.equal(old, new)
+    file.write_text(file.read_text().replace('"w', '"w5 w'))
+    take(open_stream(config), 5)
+    assert len(shards(tmp_path)) > 2 * n
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 3
+
+
+def test_the_size_is_known_beforehand_and_kept(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    limit = 25 * 2 * PER_SLOT
+    config = cached(run_config(file, n_train_samples=100), tmp_path, cache_max_gb=limit / 2**30)
+    plain = take(open_stream(run_config(file, n_train_samples=100)), 45)
+    assert all(same(a, b) for a, b in zip(take(open_stream(config), 45), plain, strict=True))
+    stored = sum(p.stat().st_size for p in shards(tmp_path))
+    assert 0 < stored <= limit + 1000 * len(shards(tmp_path))
+    assert len(shards(tmp_path)) == 2 * 2  # two shards of ten slots, two hook points
+
+
+def test_a_stored_precision_rounds_and_changes_nothing_else(file: Path, tmp_path: Path):
+    plain = run_config(file, n_train_samples=20)
+    got = take(open_stream(cached(plain, tmp_path, dtype="bfloat16")), 5)
+    for batch, wanted in zip(got, take(open_stream(plain), 5), strict=True):
+        assert torch.equal(batch.x["a"], wanted.x["a"].bfloat16())
+        assert torch.equal(batch.keep_N, wanted.keep_N)
+
+
+def test_auto_means_the_folder_that_a_worker_names(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = run_config(file, n_train_samples=20)
+    take(open_stream(config), 2)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "study"))
+    take(open_stream(config), 2)
+    assert shards(tmp_path / "study")
+    off = config.model_copy(update={"activations": config.activations.model_copy(update={"cache": "off"})})
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "none"))
+    take(open_stream(off), 2)
+    assert not (tmp_path / "none").exists()
+
+
+def _write(raw: dict[str, object], folder: str, out: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
+    cache_module.SHARD_BYTES = 10 * PER_SLOT
+    torch.set_num_threads(1)
+    model = FakeModel()
+    batches = take(open_stream(cached(validate_run(raw, "test"), Path(folder)), model), 20)
+    out.put((sum(model.sequences), [b.x["b"].sum().item() for b in batches]))
+
+
+def test_several_processes_harvest_once_between_them(file: Path, tmp_path: Path):
+    config = run_config(file, n_train_samples=40)
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    workers = [
+        context.Process(target=_write, args=(config.model_dump(mode="json"), str(tmp_path / "c"), out))
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    found = [out.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    wanted = [b.x["b"].sum().item() for b in take(open_stream(config), 20)]
+    assert [values for _, values in found] == [wanted, wanted]
+    assert sum(n for n, _ in found) == 40
+    assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
+    from saeopt.tensor_file import read_metadata
+
+    config = cached(run_config(file, n_train_samples=25), tmp_path)
+    take(open_stream(config), 13)
+    slots = [json.dumps(read_metadata(p)["slots"]) for p in shards(tmp_path) if p.parent.name == "a"]
+    assert slots == ["[0, 10]", "[10, 10]", "[20, 6]"]
