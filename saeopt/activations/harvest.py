@@ -146,7 +146,7 @@ class Harvester:
         host_keep_N = keep_N if order_N is None else keep_N[order_N]
         with self._on_side():
             pieces = self._fresh(_to(tokens_nT, device)) if cached is None else cached
-            buffer.group = Group(given.parts, buffer.x, _to(host_keep_N, device), host_keep_N)
+            buffer.group = Group(given.parts, buffer.x, buffer.keep(len(keep_N), device), host_keep_N)
             rows_N = None if order_N is None else _to(torch.argsort(order_N), device)
         done = 0
         while done < tokens_nT.numel():
@@ -154,6 +154,7 @@ class Harvester:
                 found = {hook: x_Nd if x_Nd.is_cuda else _to(x_Nd, device) for hook, x_Nd in next(pieces).items()}
                 if done == 0:  # the buffer may be overwritten once it was consumed; the pass need not wait for that
                     torch.cuda.current_stream(device).wait_event(buffer.consumed)
+                    buffer.group.keep_N.copy_(host_keep_N.pin_memory(), non_blocking=True)
                 n = len(next(iter(found.values())))
                 for hook, x_Nd in found.items():
                     buffer.put(hook, x_Nd, slice(done, done + n), rows_N, tokens_nT.numel())
@@ -171,8 +172,15 @@ class _Buffer:
 
     def __init__(self) -> None:
         self.x: dict[str, Tensor] = {}
+        self._keep_N: Tensor | None = None
         self.group: Group | None = None
         self.filled, self.consumed = torch.cuda.Event(), torch.cuda.Event()
+
+    def keep(self, n: int, device: torch.device) -> Tensor:
+        """Memory for the mask. What was allocated on the side stream must not be given back under a slow consumer."""
+        if self._keep_N is None:
+            self._keep_N = torch.empty(n, dtype=torch.bool, device=device)
+        return self._keep_N
 
     def put(self, hook: str, x_Nd: Tensor, rows: slice, rows_N: Tensor | None, n: int) -> None:
         """Copy the rows of one pass to their places."""

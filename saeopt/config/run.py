@@ -141,6 +141,7 @@ class RunConfig(StrictModel):
     threads: PositiveInt | None = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
+    """The cache of activations on disk."""
     performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
     """How the step is computed."""
     data: DataConfig

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from saeopt.config import RunConfig, apply_overrides, dump_yaml, load_run_config, read_yaml, stream_key, validate_run
-from saeopt.config.run import MEMBER_FIELDS, DataConfig, PerformanceConfig
+from saeopt.config.run import MEMBER_FIELDS, ActivationsConfig, DataConfig, PerformanceConfig
 from saeopt.config.saes import SAEConfig
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
@@ -219,7 +219,8 @@ def test_member_fields_are_fields() -> None:
 # ---- every field is described and read
 def _models() -> dict[str, type[Any]]:
     sections = {a: sae_config_class(a) for a in ARCHITECTURES}
-    return {"run": RunConfig, "data": DataConfig, "performance": PerformanceConfig, "saes": SAEConfig, **sections}
+    parts = {"data": DataConfig, "activations": ActivationsConfig, "performance": PerformanceConfig}
+    return {"run": RunConfig, **parts, "saes": SAEConfig, **sections}
 
 
 def test_every_field_has_a_description() -> None:
