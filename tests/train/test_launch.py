@@ -1,0 +1,55 @@
+"""What stands between a command line and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from saeopt.config import load_run_config
+from saeopt.errors import UserError
+from saeopt.training.launch import check_processes, out_of_memory
+from saeopt.training.memory import MemberShape, estimate
+
+SEED = Path(__file__).resolve().parents[1] / "config" / "seed" / "relu.yaml"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_an_exhausted_device_says_what_to_lower(error: Exception) -> None:
+    runtime = cast(Any, SimpleNamespace(device=torch.device("cuda:0")))
+    with pytest.raises(UserError) as raised, out_of_memory(load_run_config(SEED), runtime):
+        raise error
+    for part in ("cuda:0", "data.train_batch_size (now 20", "gradient_accumulation_steps, now 20", "eval_batch_size"):
+        assert part in str(raised.value)
+
+
+def test_other_errors_pass_through() -> None:
+    runtime = cast(Any, SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory(load_run_config(SEED), runtime):
+        raise RuntimeError("shapes differ")
+
+
+def test_fewer_processes_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    check_processes(None)
+    check_processes(1)
+    with pytest.raises(UserError, match="2 processes were asked for, 1 runs"):
+        check_processes(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_processes(2)
+
+
+def test_memory_grows_with_members_and_holds_sixteen_bytes_per_parameter() -> None:
+    config = load_run_config(SEED)
+    one = MemberShape("a", "relu", 64, 512, 1000)
+    need = estimate(config, [one], 10, 4, 100)
+    both = estimate(config, [one, MemberShape("b", "relu", 64, 512, 1000)], 10, 4, 100)
+    assert need["language model"] == 40
+    assert need["weights, gradients, optimiser"] == 16_000
+    assert both["weights, gradients, optimiser"] == 32_000
+    assert both["step"] == need["step"]
