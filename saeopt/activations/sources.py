@@ -86,7 +86,7 @@ def open_rows(data: DataConfig) -> ListTable | Dataset | IterableDataset:
     """
     split = Split.parse(data.split)
     name = data.dataset_name
-    files = _files(name)
+    files = local_files(name)
     if files and all(f.suffix in (".txt", ".text") for f in files):
         if data.is_tokenized:
             raise UserError(f"'data.is_tokenized': {name} holds text, not token ids: set it to false")
@@ -97,7 +97,7 @@ def open_rows(data: DataConfig) -> ListTable | Dataset | IterableDataset:
     return _sliced(_load(data, split, files) if rows is None else rows, split)
 
 
-def _files(name: str) -> list[Path]:
+def local_files(name: str) -> list[Path]:
     """Data files that a name means: a file, a pattern, or a folder with nothing but text files."""
     path = Path(name)
     if path.is_file():
