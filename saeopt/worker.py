@@ -121,15 +121,14 @@ class _Trainer:
         if device.type != "cuda":
             return _CPU_PACK
         from saeopt.training.dry_run import shapes, weightless
-        from saeopt.training.memory import estimate, member_bytes
+        from saeopt.training.memory import estimate
 
         config = space.largest().config
         model, lm_parameters = weightless(config)
         members = shapes(config, model)
-        needed = sum(estimate(config, members, lm_parameters, 2, model.vocab_size).values())
-        each = sum(member_bytes(m, config) for m in members)
+        one, two = (sum(estimate(config, members * n, lm_parameters, 2, model.vocab_size).values()) for n in (1, 2))
         free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE
-        return max(1, min(_LARGEST_PACK, 1 + int((free - needed) / max(each, 1))))
+        return max(1, min(_LARGEST_PACK, 1 + int((free - one) / max(two - one, 1))))
 
 
 def pack_size(text: str | None) -> int | str | None:

@@ -11,6 +11,7 @@ limit = 1 / (1 / language model alone + 1 / step alone), in tokens/s of the stre
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import tempfile
@@ -210,14 +211,17 @@ def measure(
     first = dict([next(iter(configs.items()))])
     config = first[next(iter(first))]
     members = len(configs) * len(config.saes.sae_positions)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {
         "language_model": language_model_alone(config, runtime, repeats),
         "step": step_alone(configs, runtime, repeats),
     }
+    if runtime.device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     found["limit"] = 1 / (1 / found["language_model"] + 1 / found["step"])
     found["pack"] = pipeline(configs, runtime, folder / "pack")
+    peak = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
     found["share_of_limit"] = found["pack"] / found["limit"]
     found["sae_tokens_per_s"] = found["pack"] * members
     if alone:
@@ -236,8 +240,19 @@ def measure(
         if alone:
             found["pack_cached_over_one_by_one"] = found["pack_cached"] / found["one_by_one"]
     if runtime.device.type == "cuda":
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        found["peak_gib"] = peak / 2**30
+        found["predicted_gib"] = predicted(list(configs.values())) / 2**30
     return found
+
+
+def predicted(configs: list[RunConfig]) -> int:
+    """Peak bytes on a GPU as `study create --dry-run` estimates them."""
+    from saeopt.training.dry_run import shapes, weightless
+    from saeopt.training.memory import estimate
+
+    model, lm_parameters = weightless(configs[0])
+    members = [shape for config in configs for shape in shapes(config, model)]
+    return sum(estimate(configs[0], members, lm_parameters, 2, model.vocab_size).values())
 
 
 def show(numbers: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     console.print(dump_yaml(config), markup=False, soft_wrap=True)
     console.print(_members_table(members, run_name(config)))
     lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize
-    needed = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size)
+    needed = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size, chosen.type)
     table = Table(title=f"Estimated memory on {chosen}", title_justify="left")
     table.add_column("for")
     table.add_column("MiB", justify="right")
@@ -71,7 +71,8 @@ def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
         section, d = config.sae_at(hook), model.width(hook)
         h = dictionary_width(section.dict_size_to_input_ratio, d)
         sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"))
-        found.append(MemberShape(hook, section.sae_type, d, h, sum(p.numel() for p in sae.parameters())))
+        n_parameters = sum(p.numel() for p in sae.parameters())
+        found.append(MemberShape(hook, section.sae_type, d, h, n_parameters, getattr(section, "k", 0)))
     return found
 
 

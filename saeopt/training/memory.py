@@ -1,4 +1,8 @@
-"""What a pack needs on its device, estimated from shapes alone."""
+"""What a pack needs on its device, from shapes alone.
+
+The numbers per element were read off an H200 with the fused stacks (torch.cuda.max_memory_allocated over the
+sizes of scripts/bench_step.py); `scripts/bench_sweep.py` prints the estimate beside what a whole pipeline took.
+"""
 
 from __future__ import annotations
 
@@ -7,53 +11,95 @@ from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
 
-_OPTIMISER_BYTES = 16
-"""Per parameter: weight, gradient and two Adam moments in float32."""
-_CODE_COPIES = {"relu": 4, "topk": 5, "gated": 8, "hard_concrete": 12, "gated_hard_concrete": 12}
-"""Arrays of N x h that the reference step of an architecture keeps for its backward pass."""
-_LAYER_COPIES = 16
-"""Arrays of N x d that one layer of the language model has at a time."""
+_PER_PARAMETER = 16
+"""GPU: weight and two moments in float32, weight and gradient in bfloat16. CPU: those three and the gradient."""
+_PER_PARAMETER_ACCUMULATED = 4
+"""A float32 sum of gradients where a window has several micro-batches."""
+_GPU_PER_CODE = {"relu": 6.0, "gated": 11.0, "hard_concrete": 19.0, "gated_hard_concrete": 15.0, "topk": 2.5}
+"""Bytes per token, latent and member of the fused step."""
+_GPU_PER_SELECTED = 40
+"""Bytes per token and selected latent of the topk step: values, indices, sorting."""
+_CPU_PER_CODE = {"relu": 16.0, "topk": 20.0, "gated": 32.0, "hard_concrete": 48.0, "gated_hard_concrete": 48.0}
+"""Bytes per token and latent of the reference step, one member after another."""
+_OTHER = 48.0
+"""An architecture that is not known here."""
+_CPU_CHUNK = 2**20
+"""Elements (tokens x latents) that the fused step on the CPU has at a time."""
+_LAYER_COPIES = 14
+"""Arrays of tokens x d that one layer of the language model has at a time."""
+_GPU_PASS_TOKENS = 32768
+_LOGITS = {"cpu": 2**28, "cuda": 2**31}
 
 
 @dataclass(frozen=True)
 class MemberShape:
-    """One SAE: where it sits, its widths and number of parameters."""
+    """One SAE: where it sits, its widths, its number of parameters, and k where it has one."""
 
     hook_point: str
     sae_type: str
     d: int
     h: int
     n_parameters: int
-
-
-def member_bytes(member: MemberShape, config: RunConfig) -> int:
-    """Weights, gradient and optimiser of one member."""
-    return member.n_parameters * _OPTIMISER_BYTES
-
-
-def step_bytes(member: MemberShape, config: RunConfig) -> int:
-    """What one micro-batch of one member needs while it is stepped."""
-    n_tokens = config.data.train_batch_size * config.data.context_length
-    return 4 * n_tokens * (_CODE_COPIES.get(member.sae_type, 8) * member.h + 4 * member.d)
+    k: int = 0
 
 
 def estimate(
-    config: RunConfig, members: Iterable[MemberShape], lm_parameters: int, lm_bytes: int, vocabulary: int
+    config: RunConfig,
+    members: Iterable[MemberShape],
+    lm_parameters: int,
+    lm_bytes: int,
+    vocabulary: int,
+    device_type: str = "cuda",
 ) -> dict[str, int]:
-    """Bytes by purpose; `lm_bytes` is the size of one number of the language model.
-
-    Members are stepped one after another, so that the largest counts; harvesting and evaluation do not overlap.
-    """
+    """Bytes by purpose; their sum is the peak. `lm_bytes` is the size of one number of the language model."""
     members = list(members)
-    data = config.data
-    n_tokens = data.train_batch_size * data.context_length
-    by_hook = {m.hook_point: m.d for m in members}
-    harvest = n_tokens * lm_bytes * (_LAYER_COPIES * max(by_hook.values()) + 2 * sum(by_hook.values()))
-    logits = 3 * 4 * data.eval_batch_size * data.context_length * vocabulary if data.n_eval_samples else 0
+    on_gpu, data = device_type == "cuda", config.data
+    micro = data.train_batch_size * data.context_length
+    sequences = config.lm_batch_size or (_GPU_PASS_TOKENS if on_gpu else micro) // data.context_length
+    per_pass = max(1, sequences) * data.context_length
+    group = max(micro, per_pass // micro * micro, _round_up(data.shuffle_buffer_tokens, micro))
+    widths = {m.hook_point: m.d for m in members}
+    activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
+    passing = min(per_pass, group) * lm_bytes * _LAYER_COPIES * max(widths.values())
+    step = _gpu_step(members, micro) if on_gpu else _cpu_step(config, members, micro)
+    logits = _evaluation(config, vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
+    accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {
         "language model": lm_parameters * lm_bytes,
-        "weights, gradients, optimiser": sum(member_bytes(m, config) for m in members),
-        "step": max(step_bytes(m, config) for m in members),
-        "harvest or evaluation": max(harvest, logits),
-        "shuffle buffer": data.shuffle_buffer_tokens * sum(by_hook.values()) * lm_bytes,
+        "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (_PER_PARAMETER + accumulated),
+        "activations": activations,
+        "step and harvest": step + passing,
+        "evaluation, beyond the step": max(0, logits - step - passing),
     }
+
+
+def _gpu_step(members: list[MemberShape], tokens: int) -> int:
+    """The largest stack's: stacks run one after another and share their memory."""
+    stacks: dict[tuple[str, str, int, int], float] = {}
+    for m in members:
+        key = (m.hook_point, m.sae_type, m.d, m.h)
+        own = tokens * (_GPU_PER_CODE.get(m.sae_type, _OTHER) * m.h + _GPU_PER_SELECTED * m.k + 10 * m.d)
+        stacks[key] = stacks.get(key, 0.0) + own
+    return int(max(stacks.values()))
+
+
+def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int:
+    fused = config.performance.stack != "reference"
+
+    def own(m: MemberShape) -> float:
+        known = m.sae_type in _CPU_PER_CODE
+        elements = min(tokens * m.h, _CPU_CHUNK) if fused and known else tokens * m.h
+        return _CPU_PER_CODE.get(m.sae_type, _OTHER) * elements + 16 * tokens * m.d
+
+    return int(max(own(m) for m in members))
+
+
+def _evaluation(config: RunConfig, vocabulary: int, lm_bytes: int, device_type: str) -> int:
+    """Clean and spliced logits of as many sequences as evaluation takes at once, and one sequence in float32."""
+    sequence = config.data.context_length * vocabulary
+    at_once = min(config.data.eval_batch_size, max(1, _LOGITS.get(device_type, 2**28) // (4 * sequence)))
+    return sequence * (2 * lm_bytes * at_once + 3 * 4)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
