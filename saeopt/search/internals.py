@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -99,20 +99,23 @@ def constraint_attrs(values: Mapping[str, float]) -> dict[str, Any]:
     return {_CONSTRAINTS_KEY: list(values.values())} if values else {}
 
 
-def upsert(connection: sa.Connection, table: sa.Table, keys: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Insert a row, or update the one that has these keys."""
+def upsert(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert rows, or update those that have the same `keys`; one statement."""
     from sqlalchemy.dialects import postgresql, sqlite
 
+    if not rows:
+        return
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    statement = insert(table).values({**keys, **values})
-    connection.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=dict(values)))
+    statement = insert(table).values([dict(row) for row in rows])
+    changed = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=changed))
 
 
 def set_attrs(connection: sa.Connection, table: sa.Table, owner: int, attrs: Mapping[str, Any]) -> None:
     """Write attributes (any JSON values) of a study or trial into one of the four attribute tables."""
     column = "study_id" if "study_id" in table.c else "trial_id"
-    for key, value in attrs.items():
-        upsert(connection, table, {column: owner, "key": key}, {"value_json": json.dumps(value)})
+    rows = [{column: owner, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    upsert(connection, table, (column, "key"), rows)
 
 
 def get_attrs(connection: sa.Connection, table: sa.Table, owner: int, prefix: str = "") -> dict[str, Any]:
@@ -141,12 +144,8 @@ def set_values(connection: sa.Connection, trial_id: int, values: Iterable[float]
 def set_report(connection: sa.Connection, trial_id: int, step: int, value: float) -> None:
     """An intermediate value."""
     stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(float(value))
-    upsert(
-        connection,
-        trial_reports,
-        {"trial_id": trial_id, "step": step},
-        {"intermediate_value": stored, "intermediate_value_type": kind},
-    )
+    row = {"trial_id": trial_id, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
+    upsert(connection, trial_reports, ("trial_id", "step"), [row])
 
 
 def params_of(connection: sa.Connection, trial_ids: Iterable[int]) -> dict[int, dict[str, Any]]:
