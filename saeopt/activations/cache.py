@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 CACHE_VARIABLE = "SAEOPT_ACTIVATION_CACHE"
 """A worker names the folder of its study's cache in this variable; `activations.cache: auto` uses it."""
 
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 16 * 2**20
+"""A shard is harvested in one go, during which nothing else happens: small enough for some seconds on a CPU."""
 _OPEN_SHARDS = 16
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 _NOT_IN_KEY = {"eval_batch_size", "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens"}
