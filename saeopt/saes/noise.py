@@ -25,8 +25,8 @@ def uniform(
     the CPU and a GPU, where they are :func:`hashed_uniform`.
     """
     if torch.device(device).type == "cuda":
-        seeds, slot = torch.tensor([seed], device=device), torch.tensor(first_slot, device=device)
-        return hashed_uniform(row_keys(seeds, slot, n_slots, tokens_per_slot), h)[0]
+        seeds, first = torch.tensor([seed], device=device), torch.tensor(first_slot, device=device)
+        return hashed_uniform(row_keys(seeds, first, n_slots, tokens_per_slot), h)[0]
     u_Nh = torch.empty(n_slots * tokens_per_slot, h, device=device)
     generator = torch.Generator(device=u_Nh.device)
     for slot in range(n_slots):
