@@ -55,6 +55,9 @@ def create(
     max_trials: Annotated[
         int | None, typer.Option("--max-trials", "--limit", min=1, help="Keep the first cells.")
     ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the base config.")
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", "--dry_run", help="Print cells, packs, estimated memory and time; store nothing."),
@@ -63,6 +66,8 @@ def create(
 ) -> None:
     """Create a study from a study file, or from --name, --base-config and --sweep-config. Again: no new cells."""
     spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials)
+    if overrides:
+        spec = _with_base(spec, overrides)
     if dry_run:
         from saeopt.preview import print_preview
 
@@ -107,6 +112,16 @@ def _spec(
     if max_trials is not None:
         raw["max_trials"] = max_trials
     return study_spec(raw, file)
+
+
+def _with_base(spec: StudySpec, overrides: list[str]) -> StudySpec:
+    from saeopt.config.io import apply_overrides, parse_override
+    from saeopt.config.study import study_spec
+
+    raw = spec.model_dump(mode="json", by_alias=True)
+    for text in overrides:
+        raw["base"] = apply_overrides(raw["base"], dict([parse_override(text)]))
+    return study_spec(raw, "--set")
 
 
 @app.command("list")
