@@ -104,31 +104,36 @@ def duration(seconds: float | None) -> str:
 
 def render(status: Status) -> RenderableType:
     """The tables of `status`."""
-    parts: list[RenderableType] = [_head(status), _best(status)]
+    parts: list[RenderableType] = [_states(status), _pace(status), _best(status)]
     for part in (_workers(status), _running(status), _reasons(status)):
         if part is not None:
             parts.append(part)
     return Group(*parts)
 
 
-def _head(status: Status) -> RenderableType:
-    table = Table(title=f"study {status.spec.name}", title_justify="left")
+def _states(status: Status) -> RenderableType:
+    table = Table(title=f"study {status.spec.name}: trials", title_justify="left")
     for state in STATES:
         table.add_column(_NAMES[state], justify="right")
-    for name in ("all", "workers alive", "trials/h", "tokens/s", "trial-tokens/s", "time left"):
+    table.add_column("all", justify="right")
+    table.add_row(*[str(status.count(state)) for state in STATES], str(len(status.rows)))
+    if status.stopped:
+        table.caption = f"stopped; 'saeopt study resume {status.spec.name}' lets workers go on"
+    return table
+
+
+def _pace(status: Status) -> RenderableType:
+    table = Table()
+    for name in ("workers alive", "trials/h", "tokens/s", "trial-tokens/s", "time left"):
         table.add_column(name, justify="right")
     pace, speeds = status.trials_per_hour, [(w.tokens_per_s, len(w.trials)) for w in status.alive]
     table.add_row(
-        *[str(status.count(state)) for state in STATES],
-        str(len(status.rows)),
         str(len(status.alive)),
         f"{pace:.1f}" if pace else "–",
         f"{sum(s for s, _ in speeds):,.0f}" if speeds else "–",
         f"{sum(s * n for s, n in speeds):,.0f}" if speeds else "–",
         duration(status.eta_s),
     )
-    if status.stopped:
-        table.caption = f"stopped; 'saeopt study resume {status.spec.name}' lets workers go on"
     return table
 
 
