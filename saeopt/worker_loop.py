@@ -108,8 +108,6 @@ class Worker:
                 self._train_pack(pack)
                 monitoring.on_study_progress(self.store, self.study_id, self.spec)
                 continue
-            if self.heart.held():
-                continue
             if self._others_work():
                 idle_since = None
             else:
@@ -153,7 +151,10 @@ class Worker:
             self._after_error(pack, error)
             return
         for assignment in pack:
-            self._tell(assignment, results[assignment.name])
+            try:
+                self._tell(assignment, results[assignment.name])
+            except Exception as error:  # a result that cannot be stored is that trial's failure, not the worker's
+                self._after_error([assignment], error)
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
         by_name = self._progress = {a.name: Progress(a.claim, a.config) for a in pack}

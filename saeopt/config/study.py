@@ -179,7 +179,7 @@ class StudySpec(StrictModel):
     grace: Annotated[Float, Field(gt=0)] = 20.0
     """Seconds without a sign of life after which a worker's trials go back to the queue."""
     output_dir: str | None = None
-    """null: `save_dir` of the base config."""
+    """null: `save_dir` of the base config. A relative path starts where the worker does."""
 
     @field_validator("sampler", mode="before")
     @classmethod

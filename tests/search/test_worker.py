@@ -354,3 +354,44 @@ def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: P
     assert sizes[2**20] == 1
     assert 1 < sizes[2**27] < 64
     assert sizes[2**40] == 64
+
+
+def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in_seconds(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from saeopt import worker_loop
+
+    def before(names: list[str]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(worker_loop, "_FULL_DISK_PAUSE", 0.4)
+    began = time.monotonic()
+    start(store, spec_in(tmp_path, 1, retries=1), Trainer(before=before)).run()
+    assert time.monotonic() - began > 0.8
+    (trial,) = store.study("s").trials
+    assert trial.state.name == "FAIL"
+    assert "No space left on device" in trial.user_attrs["reason"]
+
+
+def test_a_result_that_cannot_be_stored_fails_its_trial_alone(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = claims.finish
+
+    def refuse(store: Store, claim: claims.Claim, *args: Any, **kwargs: Any) -> bool:
+        if claim.number == 1:
+            raise ValueError("not to be stored")
+        return finish(store, claim, *args, **kwargs)
+
+    monkeypatch.setattr(claims, "finish", refuse)
+    start(store, spec_in(tmp_path, 3, retries=0), Trainer()).run()
+    assert states(store) == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+def test_a_study_that_is_deleted_ends_its_worker(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer(measure=lambda plan, samples: time.sleep(0.02) or good(plan, samples))  # type: ignore[func-returns-value]
+    worker = start(store, spec_in(tmp_path, 2), trainer)
+    threading.Timer(0.4, store.optuna.delete_study, (worker.study_id,)).start()
+    assert worker.run() == 0
