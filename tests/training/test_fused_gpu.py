@@ -20,12 +20,12 @@ HYPER = [Hyper(1e-3, 0.3, 0.5, 1.0), Hyper(3e-3, 0.05, 0.7, float("inf")), Hyper
 
 
 def wide(variant: dict[str, Any], h: int = 320) -> dict[str, Any]:
-    return {**variant, "d": 48, "h": h}
+    return {"d": 48, **variant, "h": h}
 
 
 def both(variant: dict[str, Any], autocast: torch.dtype | None, accumulation: int = 1, steps: int = 30) -> Any:
     options = StackOptions(dead_after_tokens=2000, autocast=autocast)
-    data = batches(steps, torch.float32, "cuda", slots=64, d=48)
+    data = batches(steps, torch.float32, "cuda", slots=64, d=variant["d"])
     one, other = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
     for sae in one + other:
         with torch.no_grad():
@@ -48,7 +48,7 @@ def test_float32_equals_the_reference(variant: dict[str, Any], accumulation: int
     assert_same_modules(other, one, 1e-2, 1e-3)
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("variant", [*VARIANTS, {"sae_type": "relu", "d": 160}], ids=name_of)
 def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
     expected, found, _, _ = both(wide(variant), torch.bfloat16)
     for a, b in zip(found[-1], expected[-1], strict=True):

@@ -26,9 +26,9 @@ def make_stack(
     from saeopt.training.stacks.sparse import SparseStack
 
     reason = _why_not_fused(saes, options)
+    if reason is not None and performance.stack != "reference":
+        _notice(f"the fused step is not used: {reason}")
     if performance.stack == "reference" or reason is not None:
-        if performance.stack == "fused":
-            _notice(f"the fused step is not used: {reason}")
         return AutogradStack(saes, seeds, options)
     if saes[0].W_enc.is_cuda:
         from saeopt.training.stacks.gpu import GpuStack
@@ -36,6 +36,8 @@ def make_stack(
 
         on_gpu = GpuSparseStack if saes[0].config.sae_type == "topk" else GpuStack
         return on_gpu(saes, seeds, options, performance)
+    if "on" in (performance.compile, performance.graphs):
+        _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
     on_cpu = SparseStack if saes[0].config.sae_type == "topk" else FusedStack
     return on_cpu(saes, seeds, options, performance)
 

@@ -1,8 +1,9 @@
 """Forward and backward of the architectures whose code is dense, written by hand for members side by side.
 
-Shape suffixes: M members, N tokens, d model width, h dictionary width. One function per architecture computes
-Σ over tokens of everything a step needs; the formulas are those of the modules in `saeopt.saes`, whose autograd
-is the oracle. Elementwise parts are plain torch, so that torch.compile can fuse them.
+Shape suffixes: M members, N tokens, d model width, h dictionary width. `run` computes Σ over tokens of everything a
+step needs; the formulas are those of the modules in `saeopt.saes`, whose autograd is the oracle. What lies between
+two products is a stage of plain torch, so that torch.compile can fuse it. `codes` are the code, and below it (twice
+as many rows) the auxiliary code where there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saeopt.saes.base import SAE
+from saeopt.saes.noise import hashed_uniform
 
 
 class Form(NamedTuple):
@@ -47,7 +49,10 @@ class Form(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length)."""
+    """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length).
+
+    Gate noise comes as `u_MNh` or as the `keys_2MN` that it is computed from (`saeopt.saes.noise`).
+    """
 
     low: dict[str, Tensor]
     vectors: dict[str, Tensor]
@@ -55,6 +60,7 @@ class Given(NamedTuple):
     x_Nd: Tensor
     keep_N: Tensor | None
     u_MNh: Tensor | None
+    keys_2MN: Tensor | None
     sparsity_M: Tensor
     beta_M: Tensor
 
@@ -73,153 +79,224 @@ class Found(NamedTuple):
     fired_Mh: Tensor
 
 
-def relu(form: Form, given: Given) -> Found:
-    """f = relu(x̄ W_enc + b_enc); see :class:`saeopt.saes.relu.ReluSAE`."""
-    centred_MNd = centre(given)
-    pre_MNh = encode(centred_MNd, given.low["W_enc"]) + column(given.vectors["b_enc"])
-    f_MNh = masked(torch.relu(pre_MNh), given.keep_N).to(centred_MNd.dtype)
-    error_MNd = masked(decode(f_MNh, given) - given.x_Nd, given.keep_N)
-    g_error = (2 * form.mse * error_MNd).to(f_MNh.dtype)
+class Back(NamedTuple):
+    """What lies behind the codes' gradients: those of the encoders' products and of the vectors, and sums."""
+
+    products: list[Tensor]
+    vectors: dict[str, Tensor]
+    through: list[Tensor]
+    pull_Mh: Tensor | None
+    sparsity_M: Tensor
+    fired_Mh: Tensor
+
+
+Call = Callable[..., Any]
+
+
+def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A stage run as it is."""
+    return function(*arguments)
+
+
+def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
+    """One micro-batch. Each stage between two products goes through `call`, which may compile it.
+
+    Stages hand over only what is in the dtype of the products: what lies in between is computed again in the
+    backward stage, which costs less than to write it down.
+    """
+    architecture = ARCHITECTURES[sae_type]
+    names = ["W_enc", "W_gate"] if "W_gate" in given.low else ["W_enc"]
+    centred_MNd = call(centre, given)
+    pres = [torch.bmm(centred_MNd, given.low[name].mT) for name in names]
+    codes = call(architecture.codes, form, given, pres)
+    decoded = torch.bmm(codes, given.low["W_dec"])
+    g_error, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
+    g_codes = torch.bmm(g_error, given.low["W_dec"].mT)
+    back: Back = call(architecture.back, form, given, pres, codes, g_codes)
+    g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
+    n = len(given.x_Nd)
+    products = [("W_dec", codes[:, :n], g_error[:, :n])]
+    products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
+    return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+
+
+def centre(given: Given) -> Tensor:
+    """x̄ = x − b_dec in the dtype of the products."""
+    return (given.x_Nd - column(given.vectors["b_dec"])).to(given.low["W_enc"].dtype)
+
+
+def errors(form: Form, given: Given, decoded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the reconstructions (the code's, then the auxiliary code's), Σ of the code's, ‖error‖², losses."""
+    n = len(given.x_Nd)
+    b_dec_M1d = column(given.vectors["b_dec"])
+    gradients, squares = [], []
+    for at, coefficient in ((0, form.mse), (n, form.aux))[: decoded.shape[1] // n]:
+        error_MNd = masked(decoded[:, at : at + n] + b_dec_M1d - given.x_Nd, given.keep_N)
+        gradients.append((2 * coefficient * error_MNd).to(decoded.dtype))
+        squares.append(error_MNd.square().sum((1, 2)))
+    loss_M = form.mse * squares[0]
+    if len(squares) == 2:
+        loss_M = loss_M + form.aux * squares[1]
+    return torch.cat(gradients, 1), gradients[0].sum(1, dtype=given.x_Nd.dtype), squares[0], loss_M
+
+
+def last_sums(
+    given: Given, names: list[str], g_b_dec: Tensor, squared_M: Tensor, loss_M: Tensor, back: Back
+) -> tuple[Tensor, Tensor]:
+    """b_dec's gradient with what comes through the encoders, and the totals."""
+    for name, vector_Mh in zip(names, back.through, strict=True):
+        matrix_Mhd = given.low[name]
+        through = torch.bmm(vector_Mh.to(matrix_Mhd.dtype).unsqueeze(1), matrix_Mhd).squeeze(1)
+        g_b_dec = g_b_dec - through.to(g_b_dec.dtype)
+    return g_b_dec, torch.stack([loss_M + back.sparsity_M, squared_M, back.sparsity_M, back.fired_Mh.sum(-1)], -1)
+
+
+# ---- relu: f = relu(x̄ W_enc + b_enc), see `saeopt.saes.relu`
+def relu_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+    """f."""
+    return masked(torch.relu(pres[0] + column(given.vectors["b_enc"])), given.keep_N).to(pres[0].dtype)
+
+
+def relu_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+    """∂π = 1[f > 0] (∂f + λ‖W_dec‖)."""
+    dtype = given.norm_Mh.dtype
     penalty_M = given.sparsity_M * form.penalty
-    g_f = torch.bmm(g_error, given.low["W_dec"].mT).to(pre_MNh.dtype)
-    g_pre = torch.where(f_MNh > 0, g_f + column(penalty_M.unsqueeze(-1) * given.norm_Mh), 0.0)
-    g_b_enc = g_pre.sum(1)
-    g_low = g_pre.to(f_MNh.dtype)
-    per_latent_Mh = f_MNh.sum(1, dtype=pre_MNh.dtype)
-    squared_M = error_MNd.square().sum((1, 2))
+    push_Mh = penalty_M.unsqueeze(-1) * given.norm_Mh
+    g_pre = torch.where(codes > 0, g_codes.to(dtype) + column(push_Mh), 0.0)
+    per_latent_Mh, fired_Mh = codes.sum(1, dtype=dtype), (codes != 0).sum(1, dtype=dtype)
+    return relu_sums(form, given, g_pre.to(codes.dtype), g_pre.sum(1), per_latent_Mh, fired_Mh)
+
+
+def relu_sums(
+    form: Form, given: Given, g_pre: Tensor, g_b_enc: Tensor, per_latent_Mh: Tensor, fired_Mh: Tensor
+) -> Back:
+    """What follows from sums over tokens."""
+    penalty_M = given.sparsity_M * form.penalty
     sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
-    fired_Mh = (f_MNh != 0).sum(1, dtype=pre_MNh.dtype)
-    return Found(
-        [("W_dec", f_MNh, g_error), ("W_enc", g_low, centred_MNd)],
-        {"b_enc": g_b_enc, "b_dec": g_error.sum(1, dtype=pre_MNh.dtype) - through(g_b_enc, given.low["W_enc"])},
-        penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh),
-        torch.stack([form.mse * squared_M + sparsity_M, squared_M, sparsity_M, fired_Mh.sum(-1)], -1),
-        fired_Mh,
-    )
+    pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
+    return Back([g_pre], {"b_enc": g_b_enc}, [g_b_enc], pull_Mh, sparsity_M, fired_Mh)
 
 
-def gated(form: Form, given: Given) -> Found:
-    """f = 1[π_gate > 0] ⊙ magnitude, both from one product; see :class:`saeopt.saes.gated.GatedSAE`."""
-    centred_MNd = centre(given)
-    shared_low = encode(centred_MNd, given.low["W_enc"])
-    shared_MNh = shared_low.to(given.norm_Mh.dtype)
+# ---- gated: f = 1[π_gate > 0] ⊙ magnitude, both from one product, see `saeopt.saes.gated`
+def gated_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x̄ W_enc, e^r, the gate's argument and the magnitude's."""
+    shared_MNh = pres[0].to(given.norm_Mh.dtype)
     gain_M1h = column(given.vectors["r_mag"].exp())
     gate_MNh = shared_MNh + column(given.vectors["b_gate"])
-    inner_MNh = gain_M1h * shared_MNh + column(given.vectors["b_mag"])
+    return shared_MNh, gain_M1h, gate_MNh, gain_M1h * shared_MNh + column(given.vectors["b_mag"])
+
+
+def gated_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+    """f, then relu(π_gate)."""
+    _, _, gate_MNh, inner_MNh = gated_parts(form, given, pres)
+    f_MNh = activation(form.magnitude, inner_MNh) * (gate_MNh > 0)
+    return torch.cat([masked(f_MNh, given.keep_N), masked(torch.relu(gate_MNh), given.keep_N)], 1).to(pres[0].dtype)
+
+
+def gated_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+    """The gate learns from the penalty and the auxiliary term alone."""
+    shared_MNh, gain_M1h, gate_MNh, inner_MNh = gated_parts(form, given, pres)
+    n, dtype = shared_MNh.shape[1], shared_MNh.dtype
     open_MNh = gate_MNh > 0
-    f_MNh = masked(activation(form.magnitude, inner_MNh) * open_MNh, given.keep_N).to(centred_MNd.dtype)
-    aux_MNh = masked(torch.relu(gate_MNh), given.keep_N).to(centred_MNd.dtype)
-    error, squared_M, aux_squared_M = two_errors(f_MNh, aux_MNh, given)
-    g_error = errors_to_gradients(form, error, f_MNh.dtype)
-    g_codes = torch.bmm(g_error, given.low["W_dec"].mT).to(shared_MNh.dtype)
-    g_f, g_aux = g_codes.chunk(2, 1)
     penalty_M = given.sparsity_M * form.penalty
-    push_MNh = masked(column(penalty_M.unsqueeze(-1) * given.norm_Mh).expand_as(g_aux), given.keep_N)
-    g_inner = g_f * open_MNh * activation_slope(form.magnitude, inner_MNh)
-    g_gate = (g_aux + push_MNh) * open_MNh
-    g_shared = g_gate + gain_M1h * g_inner
-    per_latent_Mh = aux_MNh.sum(1, dtype=shared_MNh.dtype)
+    push_MNh = masked(column(penalty_M.unsqueeze(-1) * given.norm_Mh).expand_as(shared_MNh), given.keep_N)
+    g_inner = g_codes[:, :n].to(dtype) * open_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_gate = (g_codes[:, n:].to(dtype) + push_MNh) * open_MNh
+    per_latent_Mh = masked(torch.relu(gate_MNh), given.keep_N).sum(1)
+    fired_Mh = (codes[:, :n] != 0).sum(1, dtype=dtype)
     sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
-    fired_Mh = (f_MNh != 0).sum(1, dtype=shared_MNh.dtype)
-    g_f_error = g_error.chunk(2, 1)[0]
-    return Found(
-        [("W_dec", f_MNh, g_f_error), ("W_enc", g_shared.to(f_MNh.dtype), centred_MNd)],
-        {
-            "b_gate": g_gate.sum(1),
-            "b_mag": g_inner.sum(1),
-            "r_mag": (g_inner * gain_M1h * shared_MNh).sum(1),
-            "b_dec": g_f_error.sum(1, dtype=shared_MNh.dtype) - through(g_shared.sum(1), given.low["W_enc"]),
-        },
-        penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh),
-        torch.stack(
-            [
-                form.mse * squared_M + sparsity_M + form.aux * aux_squared_M,
-                squared_M,
-                sparsity_M,
-                fired_Mh.sum(-1),
-            ],
-            -1,
-        ),
-        fired_Mh,
-    )
+    pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes.dtype, (pull_Mh, sparsity_M, fired_Mh))
 
 
-def hard_concrete(form: Form, given: Given) -> Found:
-    """f = z ⊙ magnitude; see :class:`saeopt.saes.hard_concrete.HardConcreteSAE`. `low["W_dec"]` has unit rows."""
-    centred_MNd = centre(given)
-    dtype = given.norm_Mh.dtype
-    inner_MNh = encode(centred_MNd, given.low["W_enc"]).to(dtype) + column(given.vectors["b_enc"])
-    bias_M1h = column(given.vectors["b_gate"])
-    log_alpha_MNh = bias_M1h.expand_as(inner_MNh)
-    if form.per_input_gate:
-        log_alpha_MNh = encode(centred_MNd, given.low["W_gate"]).to(dtype) + bias_M1h
-    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
-    magnitude_MNh = activation(form.magnitude, inner_MNh)
-    f_MNh = masked(z_MNh * magnitude_MNh, given.keep_N).to(centred_MNd.dtype)
-    error_MNd = masked(decode(f_MNh, given) - given.x_Nd, given.keep_N)
-    g_error = (2 * form.mse * error_MNd).to(f_MNh.dtype)
-    g_f = torch.bmm(g_error, given.low["W_dec"].mT).to(dtype)
-    penalty_M, open_M, g_open = open_gates(form, given, log_alpha_MNh)
-    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
-    g_gate = g_f * magnitude_MNh * slope_MNh + g_open
-    g_b_enc, g_b_gate = g_inner.sum(1), g_gate.sum(1)
-    products = [("W_dec", f_MNh, g_error), ("W_enc", g_inner.to(f_MNh.dtype), centred_MNd)]
-    g_b_dec = g_error.sum(1, dtype=dtype) - through(g_b_enc, given.low["W_enc"])
-    if form.per_input_gate:
-        products.append(("W_gate", g_gate.to(f_MNh.dtype), centred_MNd))
-        g_b_dec = g_b_dec - through(g_b_gate, given.low["W_gate"])
-    squared_M = error_MNd.square().sum((1, 2))
-    sparsity_M = penalty_M * open_M
-    fired_Mh = (f_MNh != 0).sum(1, dtype=dtype)
-    totals = [form.mse * squared_M + sparsity_M, squared_M, sparsity_M, fired_Mh.sum(-1)]
-    vectors = {"b_enc": g_b_enc, "b_gate": g_b_gate, "b_dec": g_b_dec}
-    return Found(products, vectors, None, torch.stack(totals, -1), fired_Mh)
-
-
-def gated_hard_concrete(form: Form, given: Given) -> Found:
-    """f = z ⊙ magnitude; see :class:`saeopt.saes.gated_hard_concrete.GatedHardConcreteSAE`."""
-    centred_MNd = centre(given)
-    shared_MNh = encode(centred_MNd, given.low["W_enc"]).to(given.norm_Mh.dtype)
-    gain_M1h = column(given.vectors["r_mag"].exp())
-    log_alpha_MNh = shared_MNh + column(given.vectors["b_gate"])
-    inner_MNh = gain_M1h * shared_MNh + column(given.vectors["b_mag"])
-    magnitude_MNh = activation(form.magnitude, inner_MNh)
-    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
-    f_MNh = masked(z_MNh * magnitude_MNh, given.keep_N).to(centred_MNd.dtype)
-    weight_MNh = torch.ones_like(z_MNh) if form.seed_aux else torch.relu(log_alpha_MNh)
-    aux_MNh = masked(z_MNh * weight_MNh, given.keep_N).to(centred_MNd.dtype)
-    error, squared_M, aux_squared_M = two_errors(f_MNh, aux_MNh, given)
-    g_error = errors_to_gradients(form, error, f_MNh.dtype)
-    g_f, g_aux = torch.bmm(g_error, given.low["W_dec"].mT).to(shared_MNh.dtype).chunk(2, 1)
-    penalty_M, open_M, g_open = open_gates(form, given, log_alpha_MNh)
-    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
-    g_gate = (g_f * magnitude_MNh + g_aux * weight_MNh) * slope_MNh + g_open
-    if not form.seed_aux:
-        g_gate = g_gate + g_aux * z_MNh * (log_alpha_MNh > 0)
+def gated_sums(
+    shared_MNh: Tensor,
+    gain_M1h: Tensor,
+    g_gate: Tensor,
+    g_inner: Tensor,
+    low: torch.dtype,
+    sums: tuple[Tensor | None, Tensor, Tensor],
+) -> Back:
+    """Gradients behind those of a gate and a magnitude that share their product."""
     g_shared = g_gate + gain_M1h * g_inner
-    g_f_error = g_error.chunk(2, 1)[0]
-    sparsity_M = penalty_M * open_M
-    fired_Mh = (f_MNh != 0).sum(1, dtype=shared_MNh.dtype)
-    loss_M = form.mse * squared_M + sparsity_M + form.aux * aux_squared_M
-    return Found(
-        [("W_dec", f_MNh, g_f_error), ("W_enc", g_shared.to(f_MNh.dtype), centred_MNd)],
-        {
-            "b_gate": g_gate.sum(1),
-            "b_mag": g_inner.sum(1),
-            "r_mag": (g_inner * gain_M1h * shared_MNh).sum(1),
-            "b_dec": g_f_error.sum(1, dtype=shared_MNh.dtype) - through(g_shared.sum(1), given.low["W_enc"]),
-        },
-        None,
-        torch.stack([loss_M, squared_M, sparsity_M, fired_Mh.sum(-1)], -1),
-        fired_Mh,
-    )
+    g_b_gate, g_b_mag = g_gate.sum(1), g_inner.sum(1)
+    gain_Mh = gain_M1h.squeeze(1)
+    vectors = {"b_gate": g_b_gate, "b_mag": g_b_mag, "r_mag": gain_Mh * (g_inner * shared_MNh).sum(1)}
+    return Back([g_shared.to(low)], vectors, [g_b_gate + gain_Mh * g_b_mag], *sums)
 
 
-PASSES: dict[str, Callable[[Form, Given], Found]] = {
-    "relu": relu,
-    "gated": gated,
-    "hard_concrete": hard_concrete,
-    "gated_hard_concrete": gated_hard_concrete,
+# ---- hard_concrete: f = z ⊙ magnitude, see `saeopt.saes.hard_concrete`; `low["W_dec"]` has rows of fixed norm
+def hard_concrete_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """log α and the magnitude's argument."""
+    inner_MNh = pres[0].to(given.norm_Mh.dtype) + column(given.vectors["b_enc"])
+    bias_M1h = column(given.vectors["b_gate"])
+    return pres[1] + bias_M1h if len(pres) == 2 else bias_M1h.expand_as(inner_MNh), inner_MNh
+
+
+def hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+    """f."""
+    log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
+    z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
+    return masked(z_MNh * activation(form.magnitude, inner_MNh), given.keep_N).to(pres[0].dtype)
+
+
+def hard_concrete_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+    """The gate learns through z and from the penalty."""
+    dtype = given.norm_Mh.dtype
+    log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
+    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
+    g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
+    g_f = g_codes.to(dtype)
+    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_gate = g_f * activation(form.magnitude, inner_MNh) * slope_MNh + g_open
+    g_b_enc, g_b_gate = g_inner.sum(1), g_gate.sum(1)
+    products, through = [g_inner.to(codes.dtype)], [g_b_enc]
+    if len(pres) == 2:
+        products, through = [*products, g_gate.to(codes.dtype)], [*through, g_b_gate]
+    fired_Mh = (codes != 0).sum(1, dtype=dtype)
+    return Back(products, {"b_enc": g_b_enc, "b_gate": g_b_gate}, through, None, sparsity_M, fired_Mh)
+
+
+# ---- gated_hard_concrete: f = z ⊙ magnitude from one product, see `saeopt.saes.gated_hard_concrete`
+def gated_hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+    """f, then the auxiliary code."""
+    _, _, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
+    z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
+    aux_MNh = z_MNh if form.seed_aux else z_MNh * torch.relu(log_alpha_MNh)
+    f_MNh = z_MNh * activation(form.magnitude, inner_MNh)
+    return torch.cat([masked(f_MNh, given.keep_N), masked(aux_MNh, given.keep_N)], 1).to(pres[0].dtype)
+
+
+def gated_hard_concrete_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+    """The gate learns through z from both reconstructions, and from the penalty."""
+    shared_MNh, gain_M1h, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
+    n, dtype = shared_MNh.shape[1], shared_MNh.dtype
+    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
+    g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
+    g_f, g_aux = g_codes[:, :n].to(dtype), g_codes[:, n:].to(dtype)
+    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_z = g_f * activation(form.magnitude, inner_MNh)
+    if form.seed_aux:
+        g_gate = (g_z + g_aux) * slope_MNh + g_open
+    else:
+        weight_MNh = torch.relu(log_alpha_MNh)
+        g_gate = (g_z + g_aux * weight_MNh) * slope_MNh + g_open + g_aux * z_MNh * (log_alpha_MNh > 0)
+    fired_Mh = (codes[:, :n] != 0).sum(1, dtype=dtype)
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes.dtype, (None, sparsity_M, fired_Mh))
+
+
+class Architecture(NamedTuple):
+    """The two elementwise stages in which architectures differ."""
+
+    codes: Callable[[Form, Given, list[Tensor]], Tensor]
+    back: Callable[[Form, Given, list[Tensor], Tensor, Tensor], Back]
+
+
+ARCHITECTURES = {
+    "relu": Architecture(relu_codes, relu_back),
+    "gated": Architecture(gated_codes, gated_back),
+    "hard_concrete": Architecture(hard_concrete_codes, hard_concrete_back),
+    "gated_hard_concrete": Architecture(gated_hard_concrete_codes, gated_hard_concrete_back),
 }
 
 
@@ -234,47 +311,11 @@ def masked(rows_MNx: Tensor, keep_N: Tensor | None) -> Tensor:
     return rows_MNx if keep_N is None else rows_MNx * keep_N[None, :, None]
 
 
-def centre(given: Given) -> Tensor:
-    """x̄ = x − b_dec in the dtype of the products."""
-    return (given.x_Nd - column(given.vectors["b_dec"])).to(given.low["W_enc"].dtype)
-
-
-def encode(centred_MNd: Tensor, matrix_Mhd: Tensor) -> Tensor:
-    """x̄ W."""
-    return torch.bmm(centred_MNd, matrix_Mhd.mT)
-
-
-def decode(f_MNh: Tensor, given: Given) -> Tensor:
-    """f W_dec + b_dec, the sum in the weights' dtype."""
-    return torch.bmm(f_MNh, given.low["W_dec"]) + column(given.vectors["b_dec"])
-
-
-def through(vector_Mh: Tensor, matrix_Mhd: Tensor) -> Tensor:
-    """Σ_h vector_h matrix_h: what b_dec gets through the encoder, with the opposite sign."""
-    return torch.bmm(vector_Mh.to(matrix_Mhd.dtype).unsqueeze(1), matrix_Mhd).squeeze(1).to(vector_Mh.dtype)
-
-
 def penalty_pull(form: Form, penalty_M: Tensor, per_latent_Mh: Tensor, norm_Mh: Tensor) -> Tensor | None:
     """∂(λ Σ f ‖W_dec‖)/∂W_dec as a multiple of W_dec; none where the norm is fixed."""
     if form.unit:
         return None
     return torch.where(norm_Mh > 0, penalty_M.unsqueeze(-1) * per_latent_Mh / norm_Mh, 0.0)
-
-
-def two_errors(f_MNh: Tensor, aux_MNh: Tensor, given: Given) -> tuple[Tensor, Tensor, Tensor]:
-    """Errors of the code and of the auxiliary code, one below the other, and their squares per member."""
-    both = decode(torch.cat([f_MNh, aux_MNh], 1), given)
-    x_2Nd = torch.cat([given.x_Nd, given.x_Nd])
-    keep_2N = None if given.keep_N is None else torch.cat([given.keep_N, given.keep_N])
-    error = masked(both - x_2Nd, keep_2N)
-    squared_M2 = error.square().unflatten(1, (2, -1)).sum((2, 3))
-    return error, squared_M2[:, 0], squared_M2[:, 1]
-
-
-def errors_to_gradients(form: Form, error: Tensor, dtype: torch.dtype) -> Tensor:
-    """2 · coefficient · error of both halves."""
-    code, aux = error.chunk(2, 1)
-    return torch.cat([2 * form.mse * code, 2 * form.aux * aux], 1).to(dtype)
 
 
 def activation(name: str, inner: Tensor) -> Tensor:
@@ -293,19 +334,23 @@ def activation_slope(name: str, inner: Tensor) -> Tensor:
 
 def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:
     """z and ∂z/∂log α."""
-    assert given.u_MNh is not None
+    u_MNh = given.u_MNh
+    if u_MNh is None:
+        assert given.keys_2MN is not None
+        u_MNh = hashed_uniform(given.keys_2MN, log_alpha_MNh.shape[-1]).to(log_alpha_MNh.dtype)
     low, high = form.limits
-    beta_M11 = given.beta_M[:, None, None]
-    s_MNh = torch.sigmoid((given.u_MNh.log() - torch.log1p(-given.u_MNh) + log_alpha_MNh) / beta_M11)
+    inverse_beta_M11 = 1 / given.beta_M[:, None, None]
+    s_MNh = torch.sigmoid((torch.log(u_MNh / (1 - u_MNh)) + log_alpha_MNh) * inverse_beta_M11)
     stretched = s_MNh * (high - low) + low
     inside = (stretched >= 0) & (stretched <= 1)
-    return stretched.clamp(0, 1), torch.where(inside, (high - low) / beta_M11 * s_MNh * (1 - s_MNh), 0.0)
+    slope_MNh = torch.where(inside, (high - low) * inverse_beta_M11 * s_MNh * (1 - s_MNh), 0.0)
+    return stretched.clamp(0, 1), slope_MNh
 
 
-def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """λ, Σ P(z ≠ 0) per member, and the gradient of λ Σ P on log α."""
+def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of λ Σ P(z ≠ 0) on log α, and that term per member."""
     shift = math.log(-form.limits[0] / form.limits[1])
     p_MNh = torch.sigmoid(log_alpha_MNh - given.beta_M[:, None, None] * shift)
     penalty_M = given.sparsity_M * form.penalty
     g_MNh = masked(penalty_M[:, None, None] * p_MNh * (1 - p_MNh), given.keep_N)
-    return penalty_M, masked(p_MNh, given.keep_N).sum((1, 2)), g_MNh
+    return g_MNh, penalty_M * masked(p_MNh, given.keep_N).sum((1, 2))

@@ -17,7 +17,7 @@ from saeopt.saes.base import SAE
 from saeopt.saes.noise import uniform
 from saeopt.training.stacks import adam
 from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
-from saeopt.training.stacks.dense import PASSES, Form, Found, Given
+from saeopt.training.stacks.dense import ARCHITECTURES, Form, Found, Given, run
 from saeopt.training.stacks.packed import VECTORS, Packed, Store
 
 PULL = "pull"
@@ -28,7 +28,7 @@ _PENDING = {"n": (), "steps": (), "means": (6,), "grad_norm": ()}
 class FusedStack(Stack):
     """Members stepped by hand-written passes over packed tensors; float32 or float64 weights on the CPU."""
 
-    architectures: ClassVar[frozenset[str]] = frozenset(PASSES)
+    architectures: ClassVar[frozenset[str]] = frozenset(ARCHITECTURES)
 
     def __init__(
         self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions, performance: PerformanceConfig
@@ -131,8 +131,8 @@ class FusedStack(Stack):
             rows = slice(at, at + step)
             keep = None if keep_N is None else keep_N[rows]
             u_MNh = None if u_Nh is None else u_Nh[rows].unsqueeze(0)
-            given = Given(low, vectors, self.norm_Mh[row], x_Nd[rows], keep, u_MNh, sparsity, beta)
-            self._add(member, PASSES[self.sae_type](self.form, given))
+            given = Given(low, vectors, self.norm_Mh[row], x_Nd[rows], keep, u_MNh, None, sparsity, beta)
+            self._add(member, run(self.sae_type, self.form, given))
 
     def _noise(self, member: int, batch: StackBatch) -> Tensor | None:
         if not self.saes[member].needs_noise:

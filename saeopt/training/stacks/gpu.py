@@ -15,26 +15,14 @@ from torch import Tensor
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
-from saeopt.saes.noise import hashed_uniform, row_keys
-from saeopt.training.stacks import kernels_rows
+from saeopt.saes.noise import row_keys
+from saeopt.training.stacks import kernels_narrow, kernels_relu, kernels_rows
 from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
-from saeopt.training.stacks.dense import PASSES, Form, Given
+from saeopt.training.stacks.compiled import compiled
+from saeopt.training.stacks.dense import Back, Form, Found, Given, centre, last_sums, relu_back, relu_sums, run
 from saeopt.training.stacks.fused import PULL, FusedStack
 from saeopt.training.stacks.graphs import Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
-
-_compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def compiled(function: Callable[..., Any], enabled: bool) -> Callable[..., Any]:
-    """`function` through torch.compile (static shapes), or as it is."""
-    if not enabled:
-        return function
-    if function not in _compiled:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
-        _compiled[function] = torch.compile(function, dynamic=False)
-    return _compiled[function]
 
 
 class GpuStack(FusedStack):
@@ -119,19 +107,46 @@ class GpuStack(FusedStack):
             keys = row_keys(self.seed_M, self.hyper[0, 4], slots, tokens_per_slot)
         if "beta" in self.packed.buffers:
             self.packed.buffers["beta"].copy_(self.hyper[:, 2])
-        return compiled(dense_gradients, self.compiling)(
-            self.sae_type,
-            self.form,
-            self.packed.slices,
-            self.low,
-            self.packed.weights[VECTORS],
-            self.norm_Mh,
-            self.packed.buffers["scale"],
-            x_Nd,
-            keep_N,
-            keys,
-            self.hyper,
+        x_Nd, keep_N, x_stats, hyper = self._call(start, x_Nd, keep_N, self.packed.buffers["scale"], self.hyper)
+        vectors = {name: self.packed.vector(self.packed.weights, name) for name in self.packed.slices}
+        given = Given(self.low, vectors, self.norm_Mh, x_Nd, keep_N, None, keys, hyper[:, 1], hyper[:, 2])
+        if self.sae_type == "relu" and self.d <= kernels_narrow.WIDEST and self.low_dtype == torch.bfloat16:
+            grads, found = self._narrow_relu(given)
+        else:
+            found = run(self.sae_type, self.form, given, self._call)
+            grads = {name: torch.bmm(left.mT, right) for name, left, right in found.products}
+        grads[VECTORS] = torch.cat([found.vectors[name] for name in self.packed.slices], 1)
+        if found.pull_Mh is not None:
+            grads[PULL] = found.pull_Mh
+        return grads, {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "x": x_stats}
+
+    def _narrow_relu(self, given: Given) -> tuple[Store, Found]:
+        """`dense.run` for relu without the code in memory."""
+        low, form, keep_N = given.low, self.form, given.keep_N
+        b_enc, b_dec = given.vectors["b_enc"].contiguous(), given.vectors["b_dec"].contiguous()
+        centred = self._call(centre, given)
+        g_error, squares_MN = kernels_narrow.forward(
+            given.x_Nd, centred, keep_N, low["W_enc"], low["W_dec"], b_enc, b_dec, form.mse
         )
+        push_Mh, g_b_dec, squared_M, loss_M = self._call(narrow_sums, form, given, g_error, squares_MN)
+        g_enc, g_dec, sums_3Mh = kernels_narrow.backward(
+            centred, g_error, keep_N, low["W_enc"], low["W_dec"], b_enc, push_Mh
+        )
+        back: Back = self._call(relu_sums, form, given, g_error, *sums_3Mh)
+        g_b_dec, totals_M4 = self._call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
+        found = Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+        return {"W_dec": g_dec, "W_enc": g_enc}, found
+
+    def _call(self, stage: Callable[..., Any], *arguments: Any) -> Any:
+        """A stage of `dense.run`: compiled, or one of the kernels written for it."""
+        if stage is relu_back:
+            return self._relu_back(*arguments)
+        return compiled(stage, self.compiling)(*arguments)
+
+    def _relu_back(self, form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+        penalty_M = given.sparsity_M * form.penalty
+        sums_3Mh = kernels_relu.backward(codes.contiguous(), g_codes, penalty_M, given.norm_Mh)
+        return compiled(relu_sums, self.compiling)(form, given, g_codes, *sums_3Mh)
 
     # ---- the end of a window
     def sums(self) -> list[Tensor]:
@@ -190,32 +205,20 @@ class GpuStack(FusedStack):
             )
 
 
-def dense_gradients(
-    sae_type: str,
-    form: Form,
-    slices: dict[str, slice],
-    low: Store,
-    weights_MV: Tensor,
-    norm_Mh: Tensor,
-    scale_M: Tensor,
-    x_Nd: Tensor,
-    keep_N: Tensor | None,
-    keys_2MN: Tensor | None,
-    hyper: Tensor,
-) -> tuple[Store, Store]:
-    """Gradient sums and window sums of one micro-batch."""
-    x_Nd = x_Nd.to(norm_Mh.dtype) * scale_M[0]
-    keep_N = None if keep_N is None else keep_N.to(norm_Mh.dtype)
-    u_MNh = None if keys_2MN is None else hashed_uniform(keys_2MN, norm_Mh.shape[1]).to(norm_Mh.dtype)
-    sparsity_M, beta_M = hyper[:, 1].to(norm_Mh.dtype), hyper[:, 2].to(norm_Mh.dtype)
-    vectors = {name: weights_MV[:, where] for name, where in slices.items()}
-    found = PASSES[sae_type](form, Given(low, vectors, norm_Mh, x_Nd, keep_N, u_MNh, sparsity_M, beta_M))
-    grads = {name: torch.bmm(left.mT, right) for name, left, right in found.products}
-    grads[VECTORS] = torch.cat([found.vectors[name] for name in slices], 1)
-    if found.pull_Mh is not None:
-        grads[PULL] = found.pull_Mh
-    window = {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "x": x_sums(x_Nd, keep_N)}
-    return grads, window
+def start(
+    x_Nd: Tensor, keep_N: Tensor | None, scale_M: Tensor, hyper: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """x in normalised units, the mask as weights, the sums of x, and the step's numbers as float32."""
+    x_Nd = x_Nd.to(scale_M.dtype) * scale_M[0]
+    keep_N = None if keep_N is None else keep_N.to(scale_M.dtype)
+    return x_Nd, keep_N, x_sums(x_Nd, keep_N), hyper.to(scale_M.dtype)
+
+
+def narrow_sums(form: Form, given: Given, g_error: Tensor, squares_MN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """λ‖W_dec‖, Σ over tokens of the error's gradient, ‖error‖² and the reconstruction's loss per member."""
+    squared_M = squares_MN.sum(1)
+    push_Mh = (given.sparsity_M * form.penalty).unsqueeze(-1) * given.norm_Mh
+    return push_Mh, g_error.sum(1, dtype=given.norm_Mh.dtype), squared_M, form.mse * squared_M
 
 
 def x_sums(x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:

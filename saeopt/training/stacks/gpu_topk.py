@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeopt.training.stacks import kernels_topk
-from saeopt.training.stacks.gpu import GpuStack, compiled, x_sums
+from saeopt.training.stacks.gpu import GpuStack, x_sums
 from saeopt.training.stacks.packed import VECTORS, Store
 
 _PERIOD = 32
@@ -78,13 +78,14 @@ class GpuSparseStack(GpuStack):
         b_enc, b_dec = (packed.vector(packed.weights, n).contiguous() for n in ("b_enc", "b_dec"))
         scale, factor = packed.buffers["scale"], 2 * self.form.mse
         keep = None if keep_N is None else keep_N.to(self.dtype)
-        centred, x_stats = compiled(centre, self.compiling)(x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
+        centred, x_stats = self._call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         pre = torch.bmm(centred, low["W_enc"].mT)
         values, index = kernels_topk.select(pre, b_enc, keep, self.k)
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
         g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(values, index, dots, error, centred, self.h, factor)
-        g_vectors, totals, ratio = compiled(small_sums, self.compiling)(
+        g_vectors, totals, ratio = self._call(
+            small_sums,
             error,
             squares,
             g_bias,
@@ -110,37 +111,54 @@ class GpuSparseStack(GpuStack):
         grads: Store,
         ratio: Tensor,
     ) -> None:
-        dead_Mh = self.packed.buffers["tokens_since_fired"] >= self.options.dead_after_tokens
-        places, valid = dead_places(dead_Mh, self.capacity)
-        f = compiled(dead_code, self.compiling)(pre, b_enc, places, valid, keep)
+        since_Mh = self.packed.buffers["tokens_since_fired"]
+        places = self._call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
+        f = self._call(dead_code, pre, b_enc, places, keep)
         if self.aux_k < self.capacity:
             f = kernels_topk.keep_largest(f, self.aux_k)
-        rows = places.unsqueeze(-1).expand(-1, -1, self.d)
-        W_dec, W_enc = self.low["W_dec"].gather(1, rows), self.low["W_enc"].gather(1, rows)
-        g_dec, g_enc, g_bias, g_b_dec, numerator = compiled(aux_gradients, self.compiling)(
-            f, error, centred, W_dec, W_enc, self.aux_coeff
+        g_dec, g_enc, g_bias, g_b_dec, numerator = self._call(
+            aux_gradients, f, error, centred, self.low["W_dec"], self.low["W_enc"], places, self.aux_coeff
         )
-        ratio[:, 0] = numerator * valid.any(-1)
+        ratio[:, 0] = numerator
         grads.update({AUX + "W_dec": g_dec, AUX + "W_enc": g_enc, AUX + "b_enc": g_bias, AUX + "b_dec": g_b_dec})
         grads[AUX + "places"] = places
 
     # ---- the end of a window
     def _settle(self, n: Tensor) -> Tensor:
         """The auxiliary gradients join the others times n / denominator, now that the window's is known."""
-        value_M, over_M = ratio_parts(self.window["ratio"], n)
         if AUX + "places" not in self.grads:
-            return value_M
-        grads, members = self.grads, len(self.saes)
-        factor_M = (over_M * n).to(self.dtype)
-        offset = torch.arange(0, members * self.h, self.h, device=self.device).unsqueeze(1)
-        places = (grads[AUX + "places"] + offset).view(-1)
-        for name in ("W_dec", "W_enc"):
-            rows = grads[AUX + name] * factor_M[:, None, None]
-            grads[name].view(-1, self.d).index_add_(0, places, rows.view(-1, self.d).to(grads[name].dtype))
-        vectors, slices = grads[VECTORS], self.packed.slices
-        vectors[:, slices["b_enc"]].scatter_add_(1, grads[AUX + "places"], grads[AUX + "b_enc"] * factor_M.unsqueeze(1))
-        vectors[:, slices["b_dec"]].add_(grads[AUX + "b_dec"] * factor_M.unsqueeze(1))
+            return self._call(ratio_parts, self.window["ratio"], n)[0]
+        grads, slices = self.grads, self.packed.slices
+        small = (grads[VECTORS], grads[AUX + "b_enc"], grads[AUX + "b_dec"], grads[AUX + "places"])
+        value_M, factor_M = self._call(join_vectors, self.window["ratio"], n, *small, slices["b_enc"], slices["b_dec"])
+        kernels_topk.add_rows(
+            grads[AUX + "places"],
+            factor_M,
+            grads["W_dec"],
+            grads[AUX + "W_dec"],
+            grads["W_enc"],
+            grads[AUX + "W_enc"],
+        )
         return value_M
+
+
+def join_vectors(
+    ratio: Tensor,
+    n: Tensor,
+    g_MV: Tensor,
+    aux_b_enc: Tensor,
+    aux_b_dec: Tensor,
+    places: Tensor,
+    b_enc: slice,
+    b_dec: slice,
+) -> tuple[Tensor, Tensor]:
+    """The auxiliary loss's value and the factor of its gradients; those of the vectors join theirs here."""
+    value_M, over_M = ratio_parts(ratio, n)
+    factor_M = (over_M * n).to(g_MV.dtype)
+    # empty places hold gradient 0 and are sent to latent 0
+    g_MV[:, b_enc].scatter_add_(1, places.clamp_min(0), aux_b_enc * factor_M.unsqueeze(1))
+    g_MV[:, b_dec].add_(aux_b_dec * factor_M.unsqueeze(1))
+    return value_M, factor_M
 
 
 def centre(
@@ -172,32 +190,35 @@ def ratio_parts(ratio: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return ratio[:, 0] * over_M, over_M
 
 
-def dead_places(dead_Mh: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Indices of the dead latents of every member, (M, C), and which places hold one."""
+def dead_places(since_Mh: Tensor, dead_after: int, capacity: int) -> Tensor:
+    """Indices of the dead latents of every member, (M, C); −1 in places that hold none."""
+    dead_Mh = since_Mh >= dead_after
     members, h = dead_Mh.shape
-    rank = dead_Mh.cumsum(1) - 1
+    rank = dead_Mh.to(torch.int64).cumsum(1) - 1
     slot = torch.where(dead_Mh & (rank < capacity), rank, capacity)
     latent = torch.arange(h, device=dead_Mh.device).expand(members, h)
-    places = torch.zeros(members, capacity + 1, dtype=torch.int64, device=dead_Mh.device).scatter_(1, slot, latent)
-    count_M1 = dead_Mh.sum(1, keepdim=True)
-    return places[:, :capacity].contiguous(), torch.arange(capacity, device=dead_Mh.device) < count_M1
+    places = torch.full((members, capacity + 1), -1, dtype=torch.int64, device=dead_Mh.device)
+    return places.scatter_(1, slot, latent)[:, :capacity].contiguous()
 
 
-def dead_code(pre: Tensor, b_enc: Tensor, places: Tensor, valid: Tensor, keep_N: Tensor | None) -> Tensor:
-    """relu(π) of the dead latents, (M, N, C), in the dtype of the products."""
-    acts = pre.gather(2, places.unsqueeze(1).expand(-1, pre.shape[1], -1)).to(b_enc.dtype)
-    acts = torch.relu(acts + b_enc.gather(1, places).unsqueeze(1)) * valid.unsqueeze(1)
+def dead_code(pre: Tensor, b_enc: Tensor, places: Tensor, keep_N: Tensor | None) -> Tensor:
+    """relu(π) of the dead latents, (M, N, C), in the dtype of the products; 0 in empty places."""
+    at = places.clamp_min(0)
+    acts = pre.gather(2, at.unsqueeze(1).expand(-1, pre.shape[1], -1)).to(b_enc.dtype)
+    acts = torch.relu(acts + b_enc.gather(1, at).unsqueeze(1)) * (places >= 0).unsqueeze(1)
     return (acts if keep_N is None else acts * keep_N[None, :, None]).to(pre.dtype)
 
 
 def aux_gradients(
-    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, coefficient: float
+    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor, coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of coefficient · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
+    rows = places.clamp_min(0).unsqueeze(-1).expand(-1, -1, W_dec.shape[-1])
+    W_dec = W_dec.gather(1, rows)
     left = error.float() + torch.bmm(f, W_dec).float()
     g_hat = (2 * coefficient * left).to(f.dtype)
     g_f = torch.where(f > 0, torch.bmm(g_hat, W_dec.mT), 0.0)
     g_bias = g_f.sum(1, dtype=torch.float32)
-    g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
-    numerator = coefficient * left.square().sum((1, 2)).double()
+    g_b_dec = -(g_bias.unsqueeze(-1) * W_enc.gather(1, rows).float()).sum(1)
+    numerator = coefficient * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
     return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator

@@ -13,17 +13,28 @@ import triton.language as tl
 from torch import Tensor
 
 _SEGMENT = 8192
+_GROUP = 8
+_WIDEST_ROW = 65536
+"""Wider rows are selected from in segments."""
 
 
 @triton.jit
-def _threshold(key, top, K: tl.constexpr):
-    """lo, hi, count ≥ hi: the largest lo with at least K keys ≥ lo (or where exactly K are), and hi > lo."""
+def _threshold(key, top, K: tl.constexpr, ENOUGH: tl.constexpr):
+    """lo, hi, count ≥ hi, with hi > lo: at least K keys are ≥ lo (at most ENOUGH, but for ties), fewer than K ≥ hi.
+
+    Bisection by value first, which suits how activations are spread, then by bits, which always ends.
+    """
     lo = top * 0
     hi = top + 1
     above = top * 0
     found = top * 0
-    while (hi - lo > 1) & (found != K):
+    turns = top * 0
+    while (hi - lo > 1) & ((found < K) | (found > ENOUGH)):
         middle = lo + (hi - lo) // 2
+        if turns < 14:
+            value = 0.5 * (lo.to(tl.float32, bitcast=True) + hi.to(tl.float32, bitcast=True))
+            middle = tl.minimum(tl.maximum(value.to(tl.int32, bitcast=True), lo + 1), hi - 1)
+        turns += 1
         found = tl.sum((key >= middle).to(tl.int32), 0)
         if found >= K:
             lo = middle
@@ -31,6 +42,64 @@ def _threshold(key, top, K: tl.constexpr):
             hi = middle
             above = found
     return lo, hi, above
+
+
+@triton.jit
+def _places(key, lo, hi, above, K: tl.constexpr):
+    """Which keys are taken and at which place: those ≥ hi, then those in [lo, hi) up to K in all."""
+    sure = (key >= hi).to(tl.int32)
+    tie = ((key >= lo) & (key < hi)).to(tl.int32)
+    rank = tl.cumsum(sure + (tie << 16), 0)
+    place = tl.where(sure > 0, (rank & 0xFFFF) - 1, above + (rank >> 16) - 1)
+    return ((sure > 0) | (tie > 0)) & (place < K), place
+
+
+@triton.jit
+def _groups(
+    pre_ptr, bias_ptr, keep_ptr, groups_ptr, N, W,
+    KEEP: tl.constexpr, K: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """At least K (at most CAP) groups of G neighbours with the largest maxima of relu(pre + bias); −1 fills up."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, B)
+    mask = c < W
+    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
+    if KEEP:
+        value *= tl.load(keep_ptr + row % N)
+    value = tl.where(mask & (value > 0), value, 0.0)
+    best = tl.max(tl.reshape(value, [B // G, G]), 1)
+    group = tl.arange(0, B // G)
+    key = tl.where(group < W // G, best.to(tl.int32, bitcast=True), -1)
+    lo, hi, above = _threshold(key, tl.max(key, 0), K, CAP)
+    taken, place = _places(key, lo, hi, above, CAP)
+    number = tl.sum(taken.to(tl.int32), 0)
+    tl.store(groups_ptr + row * CAP + place, group, mask=taken)
+    rest = tl.arange(0, CAP)
+    tl.store(groups_ptr + row * CAP + rest, tl.full([CAP], -1, tl.int32), mask=rest >= number)
+
+
+@triton.jit
+def _survivors(
+    pre_ptr, bias_ptr, keep_ptr, groups_ptr, values_ptr, index_ptr, N, W,
+    KEEP: tl.constexpr, K: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """The K largest of relu(pre + bias) within the groups of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, CAP * G)
+    group = tl.load(groups_ptr + row * CAP + j // G)
+    c = group * G + j % G
+    mask = group >= 0
+    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
+    if KEEP:
+        value *= tl.load(keep_ptr + row % N)
+    value = tl.where(mask & (value > 0), value, 0.0)
+    key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
+    lo, hi, above = _threshold(key, tl.max(key, 0), K, K)
+    taken, place = _places(key, lo, hi, above, K)
+    tl.store(values_ptr + row * K + place, value, mask=taken)
+    tl.store(index_ptr + row * K + place, c, mask=taken)
 
 
 @triton.jit
@@ -52,12 +121,8 @@ def _select(
     value = tl.where(mask & (value > 0), value, 0.0)
     # places past the end lose every tie
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
-    lo, hi, above = _threshold(key, tl.max(key, 0), K)
-    sure = (key >= hi).to(tl.int32)
-    tie = ((key >= lo) & (key < hi)).to(tl.int32)
-    rank = tl.cumsum(sure + (tie << 16), 0)
-    place = tl.where(sure > 0, (rank & 0xFFFF) - 1, above + (rank >> 16) - 1)
-    taken = ((sure > 0) | (tie > 0)) & (place < K)
+    lo, hi, above = _threshold(key, tl.max(key, 0), K, K)
+    taken, place = _places(key, lo, hi, above, K)
     out = (row * segments + segment) * K + place
     tl.store(values_ptr + out, value, mask=taken)
     if FIRST:
@@ -75,7 +140,7 @@ def _keep_largest(f_ptr, out_ptr, W, K: tl.constexpr, B: tl.constexpr):
     raw = tl.load(f_ptr + row * W + c, mask=mask, other=0.0)
     value = raw.to(tl.float32)
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
-    lo, hi, above = _threshold(key, tl.max(key, 0), K)
+    lo, hi, above = _threshold(key, tl.max(key, 0), K, K)
     tie = ((key >= lo) & (key < hi)).to(tl.int32)
     taken = (key >= hi) | ((tie > 0) & (above + tl.cumsum(tie, 0) <= K))
     tl.store(out_ptr + row * W + c, tl.where(taken, raw, 0.0), mask=mask)
@@ -152,24 +217,77 @@ def _by_latent(
     tl.store(fired_ptr + latent, tl.sum(fired, 0))
 
 
+@triton.jit
+def _add_rows(
+    places_ptr, factor_ptr, a_ptr, more_a_ptr, b_ptr, more_b_ptr, C, H, D, B: tl.constexpr
+):  # fmt: skip
+    member = tl.program_id(1).to(tl.int64)
+    place = member * C + tl.program_id(0)
+    row = tl.load(places_ptr + place)
+    factor = tl.load(factor_ptr + member)
+    if row >= 0:
+        for c0 in range(0, D, B):
+            c = c0 + tl.arange(0, B)
+            mask = c < D
+            at = (member * H + row) * D + c
+            a = tl.load(a_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            a += factor * tl.load(more_a_ptr + place * D + c, mask=mask, other=0.0).to(tl.float32)
+            b += factor * tl.load(more_b_ptr + place * D + c, mask=mask, other=0.0).to(tl.float32)
+            tl.store(a_ptr + at, a, mask=mask)
+            tl.store(b_ptr + at, b, mask=mask)
+
+
+def add_rows(places_MC: Tensor, factor_M: Tensor, a: Tensor, more_a: Tensor, b: Tensor, more_b: Tensor) -> None:
+    """Two matrices (M, h, d) get `factor` times rows (M, C, d) at their places; negative places are empty."""
+    members, h, d = a.shape
+    capacity = places_MC.shape[1]
+    block = min(1024, triton.next_power_of_2(d))
+    _add_rows[(capacity, members)](
+        places_MC, factor_M, a, more_a, b, more_b, capacity, h, d, block, num_warps=max(1, min(4, block // 256))
+    )
+
+
 def _warps(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
 def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Values (float32) and indices (int32), (M · N, k), of the k largest of relu(pre + bias)."""
+    """Values (float32) and indices (int32), (M · N, k), of the k largest of relu(pre + bias).
+
+    Two stages: the k groups with the largest maxima hold the k largest elements. Where that saves nothing, and in
+    very wide rows, per segment and then over the segments' own k largest.
+    """
     members, n, h = pre_MNh.shape
     rows, device = members * n, pre_MNh.device
-    block = min(_SEGMENT, triton.next_power_of_2(h))
-    while block < k:
-        block *= 2
+    block = triton.next_power_of_2(h)
+    capacity = triton.next_power_of_2(k)
+    capacity = 2 * capacity if h > _SEGMENT and 4 * capacity < 5 * k else capacity  # room ends the bisection early
+    if h % _GROUP or h > _WIDEST_ROW or 2 * capacity * _GROUP > h:
+        return _select_by_segment(pre_MNh, bias_Mh, keep_N, k)
+    groups = torch.empty(rows, capacity, dtype=torch.int32, device=device)
+    values = torch.empty(rows, k, device=device)
+    index = torch.empty(rows, k, dtype=torch.int32, device=device)
+    masked = keep_N is not None
+    _groups[(rows,)](
+        pre_MNh, bias_Mh, keep_N, groups, n, h, masked, k, capacity, _GROUP, block,
+        num_warps=max(1, min(32, block // 2048)),
+    )  # fmt: skip
+    _survivors[(rows,)](
+        pre_MNh, bias_Mh, keep_N, groups, values, index, n, h, masked, k, capacity, _GROUP,
+        num_warps=max(1, min(8, capacity * _GROUP // 512)),
+    )  # fmt: skip
+    return values, index
+
+
+def _select_by_segment(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    members, n, h = pre_MNh.shape
+    rows, device = members * n, pre_MNh.device
+    block = max(triton.next_power_of_2(k), min(_SEGMENT, triton.next_power_of_2(h)))
     segments = triton.cdiv(h, block)
-    if segments * block - h > block - k:  # the last segment would hold fewer than k: its places keep value 0, index 0
-        values = torch.zeros(rows, segments * k, device=device)
-        index = torch.zeros(rows, segments * k, dtype=torch.int32, device=device)
-    else:
-        values = torch.empty(rows, segments * k, device=device)
-        index = torch.empty(rows, segments * k, dtype=torch.int32, device=device)
+    # a last segment with fewer than k elements leaves places: value 0, index 0
+    values = torch.zeros(rows, segments * k, device=device)
+    index = torch.zeros(rows, segments * k, dtype=torch.int32, device=device)
     _select[(rows, segments)](
         pre_MNh, None, bias_Mh, keep_N, values, index, n, h,
         True, keep_N is not None, k, block, num_warps=_warps(block),
