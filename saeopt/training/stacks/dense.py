@@ -2,8 +2,8 @@
 
 Shape suffixes: M members, N tokens, d model width, h dictionary width. `run` computes Σ over tokens of everything a
 step needs; the formulas are those of the modules in `saeopt.saes`, whose autograd is the oracle. What lies between
-two products is a stage of plain torch, so that torch.compile can fuse it. `codes` are the code, and below it (twice
-as many rows) the auxiliary code where there is one.
+two products is a stage of plain torch, so that torch.compile can fuse it. `codes` are the code and, where there is
+one, the auxiliary code that reconstructs from the gate alone.
 """
 
 from __future__ import annotations
@@ -109,13 +109,12 @@ def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
     centred_MNd = call(centre, given)
     pres = [torch.bmm(centred_MNd, given.low[name].mT) for name in names]
     codes = call(architecture.codes, form, given, pres)
-    decoded = torch.bmm(codes, given.low["W_dec"])
-    g_error, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
-    g_codes = torch.bmm(g_error, given.low["W_dec"].mT)
+    decoded = [torch.bmm(code, given.low["W_dec"]) for code in codes]
+    g_errors, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
+    g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
     back: Back = call(architecture.back, form, given, pres, codes, g_codes)
     g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
-    n = len(given.x_Nd)
-    products = [("W_dec", codes[:, :n], g_error[:, :n])]
+    products = [("W_dec", codes[0], g_errors[0])]
     products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
     return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
 
@@ -125,19 +124,17 @@ def centre(given: Given) -> Tensor:
     return (given.x_Nd - column(given.vectors["b_dec"])).to(given.low["W_enc"].dtype)
 
 
-def errors(form: Form, given: Given, decoded: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the reconstructions (the code's, then the auxiliary code's), Σ of the code's, ‖error‖², losses."""
-    n = len(given.x_Nd)
+def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gradients of the reconstructions by the codes, Σ over tokens of the first, its ‖error‖², and the losses."""
     b_dec_M1d = column(given.vectors["b_dec"])
-    gradients, squares = [], []
-    for at, coefficient in ((0, form.mse), (n, form.aux))[: decoded.shape[1] // n]:
-        error_MNd = masked(decoded[:, at : at + n] + b_dec_M1d - given.x_Nd, given.keep_N)
-        gradients.append((2 * coefficient * error_MNd).to(decoded.dtype))
-        squares.append(error_MNd.square().sum((1, 2)))
+    error = [masked(d_MNd + b_dec_M1d - given.x_Nd, given.keep_N) for d_MNd in decoded]
+    coefficients = (form.mse, form.aux)[: len(decoded)]
+    gradients = [(2 * c * e).to(decoded[0].dtype) for c, e in zip(coefficients, error, strict=True)]
+    squares = [e.square().sum((1, 2)) for e in error]
     loss_M = form.mse * squares[0]
     if len(squares) == 2:
         loss_M = loss_M + form.aux * squares[1]
-    return torch.cat(gradients, 1), gradients[0].sum(1, dtype=given.x_Nd.dtype), squares[0], loss_M
+    return gradients, gradients[0].sum(1, dtype=given.x_Nd.dtype), squares[0], loss_M
 
 
 def last_sums(
@@ -152,19 +149,20 @@ def last_sums(
 
 
 # ---- relu: f = relu(x̄ W_enc + b_enc), see `saeopt.saes.relu`
-def relu_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+def relu_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
     """f."""
-    return masked(torch.relu(pres[0] + column(given.vectors["b_enc"])), given.keep_N).to(pres[0].dtype)
+    return [masked(torch.relu(pres[0] + column(given.vectors["b_enc"])), given.keep_N).to(pres[0].dtype)]
 
 
-def relu_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+def relu_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]) -> Back:
     """∂π = 1[f > 0] (∂f + λ‖W_dec‖)."""
     dtype = given.norm_Mh.dtype
     penalty_M = given.sparsity_M * form.penalty
     push_Mh = penalty_M.unsqueeze(-1) * given.norm_Mh
-    g_pre = torch.where(codes > 0, g_codes.to(dtype) + column(push_Mh), 0.0)
-    per_latent_Mh, fired_Mh = codes.sum(1, dtype=dtype), (codes != 0).sum(1, dtype=dtype)
-    return relu_sums(form, given, g_pre.to(codes.dtype), g_pre.sum(1), per_latent_Mh, fired_Mh)
+    f_MNh = codes[0]
+    g_pre = torch.where(f_MNh > 0, g_codes[0].to(dtype) + column(push_Mh), 0.0)
+    per_latent_Mh, fired_Mh = f_MNh.sum(1, dtype=dtype), (f_MNh != 0).sum(1, dtype=dtype)
+    return relu_sums(form, given, g_pre.to(f_MNh.dtype), g_pre.sum(1), per_latent_Mh, fired_Mh)
 
 
 def relu_sums(
@@ -186,27 +184,27 @@ def gated_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[Tensor, T
     return shared_MNh, gain_M1h, gate_MNh, gain_M1h * shared_MNh + column(given.vectors["b_mag"])
 
 
-def gated_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
-    """f, then relu(π_gate)."""
+def gated_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f and relu(π_gate)."""
     _, _, gate_MNh, inner_MNh = gated_parts(form, given, pres)
     f_MNh = activation(form.magnitude, inner_MNh) * (gate_MNh > 0)
-    return torch.cat([masked(f_MNh, given.keep_N), masked(torch.relu(gate_MNh), given.keep_N)], 1).to(pres[0].dtype)
+    return [masked(code, given.keep_N).to(pres[0].dtype) for code in (f_MNh, torch.relu(gate_MNh))]
 
 
-def gated_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+def gated_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]) -> Back:
     """The gate learns from the penalty and the auxiliary term alone."""
     shared_MNh, gain_M1h, gate_MNh, inner_MNh = gated_parts(form, given, pres)
-    n, dtype = shared_MNh.shape[1], shared_MNh.dtype
+    dtype = shared_MNh.dtype
     open_MNh = gate_MNh > 0
     penalty_M = given.sparsity_M * form.penalty
     push_MNh = masked(column(penalty_M.unsqueeze(-1) * given.norm_Mh).expand_as(shared_MNh), given.keep_N)
-    g_inner = g_codes[:, :n].to(dtype) * open_MNh * activation_slope(form.magnitude, inner_MNh)
-    g_gate = (g_codes[:, n:].to(dtype) + push_MNh) * open_MNh
+    g_inner = g_codes[0].to(dtype) * open_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_gate = (g_codes[1].to(dtype) + push_MNh) * open_MNh
     per_latent_Mh = masked(torch.relu(gate_MNh), given.keep_N).sum(1)
-    fired_Mh = (codes[:, :n] != 0).sum(1, dtype=dtype)
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
     sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
     pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
-    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes.dtype, (pull_Mh, sparsity_M, fired_Mh))
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (pull_Mh, sparsity_M, fired_Mh))
 
 
 def gated_sums(
@@ -233,47 +231,51 @@ def hard_concrete_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[T
     return pres[1] + bias_M1h if len(pres) == 2 else bias_M1h.expand_as(inner_MNh), inner_MNh
 
 
-def hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
+def hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
     """f."""
     log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
     z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
-    return masked(z_MNh * activation(form.magnitude, inner_MNh), given.keep_N).to(pres[0].dtype)
+    return [masked(z_MNh * activation(form.magnitude, inner_MNh), given.keep_N).to(pres[0].dtype)]
 
 
-def hard_concrete_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+def hard_concrete_back(
+    form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
+) -> Back:
     """The gate learns through z and from the penalty."""
     dtype = given.norm_Mh.dtype
     log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
     z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
     g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
-    g_f = g_codes.to(dtype)
+    g_f = g_codes[0].to(dtype)
     g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
     g_gate = g_f * activation(form.magnitude, inner_MNh) * slope_MNh + g_open
     g_b_enc, g_b_gate = g_inner.sum(1), g_gate.sum(1)
-    products, through = [g_inner.to(codes.dtype)], [g_b_enc]
+    products, through = [g_inner.to(codes[0].dtype)], [g_b_enc]
     if len(pres) == 2:
-        products, through = [*products, g_gate.to(codes.dtype)], [*through, g_b_gate]
-    fired_Mh = (codes != 0).sum(1, dtype=dtype)
+        products, through = [*products, g_gate.to(codes[0].dtype)], [*through, g_b_gate]
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
     return Back(products, {"b_enc": g_b_enc, "b_gate": g_b_gate}, through, None, sparsity_M, fired_Mh)
 
 
 # ---- gated_hard_concrete: f = z ⊙ magnitude from one product, see `saeopt.saes.gated_hard_concrete`
-def gated_hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> Tensor:
-    """f, then the auxiliary code."""
+def gated_hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f and the auxiliary code."""
     _, _, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
     z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
     aux_MNh = z_MNh if form.seed_aux else z_MNh * torch.relu(log_alpha_MNh)
     f_MNh = z_MNh * activation(form.magnitude, inner_MNh)
-    return torch.cat([masked(f_MNh, given.keep_N), masked(aux_MNh, given.keep_N)], 1).to(pres[0].dtype)
+    return [masked(code, given.keep_N).to(pres[0].dtype) for code in (f_MNh, aux_MNh)]
 
 
-def gated_hard_concrete_back(form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+def gated_hard_concrete_back(
+    form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
+) -> Back:
     """The gate learns through z from both reconstructions, and from the penalty."""
     shared_MNh, gain_M1h, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
-    n, dtype = shared_MNh.shape[1], shared_MNh.dtype
+    dtype = shared_MNh.dtype
     z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
     g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
-    g_f, g_aux = g_codes[:, :n].to(dtype), g_codes[:, n:].to(dtype)
+    g_f, g_aux = g_codes[0].to(dtype), g_codes[1].to(dtype)
     g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
     g_z = g_f * activation(form.magnitude, inner_MNh)
     if form.seed_aux:
@@ -281,15 +283,15 @@ def gated_hard_concrete_back(form: Form, given: Given, pres: list[Tensor], codes
     else:
         weight_MNh = torch.relu(log_alpha_MNh)
         g_gate = (g_z + g_aux * weight_MNh) * slope_MNh + g_open + g_aux * z_MNh * (log_alpha_MNh > 0)
-    fired_Mh = (codes[:, :n] != 0).sum(1, dtype=dtype)
-    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes.dtype, (None, sparsity_M, fired_Mh))
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
 
 
 class Architecture(NamedTuple):
     """The two elementwise stages in which architectures differ."""
 
-    codes: Callable[[Form, Given, list[Tensor]], Tensor]
-    back: Callable[[Form, Given, list[Tensor], Tensor, Tensor], Back]
+    codes: Callable[[Form, Given, list[Tensor]], list[Tensor]]
+    back: Callable[[Form, Given, list[Tensor], list[Tensor], list[Tensor]], Back]
 
 
 ARCHITECTURES = {
@@ -353,4 +355,4 @@ def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor,
     p_MNh = torch.sigmoid(log_alpha_MNh - given.beta_M[:, None, None] * shift)
     penalty_M = given.sparsity_M * form.penalty
     g_MNh = masked(penalty_M[:, None, None] * p_MNh * (1 - p_MNh), given.keep_N)
-    return g_MNh, penalty_M * masked(p_MNh, given.keep_N).sum((1, 2))
+    return g_MNh, penalty_M * masked(p_MNh, given.keep_N).sum(1).sum(-1)  # tokens first, as all other sums

@@ -143,10 +143,12 @@ class GpuStack(FusedStack):
             return self._relu_back(*arguments)
         return compiled(stage, self.compiling)(*arguments)
 
-    def _relu_back(self, form: Form, given: Given, pres: list[Tensor], codes: Tensor, g_codes: Tensor) -> Back:
+    def _relu_back(
+        self, form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
+    ) -> Back:
         penalty_M = given.sparsity_M * form.penalty
-        sums_3Mh = kernels_relu.backward(codes.contiguous(), g_codes, penalty_M, given.norm_Mh)
-        return compiled(relu_sums, self.compiling)(form, given, g_codes, *sums_3Mh)
+        sums_3Mh = kernels_relu.backward(codes[0].contiguous(), g_codes[0], penalty_M, given.norm_Mh)
+        return self._call(relu_sums, form, given, g_codes[0], *sums_3Mh)
 
     # ---- the end of a window
     def sums(self) -> list[Tensor]:

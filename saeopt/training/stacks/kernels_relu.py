@@ -18,9 +18,10 @@ def _backward(
     c = tl.program_id(0) * BH + tl.arange(0, BH)
     cm = c < H
     push = tl.load(penalty_ptr + member) * tl.load(norm_ptr + member * H + c, mask=cm, other=0.0)
-    g_sum = tl.zeros([BH], tl.float32)
-    f_sum = tl.zeros([BH], tl.float32)
-    fired = tl.zeros([BH], tl.float32)
+    # whole tiles are added up and reduced once: a reduction per tile would cross the warps each time
+    g_sum = tl.zeros([BN, BH], tl.float32)
+    f_sum = tl.zeros([BN, BH], tl.float32)
+    fired = tl.zeros([BN, BH], tl.float32)
     first = tl.program_id(1) * T
     for n0 in range(first, first + T, BN):
         n = n0 + tl.arange(0, BN)
@@ -30,14 +31,14 @@ def _backward(
         g = tl.load(g_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.where(f > 0, g + push[None, :], 0.0)
         tl.store(g_ptr + at, g, mask=mask)
-        g_sum += tl.sum(g, 0)
-        f_sum += tl.sum(f, 0)
-        fired += tl.sum((f > 0).to(tl.float32), 0)
+        g_sum += g
+        f_sum += f
+        fired += (f > 0).to(tl.float32)
     out = (tl.program_id(1).to(tl.int64) * M + member) * H + c
     step = tl.num_programs(1).to(tl.int64) * M * H
-    tl.store(sums_ptr + out, g_sum, mask=cm)
-    tl.store(sums_ptr + step + out, f_sum, mask=cm)
-    tl.store(sums_ptr + 2 * step + out, fired, mask=cm)
+    tl.store(sums_ptr + out, tl.sum(g_sum, 0), mask=cm)
+    tl.store(sums_ptr + step + out, tl.sum(f_sum, 0), mask=cm)
+    tl.store(sums_ptr + 2 * step + out, tl.sum(fired, 0), mask=cm)
 
 
 def backward(f_MNh: Tensor, g_MNh: Tensor, penalty_M: Tensor, norm_Mh: Tensor) -> Tensor:
@@ -50,6 +51,6 @@ def backward(f_MNh: Tensor, g_MNh: Tensor, penalty_M: Tensor, norm_Mh: Tensor) -
     sums = torch.empty(3, pieces, members, h, device=f_MNh.device)
     block = min(256, triton.next_power_of_2(h))
     _backward[(triton.cdiv(h, block), pieces, members)](
-        f_MNh, g_MNh, penalty_M, norm_Mh, sums, n, h, members, tokens, 16, block
+        f_MNh, g_MNh, penalty_M, norm_Mh, sums, n, h, members, tokens, 8, block
     )
     return sums.sum(1)
