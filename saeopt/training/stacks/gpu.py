@@ -16,10 +16,10 @@ from torch import Tensor
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
-from saeopt.training.stacks import kernels_narrow, kernels_relu, kernels_rows
+from saeopt.training.stacks import kernels_narrow, kernels_rows
 from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
-from saeopt.training.stacks.dense import Back, Form, Found, Given, centre, last_sums, relu_back, relu_sums, run
+from saeopt.training.stacks.dense import Back, Form, Found, Given, centre, last_sums, relu_sums, run
 from saeopt.training.stacks.fused import PULL, FusedStack
 from saeopt.training.stacks.graphs import Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
@@ -138,17 +138,8 @@ class GpuStack(FusedStack):
         return {"W_dec": g_dec, "W_enc": g_enc}, found
 
     def _call(self, stage: Callable[..., Any], *arguments: Any) -> Any:
-        """A stage of `dense.run`: compiled, or one of the kernels written for it."""
-        if stage is relu_back:
-            return self._relu_back(*arguments)
+        """A stage, compiled where that is wanted."""
         return compiled(stage, self.compiling)(*arguments)
-
-    def _relu_back(
-        self, form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
-    ) -> Back:
-        penalty_M = given.sparsity_M * form.penalty
-        sums_3Mh = kernels_relu.backward(codes[0].contiguous(), g_codes[0], penalty_M, given.norm_Mh)
-        return self._call(relu_sums, form, given, g_codes[0], *sums_3Mh)
 
     # ---- the end of a window
     def sums(self) -> list[Tensor]:
