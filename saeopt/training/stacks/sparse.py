@@ -16,10 +16,12 @@ from torch.nn.functional import embedding_bag
 
 from saeopt.saes.base import Ratio
 from saeopt.training.stacks.base import Hyper, StackBatch
-from saeopt.training.stacks.fused import _CHUNK_ELEMENTS, FusedStack
+from saeopt.training.stacks.fused import FusedStack
 from saeopt.training.stacks.packed import Store
 
 _GROUP = 16
+_SELECT_ELEMENTS = 2**18
+"""Pre-activations selected from at a time: they stay in the second-level cache."""
 
 
 class Code(NamedTuple):
@@ -29,18 +31,22 @@ class Code(NamedTuple):
     index_Nk: Tensor
 
 
-def largest(acts_Nh: Tensor, k: int) -> Code:
-    """The k largest of each row, in no order; exact, ties broken anyhow."""
-    n, h = acts_Nh.shape
+def largest(pre_Nh: Tensor, k: int) -> Code:
+    """The k largest of relu(π) of each row, in no order; exact, ties broken anyhow.
+
+    Selection comes before the relu, which then has k values to look at instead of h.
+    """
+    n, h = pre_Nh.shape
     groups = h // _GROUP
     if h % _GROUP or groups < 2 * k:
-        return Code(*acts_Nh.topk(k, dim=-1, sorted=False))
-    by_group = acts_Nh.view(n, groups, _GROUP)
+        values_Nk, index_Nk = pre_Nh.topk(k, dim=-1, sorted=False)
+        return Code(values_Nk.relu_(), index_Nk)
+    by_group = pre_Nh.view(n, groups, _GROUP)
     chosen_Nk = by_group.amax(-1).topk(k, dim=-1, sorted=False).indices
     survivors = by_group.gather(1, chosen_Nk.unsqueeze(-1).expand(n, k, _GROUP)).view(n, k * _GROUP)
     values_Nk, at_Nk = survivors.topk(k, dim=-1, sorted=False)
     group_Nk = chosen_Nk.gather(1, at_Nk // _GROUP)
-    return Code(values_Nk, group_Nk * _GROUP + at_Nk % _GROUP)
+    return Code(values_Nk.relu_(), group_Nk * _GROUP + at_Nk % _GROUP)
 
 
 def weighted_rows(code: Code, rows_hd: Tensor) -> Tensor:
@@ -118,15 +124,18 @@ class SparseStack(FusedStack):
     ) -> tuple[Code, Code | None]:
         """The code and the code of the dead latents (None where there are none), chunk by chunk."""
         codes, dead_codes = [], []
-        step = max(64, _CHUNK_ELEMENTS // self.h)
+        step = max(64, _SELECT_ELEMENTS // self.h)
         for at in range(0, len(centred_Nd), step):
-            acts_Nh = torch.addmm(b_enc_h, centred_Nd[at : at + step], W_enc_hd.T).relu_()
-            if keep_N is not None:
-                acts_Nh.mul_(keep_N[at : at + step].unsqueeze(-1))
-            codes.append(largest(acts_Nh, self.k))
+            pre_Nh = torch.addmm(b_enc_h, centred_Nd[at : at + step], W_enc_hd.T)
+            found = [largest(pre_Nh, self.k)]
             if len(dead):
-                found = acts_Nh[:, dead].topk(min(self.aux_k, len(dead)), dim=-1, sorted=False)
-                dead_codes.append(Code(found.values, dead[found.indices]))
+                of_dead = largest(pre_Nh[:, dead], min(self.aux_k, len(dead)))
+                found.append(Code(of_dead.values_Nk, dead[of_dead.index_Nk]))
+            if keep_N is not None:
+                for code in found:
+                    code.values_Nk.mul_(keep_N[at : at + step].unsqueeze(-1))
+            codes.append(found[0])
+            dead_codes += found[1:]
         code = Code(*(torch.cat(parts) for parts in zip(*codes, strict=True)))
         return code, Code(*(torch.cat(parts) for parts in zip(*dead_codes, strict=True))) if dead_codes else None
 
