@@ -7,14 +7,17 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saeopt.config.settings import settings
 from saeopt.errors import UserError, run_cli
 
 if TYPE_CHECKING:
+    from saeopt.config.study import StudySpec
     from saeopt.search.space import Space
     from saeopt.training.plan import Observer, TrialPlan, TrialResult
     from saeopt.training.runtime import Runtime
@@ -76,6 +79,7 @@ def worker(
 
 def work(storage: str | None, study: str, options: Any, pack: int | str | None, interrupted: threading.Event) -> int:
     """One device's worker in this process; returns the number of trials told."""
+    from saeopt.search import claims
     from saeopt.search.storage import Store
     from saeopt.worker_loop import Worker
 
@@ -86,11 +90,20 @@ def work(storage: str | None, study: str, options: Any, pack: int | str | None, 
         wanted = spec.pack if pack is None else pack
 
         def limit(space: Space) -> int:
-            return wanted if isinstance(wanted, int) else trainer.fitting(space)
+            size = wanted if isinstance(wanted, int) else trainer.fitting(space)
+            share_activations(spec, size, sum(claims.counts(store, store.study_id(study)).values()))
+            return size
 
         return Worker(store, study, options, trainer, limit, interrupted).run()
     finally:
         store.close()
+
+
+def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
+    """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
+    if max(trials, spec.max_trials or 0) > pack:
+        kept = settings().cache_dir or Path(spec.output_dir) / spec.name
+        os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(Path(kept) / "activations"))
 
 
 class _Trainer:

@@ -25,7 +25,7 @@ import typer
 from rich.table import Table
 
 from saeopt.config import RunConfig, validate_run
-from saeopt.console import console
+from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.runtime import Runtime
@@ -204,6 +204,14 @@ def main(
         json_path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
 
 
+class Found(dict[str, Any]):
+    """Numbers by name, each told as soon as it is known."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        log.info("%s: %s", name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else value)
+
+
 def measure(
     configs: dict[str, RunConfig], runtime: Runtime, folder: Path, repeats: int, alone: bool, cache: bool
 ) -> dict[str, Any]:
@@ -211,10 +219,9 @@ def measure(
     first = dict([next(iter(configs.items()))])
     config = first[next(iter(first))]
     members = len(configs) * len(config.saes.sae_positions)
-    found: dict[str, Any] = {
-        "language_model": language_model_alone(config, runtime, repeats),
-        "step": step_alone(configs, runtime, repeats),
-    }
+    found = Found()
+    found["language_model"] = language_model_alone(config, runtime, repeats)
+    found["step"] = step_alone(configs, runtime, repeats)
     if runtime.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

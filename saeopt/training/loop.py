@@ -147,8 +147,9 @@ class _Loop:
             before, self.samples, windows = self.samples, after, windows + 1
             due = self._due(before)
             if due["log"]:
+                measured = self.pack.metrics(self.samples)  # waits for the device: only now has the work been done
                 rate = (self.samples - since) * self.config.data.context_length / (time.perf_counter() - clock)
-                self._log(rate)
+                self._log(measured, rate)
             if due["eval"]:
                 self._evaluate()
             if due["save"]:
@@ -184,15 +185,13 @@ class _Loop:
                 self._close(trial, TrialResult("interrupted", self.samples))
         return True
 
-    def _log(self, tokens_per_s: float) -> None:
-        measured = self.pack.metrics(self.samples)
-        self.observer.progress(self.samples, self.total, tokens_per_s * self.runtime.world)
+    def _log(self, measured: list[tuple[Member, dict[str, float]]], tokens_per_s: float) -> None:
         for trial in self.trials:
             if trial.result is not None:
                 continue
             metrics = {m.hook_point: values for m, values in measured if m.trial == trial.plan.name}
             for values in metrics.values():
-                values["tokens_per_s"] = tokens_per_s * self.runtime.world
+                values["tokens_per_s"] = tokens_per_s
             self._write(trial, metrics)
             broken = [m for m, values in measured if m.trial == trial.plan.name and not values["finite"]]
             if broken:
@@ -203,6 +202,7 @@ class _Loop:
                 self._stop(trial, "diverged", trial.members[0].reason or "")
             elif reason := self.runtime.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason)
+        self.observer.progress(self.samples, self.total, tokens_per_s)
 
     def _evaluate(self) -> None:
         running = [t for t in self.trials if t.result is None]
