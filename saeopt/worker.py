@@ -102,8 +102,9 @@ def work(storage: str | None, study: str, options: Any, pack: int | str | None, 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
     if max(trials, spec.max_trials or 0) > pack:
-        kept = settings().cache_dir or Path(spec.output_dir) / spec.name
-        os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(Path(kept) / "activations"))
+        kept = settings().cache_dir
+        root = Path(spec.output_dir) / spec.name if kept is None else Path(kept)
+        os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))
 
 
 class _Trainer:
