@@ -103,7 +103,7 @@ def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
     if max(trials, spec.max_trials or 0) > pack:
         kept = settings().cache_dir
-        root = Path(spec.output_dir) / spec.name if kept is None else Path(kept)
+        root = spec.runs if kept is None else Path(kept)
         os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))
 
 
