@@ -54,7 +54,7 @@ def read_metadata(path: Path) -> dict[str, object]:
     metadata, _, _ = _header(path)
     try:
         found: dict[str, object] = json.loads(metadata[METADATA_KEY])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a file of this system") from None
     return found
 
@@ -66,10 +66,16 @@ def verify(path: Path) -> None:
         CorruptCheckpoint: names the tensor whose bytes differ.
     """
     metadata, tensors, start = _header(path)
-    sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
+    try:
+        sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
+        places = {name: tensors[name]["data_offsets"] for name in sums}
+        if any(not 0 <= begin <= end for begin, end in places.values()):
+            raise ValueError
+    except (KeyError, ValueError, AttributeError, TypeError):
+        raise CorruptCheckpoint(f"{path}: its header is damaged") from None
     with path.open("rb") as file:
         for name, expected in sums.items():
-            begin, end = tensors[name]["data_offsets"]
+            begin, end = places[name]
             file.seek(start + begin)
             found, left = 0, end - begin
             while left:
@@ -87,10 +93,14 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     Raises:
         CorruptCheckpoint: as :func:`verify`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     verify(path)
-    tensors: dict[str, Tensor] = load_file(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

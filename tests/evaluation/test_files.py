@@ -95,3 +95,28 @@ def test_leftovers_of_a_killed_process_can_be_removed(tmp_path: Path) -> None:
     (tmp_path / ".keep").write_text("")
     remove_temporaries(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".keep"]
+
+
+def test_no_flipped_bit_passes_for_a_whole_file_or_ends_in_a_traceback(tmp_path: Path) -> None:
+    import torch
+
+    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+
+    path = tmp_path / "state.safetensors"
+    whole = {"hook/a": torch.arange(3.0), "hook/b": torch.tensor(True)}
+    write_tensors(path, whole, {"samples": 3})
+    original = path.read_bytes()
+    noticed = 0
+    for position in range(len(original)):
+        changed = bytearray(original)
+        changed[position] ^= 4
+        path.write_bytes(bytes(changed))
+        try:
+            read_metadata(path)
+            found = read_tensors(path)
+        except CorruptCheckpoint:
+            noticed += 1
+            continue
+        values = [t.double().sum().item() for t in found.values()]
+        assert sorted(values) == [1.0, 3.0], position
+    assert noticed > len(original) // 2
