@@ -33,7 +33,6 @@ def save(folder: RunFolder, members: Sequence[Member], pack: Pack, samples: int,
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
     """
-    folder.path.joinpath("state").mkdir(exist_ok=True)
     tensors = {f"{m.hook_point}/{name}": t for m in members for name, t in pack.state(m).items()}
     metadata = {
         "samples": samples,
@@ -48,7 +47,7 @@ def save(folder: RunFolder, members: Sequence[Member], pack: Pack, samples: int,
     return folder.weights_path(samples)
 
 
-def restore(folder: RunFolder, members: Sequence[Member]) -> Restored | None:
+def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restored | None:
     """Load the newest usable checkpoint's weights into `members`; None (with a warning) if there is none."""
     for samples in folder.usable():
         try:
@@ -67,6 +66,12 @@ def restore(folder: RunFolder, members: Sequence[Member]) -> Restored | None:
                 "resuming with %d threads instead of %d: results may differ in the last bits",
                 torch.get_num_threads(),
                 metadata["threads"],
+            )
+        if metadata["world"] != world:
+            log.warning(
+                "resuming with %d processes instead of %d: the effective batch changes by the same factor",
+                world,
+                metadata["world"],
             )
         states = {m.hook_point: _of(state, m.hook_point) for m in members}
         return Restored(samples, metadata["cursor"], states)

@@ -14,6 +14,7 @@ from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.stream import ActivationStream
 from saeopt.activations.tokens import TokenData
 from saeopt.console import log
+from saeopt.errors import UserError
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.plots import plot_run
 from saeopt.files import write_json
@@ -76,12 +77,13 @@ class _Loop:
         self.runtime, self.observer = runtime, observer
         self.config = trials[0].plan.config
         self.total = total_samples(self.config, tokens, runtime.world)
-        if not any(t.plan.config.saes.retrain_saes for t in trials):
+        if not any(m.sae_config.retrain_saes for t in trials for m in t.members):
             self.total = 0
         self.window = self.config.effective_batch * runtime.world
         self.samples, cursor, states = self._restore()
         self.last_save = self.samples
-        self.pack = Pack([m for t in trials for m in t.members], runtime, total_samples=self.total)
+        learning = [m for t in trials for m in t.members if m.sae_config.retrain_saes]
+        self.pack = Pack(learning, runtime, total_samples=self.total)
         for trial in trials:
             for member in trial.active:
                 if state := states.get(trial.plan.name, {}).get(member.hook_point):
@@ -94,7 +96,7 @@ class _Loop:
         """Weights from checkpoints or from calibration; the samples at which the whole pack starts."""
         restored = {}
         for trial in self.trials:
-            if trial.plan.resume and (found := checkpoint.restore(trial.folder, trial.members)):
+            if trial.plan.resume and (found := checkpoint.restore(trial.folder, trial.members, self.runtime.world)):
                 restored[trial.plan.name] = found
         starts = {found.samples for found in restored.values()}
         fresh = [t for t in self.trials if t.plan.name not in restored]
@@ -129,7 +131,7 @@ class _Loop:
         if self.runtime.is_main:
             trial.folder.path.mkdir(parents=True, exist_ok=True)
             trial.folder.write_config(trial.plan.config)
-            trial.folder.rewind_metrics(self.samples)
+            trial.folder.rewind(self.samples)
             trial.folder.write_status("running", self.samples, None)
             trial.sinks = open_sinks(trial.plan.config, trial.plan.run_dir, trial.plan.run_dir.name)
         self.observer.on_start(trial.plan.name, self.samples, self.total)
@@ -190,6 +192,8 @@ class _Loop:
             if trial.result is not None:
                 continue
             metrics = {m.hook_point: values for m, values in measured if m.trial == trial.plan.name}
+            if not metrics:
+                continue  # its SAEs are kept as they are
             for values in metrics.values():
                 values["tokens_per_s"] = tokens_per_s
             self._write(trial, metrics)
@@ -246,12 +250,18 @@ class _Loop:
             if trial.result is None:
                 self._checkpoint(trial)
         self.last_save = self.samples
-        self.runtime.barrier()
 
     def _checkpoint(self, trial: _Trial) -> None:
+        """Rank 0 writes; the others wait for it, and fail as it does."""
+        failed: UserError | None = None
         if self.runtime.is_main:
-            path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor)
-            self.observer.on_checkpoint(trial.plan.name, self.samples, path)
+            try:
+                path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor)
+                self.observer.on_checkpoint(trial.plan.name, self.samples, path)
+            except UserError as error:
+                failed = error
+        if message := self.runtime.agree(None if failed is None else str(failed)):
+            raise failed or UserError(message)
 
     # ---- the end of a trial
     def _stop(self, trial: _Trial, status: Any, reason: str, evaluation: Metrics | None = None) -> None:

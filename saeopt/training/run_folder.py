@@ -12,7 +12,7 @@ from typing import Any
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
-from saeopt.files import atomic_write, write_json
+from saeopt.files import atomic_write, jsonable, remove_temporaries, write_error, write_json
 from saeopt.tensor_file import verify
 
 _WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
@@ -82,16 +82,24 @@ class RunFolder:
             temporary.write_text(dump_yaml(config), encoding="utf-8")
 
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add lines to `metrics.jsonl`."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        """Add lines to `metrics.jsonl`; NaN and infinities become null.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        text = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise write_error(self.metrics_path, error) from error
 
     def rewind_metrics(self, samples: int) -> None:
         """Drop lines that a resumed run will write again, and a line that a crash cut short."""
         if not self.metrics_path.exists():
             return
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["samples"] <= samples:
                     kept.append(line + "\n")
@@ -121,6 +129,17 @@ class RunFolder:
             for samples in self.weights()[max(keep_checkpoints, 1) :]:
                 if samples not in states[:STATES_KEPT]:
                     self.weights_path(samples).unlink(missing_ok=True)
+
+    def rewind(self, samples: int) -> None:
+        """Make ready to go on from `samples`: what comes later is written again, half-written files go.
+
+        Later states were found unusable, and would count among the two that are kept.
+        """
+        for later in (n for n in self.states() if n > samples):
+            self.state_path(later).unlink(missing_ok=True)
+        for folder in (self.path, self.path / "state"):
+            remove_temporaries(folder)
+        self.rewind_metrics(samples)
 
     def usable(self) -> Iterable[int]:
         """Samples of the checkpoints whose state and weights are whole, newest first; damaged ones give a warning."""

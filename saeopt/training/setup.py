@@ -49,8 +49,20 @@ def total_samples(config: RunConfig, tokens: TokenData, world: int) -> int:
 
 
 def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
-    """The hook points of each trial."""
-    return {plan.name: model.resolve(plan.config.saes.sae_positions) for plan in plans}
+    """The hook points of each trial.
+
+    Raises:
+        UserError: the model lacks one, also one that `saes.per_hook` names.
+    """
+    found = {plan.name: model.resolve(plan.config.saes.sae_positions) for plan in plans}
+    for plan in plans:
+        for hook in set(plan.config.saes.per_hook) - set(found[plan.name]):
+            try:
+                model.resolve([hook])
+            except UserError as error:
+                raise UserError(str(error).replace("saes.sae_positions", "saes.per_hook")) from None
+            log.warning("%s: 'saes.per_hook' names %s, at which no SAE is trained", plan.name, hook)
+    return found
 
 
 def blank_members(plan: TrialPlan, hook_points: Sequence[str], model: LanguageModel, runtime: Runtime) -> list[Member]:
@@ -87,14 +99,24 @@ def calibrate(
     x = calibration_activations(sorted({m.hook_point for m in members}), model, tokens, config)
     for member in members:
         sae, x_Nd = member.sae, x[member.hook_point].to(runtime.weights_dtype)
+        mean_norm = _mean_norm(member.hook_point, x_Nd)
         if member.config.saes.pretrained_sae_paths:
             load_pretrained(member)
         else:
             if member.sae_config.normalize_activations and not member.config.legacy_scaling:
-                sae.scale.fill_(math.sqrt(sae.d) / x_Nd.double().norm(dim=-1).mean().item())
+                sae.scale.fill_(math.sqrt(sae.d) / mean_norm)
             seed = derived_seed("initial weights", member.config.seed, member.hook_point)
             sae.initialise((x_Nd * sae.scale.cpu()).to(runtime.device), torch.Generator().manual_seed(seed))
         runtime.broadcast(list(sae.state_dict().values()))
+
+
+def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
+    if len(x_Nd) == 0:
+        raise UserError("'data': the first samples hold nothing but special tokens, which are masked")
+    norm = x_Nd.double().norm(dim=-1).mean().item()
+    if not math.isfinite(norm) or norm == 0:
+        raise UserError(f"the activations at {hook_point} are {'all 0' if norm == 0 else 'not finite (see lm_dtype)'}")
+    return norm
 
 
 def calibration_activations(

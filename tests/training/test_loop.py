@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from saeopt.errors import UserError
 from saeopt.evaluation.load import load_run
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.run_folder import RunFolder, resume_point
@@ -122,6 +123,59 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_config, r
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
 
 
+def test_a_run_that_starts_over_keeps_its_new_states_beside_damaged_later_ones(make_config, runtime, tmp_path):
+    config = make_config()
+    train_pack([plan(config, tmp_path, "a")], runtime)
+    folder = RunFolder(tmp_path / "a")
+    for samples in folder.states():
+        folder.state_path(samples).write_bytes(b"damaged")
+    (folder.path / ".samples_64.safetensors.1-1.tmp").write_bytes(b"half")
+
+    class Interrupt(Observer):
+        def should_interrupt(self) -> bool:
+            return True
+
+    train_pack([plan(config, tmp_path, "a", resume=True)], runtime, Interrupt())
+    assert resume_point(folder.path) == 16
+    assert not list(folder.path.glob(".*.tmp"))
+
+
+def test_a_disk_that_fills_up_under_the_metrics_is_one_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append_metrics([{"samples": 1, "hook_point": "h", "loss": float("nan")}])
+    assert json.loads(folder.metrics_path.read_text())["loss"] is None
+    folder.metrics_path.unlink()
+    folder.metrics_path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match="the disk is full"):
+        folder.append_metrics([{"samples": 1}])
+
+
+def test_another_stack_resumes_what_the_reference_wrote(make_config, runtime, tmp_path):
+    def config(stack):
+        return make_config(**{"performance.stack": stack, "save_every_n_samples": 0})
+
+    class Interrupt(Observer):
+        polls = 0
+
+        def should_interrupt(self) -> bool:
+            self.polls += 1
+            return self.polls == 7
+
+    train_pack([plan(config("reference"), tmp_path, "whole")], runtime)
+    for first, second in (("reference", "fused"), ("fused", "reference")):
+        train_pack([plan(config(first), tmp_path, first)], runtime, Interrupt())
+        train_pack([plan(config(second), tmp_path, first, resume=True)], runtime)
+        whole, cut = weights(tmp_path / "whole"), weights(tmp_path / first)
+        for key, tensor in whole.items():
+            torch.testing.assert_close(cut[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{first} {key}")
+
+
+def test_per_hook_with_an_unknown_hook_point_is_refused(make_config, runtime, tmp_path):
+    config = make_config(**{"saes.sparsity_coeff@blocks.1.hook_resid_pree": 3})
+    with pytest.raises(UserError, match=r"per_hook.*blocks\.1\.hook_resid_pre"):
+        train_pack([plan(config, tmp_path, "a")], runtime)
+
+
 def test_nan_in_one_member_stops_it_with_a_reason_and_leaves_the_other_untouched(make_config, runtime, tmp_path):
     good, bad = make_config(), make_config(lr=1e30, max_grad_norm=None)
     results = train_pack([plan(good, tmp_path / "p", "good"), plan(bad, tmp_path / "p", "bad")], runtime)
@@ -153,3 +207,13 @@ def test_pretrained_saes_are_evaluated_as_they_are(make_config, runtime, tmp_pat
     frozen = make_config(**{"saes.pretrained_sae_paths": str(tmp_path / "a"), "saes.retrain_saes": False})
     second = train_pack([plan(frozen, tmp_path, "b")], runtime)["b"]
     assert second.evaluation[HOOK]["fvu"] == pytest.approx(first.evaluation[HOOK]["fvu"], rel=1e-6)
+
+
+def test_a_trial_that_keeps_its_saes_stays_as_it_is_beside_one_that_trains(make_config, runtime, tmp_path):
+    first = train_pack([plan(make_config(), tmp_path, "a")], runtime)["a"]
+    frozen = make_config(**{"saes.pretrained_sae_paths": str(tmp_path / "a"), "saes.retrain_saes": False})
+    results = train_pack([plan(frozen, tmp_path, "kept"), plan(make_config(seed=9), tmp_path, "trained")], runtime)
+    assert [r.status for r in results.values()] == ["finished", "finished"]
+    before, after = weights(tmp_path / "a"), weights(tmp_path / "kept")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert results["kept"].evaluation[HOOK]["fvu"] == pytest.approx(first.evaluation[HOOK]["fvu"], rel=1e-6)
