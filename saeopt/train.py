@@ -5,6 +5,7 @@ Also `python saeopt/train.py`, `python -m saeopt.train` and the installed `saeop
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -64,7 +65,8 @@ def train(
     if dry_run:
         from saeopt.training.dry_run import print_dry_run
 
-        print_dry_run(run_config, device)
+        if int(os.environ.get("RANK") or 0) == 0:
+            print_dry_run(run_config, device)
         return
     if run_dir is not None and _already_ended(run_dir):
         return
@@ -82,7 +84,7 @@ def _already_ended(run_dir: Path) -> bool:
         return False
     reason = f" ({status['reason']})" if status.get("reason") else ""
     log.info("%s: this run has %s%s; there is nothing to resume", run_dir, status["status"], reason)
-    if RunFolder(run_dir).evaluation_path.exists():
+    if RunFolder(run_dir).evaluation_path.exists() and int(os.environ.get("RANK") or 0) == 0:
         print_run(run_dir)
     return True
 

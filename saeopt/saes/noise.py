@@ -25,7 +25,9 @@ def uniform(
     the CPU and a GPU, where they are :func:`hashed_uniform`.
     """
     if torch.device(device).type == "cuda":
-        seeds, first = torch.tensor([seed], device=device), torch.tensor(first_slot, device=device)
+        # filled on the device: a copy from the host would synchronise
+        seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
+        first = torch.full((), first_slot, dtype=torch.int64, device=device)
         return hashed_uniform(row_keys(seeds, first, n_slots, tokens_per_slot), h)[0]
     u_Nh = torch.empty(n_slots * tokens_per_slot, h, device=device)
     generator = torch.Generator(device=u_Nh.device)

@@ -23,6 +23,9 @@ MAY_DIFFER = {
 }  # fmt: skip
 """Devices and logging: a resumed run may change these."""
 
+_EXHAUSTED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What an exhausted host, driver or library says without an error class of its own."""
+
 
 def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) -> tuple[RunConfig, Path | None]:
     """The config of a new run, or the config and folder of one that goes on.
@@ -148,8 +151,8 @@ def out_of_memory(config: RunConfig, runtime: Runtime) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-        if not exhausted:
+        exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not exhausted and not any(words in str(error) for words in _EXHAUSTED):
             raise
         size, steps = config.data.train_batch_size, config.gradient_accumulation_steps
         raise UserError(

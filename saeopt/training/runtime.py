@@ -61,7 +61,9 @@ class Runtime:
 
     def language_model(self, config: RunConfig) -> LanguageModel:
         """The config's language model on this device."""
-        key = (config.model, config.lm_dtype, config.lm_processing, config.data.context_length)
+        data = config.data
+        tokens = (data.context_length, data.tokenizer_name, data.is_tokenized)
+        key = (config.model, config.lm_dtype, config.lm_processing, *tokens)
         return self._keep("model", key, lambda: LanguageModel.load(config, self.device))
 
     def token_data(self, config: RunConfig, model: LanguageModel) -> TokenData:
