@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _CPU_PACK = 8
 _LARGEST_PACK = 64
 _MEMORY_SHARE = 0.8
+_SAME_REQUEST = 1.0
 
 
 @app.command()
@@ -64,7 +66,7 @@ def worker(
     set_up_logging()
     export_tokens()
     interrupted = stop_on_signals()
-    dev.watch_parent()
+    dev.watch_parent(interrupted)
     if storage is not None:  # for children too: a command line would show its password
         os.environ["SAEOPT_STORAGE"] = storage
     with _own_gpu(devices, interrupted) as own:
@@ -155,12 +157,17 @@ def pack_size(text: str | None) -> int | str | None:
 
 
 def stop_on_signals() -> threading.Event:
-    """SIGTERM and SIGINT set the event; a second one ends the process at once."""
+    """SIGTERM and SIGINT set the event; a second one ends the process at once.
+
+    Schedulers and shells may deliver one request twice, to a process and to its group: that is no second one.
+    """
     interrupted = threading.Event()
+    first: list[float] = []
 
     def handle(signum: int, _frame: FrameType | None) -> None:
-        if interrupted.is_set():
+        if first and time.monotonic() - first[0] > _SAME_REQUEST:
             os._exit(128 + signum)
+        first[:] = first or [time.monotonic()]
         interrupted.set()
 
     for signum in (signal.SIGTERM, signal.SIGINT):

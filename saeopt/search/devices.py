@@ -49,7 +49,7 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def watch_parent() -> None:
+def watch_parent(interrupted: threading.Event) -> None:
     """In a child: end in the orderly way when the parent is gone (also where the kernel does not tell us)."""
     parent = os.environ.get(_PARENT)
     if parent is None:
@@ -58,7 +58,7 @@ def watch_parent() -> None:
     def watch() -> None:
         while os.getppid() == int(parent):
             time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        interrupted.set()
 
     threading.Thread(target=watch, name="saeopt-parent", daemon=True).start()
 
@@ -77,7 +77,8 @@ def run_children(
         if shares[index] is not None:
             command += ["--max-trials", str(shares[index])]
         preexec = _die_with_parent if sys.platform == "linux" else None
-        return subprocess.Popen(command, env=environment, preexec_fn=preexec)
+        # A session of its own: Ctrl-C reaches the parent alone, which passes it on once.
+        return subprocess.Popen(command, env=environment, preexec_fn=preexec, start_new_session=True)
 
     alive = {i: start(i) for i in range(len(devices)) if shares[i] != 0}
     restarts, worst, told = 0, 0, False

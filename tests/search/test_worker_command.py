@@ -123,6 +123,25 @@ def test_sigterm_checkpoints_and_gives_the_trials_back_within_ten_seconds(
     assert (tmp_path / "out/s/0/trial.log").exists()
 
 
+def test_a_second_signal_ends_the_process_at_once_and_a_doubled_one_does_not() -> None:
+    script = (
+        "import time; from saeopt.worker import stop_on_signals; stop = stop_on_signals(); print(1, flush=True)\n"
+        "while True: time.sleep(0.05)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.terminate()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    process.stdout.close()
+
+
 @pytest.mark.slow  # starts three real processes
 def test_each_device_has_a_process_and_they_die_with_their_parent(
     start: Start, address: str, tmp_path: Path, tiny_model_dir: Path, tiny_text: Path
