@@ -1,0 +1,22 @@
+"""scripts/bench_step.py runs on the CPU and writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_step.py"
+
+
+def test_it_times_both_stacks_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    cases = ["--case", "relu:16:64:64:2", "--case", "topk:16:64:64:1:4:0.25"]
+    command = [sys.executable, str(SCRIPT), *cases, "--device", "cpu", "--steps", "2", "--against", "reference"]
+    done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [case["sae_type"] for case in found["cases"]] == ["relu", "topk"]
+    assert all(case["ms"] > 0 and case["ratio"] > 0 and case["finite"] == 1.0 for case in found["cases"])
+    assert found["cases"][0]["sae_tokens_per_s"] == 2 * found["cases"][0]["tokens_per_s"]
