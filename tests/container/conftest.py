@@ -33,7 +33,7 @@ def image(engine: None) -> Iterator[str]:
     done = subprocess.run(
         ["docker", "build", *arguments, "--tag", tag, str(ROOT)],
         env=os.environ | {"DOCKER_BUILDKIT": "1" if buildkit else "0"},
-        capture_output=True, text=True, check=False, timeout=1500,
+        capture_output=True, text=True, check=False, timeout=2100,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     size = int(docker("image", "inspect", "--format", "{{.Size}}", tag)) / 1e9

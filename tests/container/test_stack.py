@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from stack import Stack, docker, report, wait_for
 
+# Whichever test comes first also builds the image: four minutes on two idle cores, more on busy ones.
+pytestmark = pytest.mark.timeout(2400)
+
 BUDGET_GB = 2.5
 PASSWORD = "p@ss:w/rd%of-the?test"  # whatever a URL would trip over
 STUDY = "demo"
@@ -84,7 +87,6 @@ def test_the_image_runs_as_any_user(image: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack) -> None:
     start = time.monotonic()
     stack.compose("up", "-d", "--no-build", "--scale", "workers=2", "workers")
@@ -126,7 +128,6 @@ def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_dashboard_shows_the_study_through_its_published_port(stack: Stack) -> None:
     stack.compose("up", "-d", "--no-build", "dashboard")
     base = f"http://127.0.0.1:{stack.settings['DASHBOARD_PORT']}"
@@ -151,7 +152,6 @@ def test_the_dashboard_shows_the_study_through_its_published_port(stack: Stack) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_the_database_is_reachable_for_the_services_only(stack: Stack, image: str) -> None:
     stack.compose("up", "-d", "--no-build", "db")
     container = stack.containers("db")[0]
@@ -169,7 +169,6 @@ def test_the_database_is_reachable_for_the_services_only(stack: Stack, image: st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_nothing_is_left_behind(stack: Stack) -> None:
     assert stack.leftovers() != []
     stack.down()
@@ -187,7 +186,6 @@ time.sleep(300)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_containers_take_different_gpus_and_a_killed_ones_is_free(image: str) -> None:
     """Stand-in GPUs, real containers: the kernel's locks hold across them, in a volume that they share."""
     name = f"saeopt-test-locks-{os.getpid()}"
@@ -238,7 +236,6 @@ def caddy(engine: None, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_proxy_asks_for_the_password_over_tls(image: str, caddy: str, tmp_path: Path) -> None:
     port, secret = free_port(), "a-Password:with@signs"
     made = new_stack(
