@@ -27,6 +27,7 @@ class _Stage:
                 return self.fast(*arguments)
             except torch._dynamo.exc.TorchDynamoException as error:
                 self.broken = True
+                log.debug("torch.compile of '%s'", self.plain.__name__, exc_info=error)
                 log.warning("torch.compile is off for '%s': %s", self.plain.__name__, str(error).splitlines()[0])
         return self.plain(*arguments)
 
