@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "initdb", "-D", str(made.data), "-U", "saeopt", f"--pwfile={password}", "-A", "scram-sha-256", "-N"
         )  # fmt: skip
         made.start()
+        # A test run that is killed takes its server with it.
+        watch = f"while kill -0 {os.getpid()}; do sleep 1; done; kill -INT $(head -n 1 {made.data}/postmaster.pid)"
+        subprocess.Popen(
+            ["sh", "-c", watch], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         yield made
         made.stop("fast")
     finally:
