@@ -196,7 +196,7 @@ class Worker:
         self.heart.drop(claim)
         self.me.finished += where == "failed"
         log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             self.interrupted.wait(_FULL_DISK_PAUSE)  # else a full disk uses up the retries of a whole study
 
     def _again(self, assignment: Assignment) -> Assignment:
@@ -337,6 +337,12 @@ def same_start(again: Sequence[Assignment]) -> list[list[Assignment]]:
     for assignment in again:
         parts.setdefault(assignment.start, []).append(assignment)
     return list(parts.values())
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room (files.py turns the system's error into a line for people)."""
+    causes = (error, error.__cause__)
+    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -66,6 +66,7 @@ def row_keys(seed_M: Tensor, first_slot: Tensor, n_slots: int, tokens_per_slot: 
 def hashed_uniform(keys_2MN: Tensor, h: int) -> Tensor:
     """u_MNh of the latents 0 … h − 1, float32 in [1e-6, 1 − 1e-6]: two rounds of a 32-bit hash."""
     latent_h = torch.arange(h, device=keys_2MN.device, dtype=torch.int32)
-    mixed_MNh = _mix32(latent_h * -0x61C88647 + keys_2MN[0].unsqueeze(-1))
+    # xor, not a product with the latent's number: torch.compile folds that into an index beyond 32 bits
+    mixed_MNh = _mix32(latent_h ^ keys_2MN[0].unsqueeze(-1))
     bits_MNh = (_mix32(mixed_MNh ^ keys_2MN[1].unsqueeze(-1)) >> 8) & 0xFFFFFF
     return ((bits_MNh.to(torch.float32) + 0.5) * 2.0**-24).clamp(TINY, 1 - TINY)

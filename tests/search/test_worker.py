@@ -13,6 +13,7 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.config.study import StudySpec, study_spec
+from saeopt.errors import UserError
 from saeopt.search import claims, monitoring, presence
 from saeopt.search import internals as db
 from saeopt.search.attributes import evaluation_of
@@ -364,7 +365,7 @@ def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in
     from saeopt import worker_loop
 
     def before(names: list[str]) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise UserError("samples_8.safetensors: the disk is full") from OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(worker_loop, "_FULL_DISK_PAUSE", 0.4)
     began = time.monotonic()
@@ -372,7 +373,7 @@ def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in
     assert time.monotonic() - began > 0.8
     (trial,) = store.study("s").trials
     assert trial.state.name == "FAIL"
-    assert "No space left on device" in trial.user_attrs["reason"]
+    assert "the disk is full" in trial.user_attrs["reason"]
 
 
 def test_a_result_that_cannot_be_stored_fails_its_trial_alone(
