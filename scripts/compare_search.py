@@ -24,6 +24,7 @@ from rich.table import Table
 
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.console import console
+from saeopt.errors import UserError, fail
 from saeopt.evaluation.pareto import Point
 from saeopt.search.create import create_study
 from saeopt.search.points import candidates, hypervolume, study_points
@@ -136,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
