@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stack import ROOT, docker, missing_engine, report
+from stack import ROOT, docker, missing_engine, report, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -39,4 +39,9 @@ def image(engine: None) -> Iterator[str]:
     size = int(docker("image", "inspect", "--format", "{{.Size}}", tag)) / 1e9
     report(f"image: {size:.2f} GB, built in {time.monotonic() - start:.0f} s")
     yield tag
-    docker("image", "rm", tag, check=False)
+
+    def removed() -> bool:  # refused while the engine still takes a container down
+        docker("image", "rm", "--force", tag, check=False)
+        return not docker("images", "--quiet", tag)
+
+    wait_for(removed, 120, "the image is gone")

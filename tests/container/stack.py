@@ -37,7 +37,7 @@ def missing_engine() -> str | None:
     return None if compose_command() else "neither `docker compose` nor docker-compose is installed"
 
 
-def docker(*arguments: str, check: bool = True, timeout: float = 120) -> str:
+def docker(*arguments: str, check: bool = True, timeout: float = 300) -> str:
     """Run `docker …`; its standard output."""
     done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False, timeout=timeout)
     if check and done.returncode:
