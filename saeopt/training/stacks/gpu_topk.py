@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saeopt.training.stacks import kernels_topk
+from saeopt.training.stacks import kernels_select, kernels_topk
 from saeopt.training.stacks.gpu import GpuStack, x_sums
 from saeopt.training.stacks.packed import VECTORS, Store
 
@@ -80,7 +80,7 @@ class GpuSparseStack(GpuStack):
         keep = None if keep_N is None else keep_N.to(self.dtype)
         centred, x_stats = self._call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         pre = torch.bmm(centred, low["W_enc"].mT)
-        values, index = kernels_topk.select(pre, b_enc, keep, self.k)
+        values, index = kernels_select.select(pre, b_enc, keep, self.k)
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
         g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(values, index, dots, error, centred, self.h, factor)
@@ -98,26 +98,19 @@ class GpuSparseStack(GpuStack):
         grads = {"W_dec": g_dec, "W_enc": g_enc, VECTORS: g_vectors}
         window = {"totals": totals, "fired": fired, "x": x_stats, "ratio": ratio}
         if self.capacity:
-            self._auxiliary(pre, b_enc, keep, error, centred, grads, ratio)
+            self._auxiliary(b_enc, keep, error, centred, grads, ratio)
         return grads, window
 
     def _auxiliary(
-        self,
-        pre: Tensor,
-        b_enc: Tensor,
-        keep: Tensor | None,
-        error: Tensor,
-        centred: Tensor,
-        grads: Store,
-        ratio: Tensor,
+        self, b_enc: Tensor, keep: Tensor | None, error: Tensor, centred: Tensor, grads: Store, ratio: Tensor
     ) -> None:
         since_Mh = self.packed.buffers["tokens_since_fired"]
         places = self._call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
-        f = self._call(dead_code, pre, b_enc, places, keep)
-        if self.aux_k < self.capacity:
-            f = kernels_topk.keep_largest(f, self.aux_k)
+        W_enc, W_dec, bias = self._call(of_dead, self.low["W_enc"], self.low["W_dec"], b_enc, places)
+        # a product of their own costs less than to pick them out of all pre-activations
+        f = kernels_select.keep_largest(torch.bmm(centred, W_enc.mT), bias, keep, self.aux_k)
         g_dec, g_enc, g_bias, g_b_dec, numerator = self._call(
-            aux_gradients, f, error, centred, self.low["W_dec"], self.low["W_enc"], places, self.aux_coeff
+            aux_gradients, f, error, centred, W_dec, W_enc, places, self.aux_coeff
         )
         ratio[:, 0] = numerator
         grads.update({AUX + "W_dec": g_dec, AUX + "W_enc": g_enc, AUX + "b_enc": g_bias, AUX + "b_dec": g_b_dec})
@@ -201,24 +194,22 @@ def dead_places(since_Mh: Tensor, dead_after: int, capacity: int) -> Tensor:
     return places.scatter_(1, slot, latent)[:, :capacity].contiguous()
 
 
-def dead_code(pre: Tensor, b_enc: Tensor, places: Tensor, keep_N: Tensor | None) -> Tensor:
-    """relu(π) of the dead latents, (M, N, C), in the dtype of the products; 0 in empty places."""
+def of_dead(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The dead latents' rows (M, C, d) and encoder biases (M, C); that of an empty place never lets it fire."""
     at = places.clamp_min(0)
-    acts = pre.gather(2, at.unsqueeze(1).expand(-1, pre.shape[1], -1)).to(b_enc.dtype)
-    acts = torch.relu(acts + b_enc.gather(1, at).unsqueeze(1)) * (places >= 0).unsqueeze(1)
-    return (acts if keep_N is None else acts * keep_N[None, :, None]).to(pre.dtype)
+    rows = at.unsqueeze(-1).expand(-1, -1, W_dec.shape[-1])
+    bias = torch.where(places >= 0, b_enc.gather(1, at), -torch.inf)
+    return W_enc.gather(1, rows), W_dec.gather(1, rows), bias
 
 
 def aux_gradients(
     f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor, coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of coefficient · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
-    rows = places.clamp_min(0).unsqueeze(-1).expand(-1, -1, W_dec.shape[-1])
-    W_dec = W_dec.gather(1, rows)
     left = error.float() + torch.bmm(f, W_dec).float()
     g_hat = (2 * coefficient * left).to(f.dtype)
     g_f = torch.where(f > 0, torch.bmm(g_hat, W_dec.mT), 0.0)
     g_bias = g_f.sum(1, dtype=torch.float32)
-    g_b_dec = -(g_bias.unsqueeze(-1) * W_enc.gather(1, rows).float()).sum(1)
+    g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
     numerator = coefficient * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
     return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
