@@ -72,12 +72,12 @@ def cost(pack: Sequence[Cell]) -> Cost:
     from saeopt.training.memory import estimate
 
     config: RunConfig = pack[0].config
-    model, lm_parameters = weightless(config)
+    model, lm = weightless(config)
     members = [shape for cell in pack for shape in shapes(cell.config, model)]
     lm_bytes = {"float32": 4, "auto": 2}.get(config.lm_dtype, 2)
-    memory = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size)
+    memory = estimate(config, members, lm, lm_bytes)
     tokens = (config.data.n_train_samples or 0) * config.data.context_length
-    flops = tokens * (2.0 * lm_parameters + 6.0 * sum(m.n_parameters for m in members))
+    flops = tokens * (2.0 * lm.parameters + 6.0 * sum(m.n_parameters for m in members))
     return Cost(len(members), sum(memory.values()), flops)
 
 

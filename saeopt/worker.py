@@ -140,9 +140,9 @@ class _Trainer:
         from saeopt.training.memory import estimate
 
         config = space.largest().config
-        model, lm_parameters = weightless(config)
+        model, lm = weightless(config)
         members = shapes(config, model)
-        one, two = (sum(estimate(config, members * n, lm_parameters, 2, model.vocab_size).values()) for n in (1, 2))
+        one, two = (sum(estimate(config, members * n, lm, 2).values()) for n in (1, 2))
         free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE
         return max(1, min(_LARGEST_PACK, 1 + int((free - one) / max(two - one, 1))))
 

@@ -257,9 +257,9 @@ def predicted(configs: list[RunConfig]) -> int:
     from saeopt.training.dry_run import shapes, weightless
     from saeopt.training.memory import estimate
 
-    model, lm_parameters = weightless(configs[0])
+    model, lm = weightless(configs[0])
     members = [shape for config in configs for shape in shapes(config, model)]
-    return sum(estimate(configs[0], members, lm_parameters, 2, model.vocab_size).values())
+    return sum(estimate(configs[0], members, lm, 2).values())
 
 
 def show(numbers: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
 from saeopt.training.launch import lambda_notice
-from saeopt.training.memory import MemberShape, estimate
+from saeopt.training.memory import MemberShape, ModelShape, estimate
 from saeopt.training.naming import run_name
 from saeopt.training.setup import dictionary_width
 
@@ -27,12 +27,12 @@ def print_dry_run(config: RunConfig, device: str) -> None:
 
     lambda_notice(config, resumed=False)
     chosen = choose_device(device)
-    model, lm_parameters = weightless(config)
+    model, lm = weightless(config)
     members = shapes(config, model)
     console.print(dump_yaml(config), markup=False, soft_wrap=True)
     console.print(_members_table(members, run_name(config)))
     lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize
-    needed = estimate(config, members, lm_parameters, lm_bytes, model.vocab_size, chosen.type)
+    needed = estimate(config, members, lm, lm_bytes, chosen.type)
     table = Table(title=f"Estimated memory on {chosen}", title_justify="left")
     table.add_column("for")
     table.add_column("MiB", justify="right")
@@ -45,8 +45,8 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     )
 
 
-def weightless(config: RunConfig) -> tuple[LanguageModel, int]:
-    """The language model's structure without its weights, and its number of parameters."""
+def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
+    """The language model's structure without its weights, and what its memory depends on."""
     from transformers import AutoModelForCausalLM
 
     from saeopt.activations.language_model import LanguageModel, check_hooks
@@ -60,8 +60,15 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, int]:
     nowhere = torch.device("meta")
     with nowhere:
         model = AutoModelForCausalLM.from_config(model_config)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    return LanguageModel(model, None, nowhere, config.lm_processing), n_parameters
+    text = model_config.get_text_config()
+    written_out = getattr(model.config, "_attn_implementation", None) == "eager"
+    lm = ModelShape(
+        parameters=sum(p.numel() for p in model.parameters()),
+        vocabulary=text.vocab_size,
+        buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
+        written_heads=text.num_attention_heads if written_out else 0,
+    )
+    return LanguageModel(model, None, nowhere, config.lm_processing), lm
 
 
 def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:

@@ -10,15 +10,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
+from saeopt.training.stacks.dense import NARROW
 
 _PER_PARAMETER = 16
 """GPU: weight and two moments in float32, weight and gradient in bfloat16. CPU: those three and the gradient."""
+_GRADIENT = 2
+"""Of these, on a GPU, the gradient."""
 _PER_PARAMETER_ACCUMULATED = 4
 """A float32 sum of gradients where a window has several micro-batches."""
-_GPU_PER_CODE = {"relu": 6.0, "gated": 11.0, "hard_concrete": 19.0, "gated_hard_concrete": 15.0, "topk": 2.5}
-"""Bytes per token, latent and member of the fused step."""
-_GPU_PER_SELECTED = 40
-"""Bytes per token and selected latent of the topk step: values, indices, sorting."""
+_GPU_PER_CODE = {
+    "relu": (6.0, 4.0), "gated": (10.0, 4.0), "hard_concrete": (12.0, 6.0), "gated_hard_concrete": (10.0, 4.0),
+    "topk": (2.0, 2.0),
+}  # fmt: skip
+"""Bytes per token, latent and member of the fused step: behind the code's gradient, and beside the weights' own."""
+_GPU_PER_SELECTED = (48, 24)
+"""Bytes per token and selected latent of the topk step, likewise: values, indices, what sorting takes."""
+_GPU_PER_WIDTH = 6
+"""Bytes per token, input and member: x̄, the reconstruction, its error."""
+_GPU_LIBRARIES = 3 * 2**25
+"""Workspaces of the matrix products, one per stream and graph."""
 _CPU_PER_CODE = {"relu": 16.0, "topk": 20.0, "gated": 32.0, "hard_concrete": 48.0, "gated_hard_concrete": 48.0}
 """Bytes per token and latent of the reference step, one member after another."""
 _OTHER = 48.0
@@ -27,8 +37,20 @@ _CPU_CHUNK = 2**20
 """Elements (tokens x latents) that the fused step on the CPU has at a time."""
 _LAYER_COPIES = 14
 """Arrays of tokens x d that one layer of the language model has at a time."""
+_ATTENTION_SCORE = 6
+"""Bytes per score of an attention that is written out, compiled: float32, and once in the model's precision."""
 _GPU_PASS_TOKENS = 32768
 _LOGITS = {"cpu": 2**28, "cuda": 2**31}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The language model: its parameters, vocabulary, bytes of buffers, and heads whose scores are written out."""
+
+    parameters: int
+    vocabulary: int
+    buffer_bytes: int = 0
+    written_heads: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,9 +68,8 @@ class MemberShape:
 def estimate(
     config: RunConfig,
     members: Iterable[MemberShape],
-    lm_parameters: int,
+    lm: ModelShape,
     lm_bytes: int,
-    vocabulary: int,
     device_type: str = "cuda",
 ) -> dict[str, int]:
     """Bytes by purpose; their sum is the peak. `lm_bytes` is the size of one number of the language model."""
@@ -60,12 +81,13 @@ def estimate(
     group = max(micro, per_pass // micro * micro, _round_up(data.shuffle_buffer_tokens, micro))
     widths = {m.hook_point: m.d for m in members}
     activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
-    passing = min(per_pass, group) * lm_bytes * _LAYER_COPIES * max(widths.values())
-    step = _gpu_step(members, micro) if on_gpu else _cpu_step(config, members, micro)
-    logits = _evaluation(config, vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
+    per_token = lm_bytes * _LAYER_COPIES * max(widths.values())
+    passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
+    step = gpu_step(members, micro) if on_gpu else _cpu_step(config, members, micro)
+    logits = _evaluation(config, lm.vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
     accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {
-        "language model": lm_parameters * lm_bytes,
+        "language model": lm.parameters * lm_bytes + lm.buffer_bytes,
         "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (_PER_PARAMETER + accumulated),
         "activations": activations,
         "step and harvest": step + passing,
@@ -73,14 +95,21 @@ def estimate(
     }
 
 
-def _gpu_step(members: list[MemberShape], tokens: int) -> int:
-    """The largest stack's: stacks run one after another and share their memory."""
-    stacks: dict[tuple[str, str, int, int], float] = {}
+def gpu_step(members: list[MemberShape], tokens: int) -> int:
+    """What the largest stack takes besides its gradients: stacks run one after another and share their memory.
+
+    The step needs most either behind the code's gradient, before there are any of the weights, or at its end.
+    """
+    stacks: dict[tuple[str, str, int, int], list[float]] = {}
     for m in members:
-        key = (m.hook_point, m.sae_type, m.d, m.h)
-        own = tokens * (_GPU_PER_CODE.get(m.sae_type, _OTHER) * m.h + _GPU_PER_SELECTED * m.k + 10 * m.d)
-        stacks[key] = stacks.get(key, 0.0) + own
-    return int(max(stacks.values()))
+        stack = stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), [0.0, 0.0])
+        per_code = _GPU_PER_CODE.get(m.sae_type, (_OTHER, _OTHER))
+        if m.sae_type == "relu" and m.d <= NARROW:
+            per_code = (0.0, 0.0)  # its kernels keep the code to themselves
+        for i in range(2):
+            stack[i] += tokens * (per_code[i] * m.h + _GPU_PER_SELECTED[i] * m.k + _GPU_PER_WIDTH * m.d)
+        stack[0] -= _GRADIENT * m.n_parameters
+    return int(max(max(both) for both in stacks.values())) + _GPU_LIBRARIES
 
 
 def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int:

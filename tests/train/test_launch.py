@@ -12,8 +12,9 @@ import torch
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
 from saeopt.training.launch import check_processes, out_of_memory
-from saeopt.training.memory import MemberShape, estimate
+from saeopt.training.memory import MemberShape, ModelShape, estimate
 
+LM = ModelShape(parameters=10, vocabulary=100)
 SEED = Path(__file__).resolve().parents[1] / "config" / "seed" / "relu.yaml"
 
 
@@ -47,17 +48,17 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPa
 def test_memory_grows_with_members_and_only_the_largest_stack_counts_for_the_step() -> None:
     config = load_run_config(SEED, ["gradient_accumulation_steps=1"])
     one, other = (MemberShape(hook, "relu", 64, 512, 1000) for hook in "ab")
-    need, both = (estimate(config, members, 10, 4, 100) for members in ([one], [one, other]))
+    need, both = (estimate(config, members, LM, 4) for members in ([one], [one, other]))
     assert need["language model"] == 40
     assert need["weights, gradients, optimiser"] == 16_000
     assert both["weights, gradients, optimiser"] == 32_000
     assert both["step and harvest"] == need["step and harvest"]
-    stacked = estimate(config, [one, one], 10, 4, 100)
+    stacked = estimate(config, [one, one], LM, 4)
     assert stacked["step and harvest"] > need["step and harvest"]
 
 
 def test_several_micro_batches_per_window_need_a_sum_of_gradients_on_a_gpu() -> None:
     config = load_run_config(SEED, ["gradient_accumulation_steps=2"])
     one = MemberShape("a", "relu", 64, 512, 1000)
-    assert estimate(config, [one], 10, 4, 100)["weights, gradients, optimiser"] == 20_000
-    assert estimate(config, [one], 10, 4, 100, "cpu")["weights, gradients, optimiser"] == 16_000
+    assert estimate(config, [one], LM, 4)["weights, gradients, optimiser"] == 20_000
+    assert estimate(config, [one], LM, 4, "cpu")["weights, gradients, optimiser"] == 16_000

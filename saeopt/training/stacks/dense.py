@@ -18,6 +18,10 @@ from torch import Tensor
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import hashed_uniform
 
+NARROW = 128
+"""Up to this d a relu stack on a GPU never writes its code (`kernels_narrow`): above, the tiles outgrow the registers,
+and plain matrix products are the faster way."""
+
 
 class Form(NamedTuple):
     """The numbers that all members of a stack share (hashable: compiled code is specialised on them)."""
@@ -109,7 +113,10 @@ def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
     centred_MNd = call(centre, given)
     pres = [torch.bmm(centred_MNd, given.low[name].mT) for name in names]
     codes = call(architecture.codes, form, given, pres)
+    if not architecture.back_needs_pre:
+        pres = []  # what is not needed any more makes room
     decoded = [torch.bmm(code, given.low["W_dec"]) for code in codes]
+    del codes[1:]
     g_errors, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
     g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
     back: Back = call(architecture.back, form, given, pres, codes, g_codes)
@@ -292,10 +299,11 @@ class Architecture(NamedTuple):
 
     codes: Callable[[Form, Given, list[Tensor]], list[Tensor]]
     back: Callable[[Form, Given, list[Tensor], list[Tensor], list[Tensor]], Back]
+    back_needs_pre: bool = True
 
 
 ARCHITECTURES = {
-    "relu": Architecture(relu_codes, relu_back),
+    "relu": Architecture(relu_codes, relu_back, back_needs_pre=False),
     "gated": Architecture(gated_codes, gated_back),
     "hard_concrete": Architecture(hard_concrete_codes, hard_concrete_back),
     "gated_hard_concrete": Architecture(gated_hard_concrete_codes, gated_hard_concrete_back),

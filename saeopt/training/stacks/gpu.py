@@ -19,7 +19,7 @@ from saeopt.saes.noise import row_keys
 from saeopt.training.stacks import kernels_narrow, kernels_rows
 from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
-from saeopt.training.stacks.dense import Back, Form, Found, Given, centre, last_sums, relu_sums, run
+from saeopt.training.stacks.dense import NARROW, Back, Form, Found, Given, centre, last_sums, relu_sums, run
 from saeopt.training.stacks.fused import PULL, FusedStack
 from saeopt.training.stacks.graphs import Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
@@ -110,7 +110,7 @@ class GpuStack(FusedStack):
         x_Nd, keep_N, x_stats, hyper = self._call(start, x_Nd, keep_N, self.packed.buffers["scale"], self.hyper)
         vectors = {name: self.packed.vector(self.packed.weights, name) for name in self.packed.slices}
         given = Given(self.low, vectors, self.norm_Mh, x_Nd, keep_N, None, keys, hyper[:, 1], hyper[:, 2])
-        if self.sae_type == "relu" and self.d <= kernels_narrow.WIDEST and self.low_dtype == torch.bfloat16:
+        if self.sae_type == "relu" and self.d <= NARROW and self.low_dtype == torch.bfloat16:
             grads, found = self._narrow_relu(given)
         else:
             found = run(self.sae_type, self.form, given, self._call)

@@ -13,9 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 128
-"""Above this d the tiles outgrow the registers, and plain matrix products are the faster way."""
-
 
 @triton.jit
 def _forward(
