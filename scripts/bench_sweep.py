@@ -7,6 +7,9 @@
 
 Models of the given shapes get random weights and random tokens: speed does not depend on them.
 limit = 1 / (1 / language model alone + 1 / step alone), in tokens/s of the stream.
+
+A share compares rates of one round, and everything is timed in windows of equally many steps: a machine's speed drifts
+within minutes, and the median over short windows hides disturbances that the median over longer ones shows.
 """
 
 from __future__ import annotations
@@ -94,20 +97,20 @@ class Rates(Observer):
 def timed(work: Callable[[], object], tokens: int, device: torch.device, repeats: int) -> float:
     """Median tokens/s of `work`, which handles `tokens` tokens."""
     found = []
-    for repeat in range(repeats + 3):
+    for repeat in range(repeats + 2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if repeat >= 3:
+        if repeat >= 2:
             found.append(tokens / (time.perf_counter() - start))
     return statistics.median(found)
 
 
 def language_model_alone(config: RunConfig, runtime: Runtime, repeats: int) -> float:
-    """Tokens/s of harvesting with nothing to train on them."""
+    """Tokens/s of harvesting with nothing to train on them, in windows of whole groups and at least a log step."""
     from saeopt.activations.stream import ActivationStream
 
     model = runtime.language_model(config)
@@ -115,15 +118,16 @@ def language_model_alone(config: RunConfig, runtime: Runtime, repeats: int) -> f
         model, runtime.token_data(config, model), model.resolve(config.saes.sae_positions), config
     )
     group = stream.schedule.group
-    tokens = group * config.data.train_batch_size * config.data.context_length
+    batches = -(-config.log_every_n_grad_steps * config.gradient_accumulation_steps // group) * group
+    tokens = batches * config.data.train_batch_size * config.data.context_length
     try:
-        return timed(lambda: [next(stream) for _ in range(group)], tokens, runtime.device, repeats)
+        return timed(lambda: [next(stream) for _ in range(batches)], tokens, runtime.device, repeats)
     finally:
         stream.close()
 
 
 def step_alone(configs: dict[str, RunConfig], runtime: Runtime, repeats: int) -> float:
-    """Tokens/s (of the stream) of the SAE step of all members on one batch that is there already."""
+    """Tokens/s (of the stream) of the SAE step of all members on one batch that is there already, per log step."""
     from saeopt.activations.stream import ActivationStream
     from saeopt.training.pack import Pack
     from saeopt.training.setup import blank_members, calibrate, hook_points_of
@@ -138,13 +142,16 @@ def step_alone(configs: dict[str, RunConfig], runtime: Runtime, repeats: int) ->
     stream = ActivationStream(model, tokens, pack.hook_points, config)
     batch = next(stream)
 
-    def step() -> None:
-        for _ in range(config.gradient_accumulation_steps):
-            pack.accumulate(batch, config.effective_batch)
-        pack.apply(config.effective_batch)
+    window = config.log_every_n_grad_steps
+
+    def steps() -> None:
+        for _ in range(window):
+            for _ in range(config.gradient_accumulation_steps):
+                pack.accumulate(batch, config.effective_batch)
+            pack.apply(config.effective_batch)
 
     try:
-        return timed(step, config.effective_batch * config.data.context_length, runtime.device, repeats)
+        return timed(steps, window * config.effective_batch * config.data.context_length, runtime.device, repeats)
     finally:
         stream.close()
 
@@ -168,7 +175,8 @@ def main(
     context: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each pipeline run.")] = 60,
-    repeats: Annotated[int, typer.Option(help="Repeats of the parts alone.")] = 10,
+    repeats: Annotated[int, typer.Option(help="Windows in which the parts alone are timed.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured in turn; medians.")] = 3,
     alone: Annotated[bool, typer.Option(help="Also run one trial by itself.")] = True,
     cache: Annotated[bool, typer.Option(help="Also run the pack from a warm activation cache.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
@@ -196,7 +204,7 @@ def main(
             saes = {"sae_type": sae_type, "sae_positions": hooks.split(","), "dict_size_to_input_ratio": ratio}
             saes |= {} if sae_type == "topk" else {"sparsity_coeff": 0.5 * 1.3**i}
             configs[f"trial{i}"] = validate_run({**raw, "lr": 1e-3 * 1.05**i, "saes": saes}, "bench_sweep")
-        numbers = measure(configs, runtime, folder, repeats, alone, cache)
+        numbers = measure(configs, runtime, folder, repeats, rounds, alone, cache)
     numbers |= {"model": model, "hooks": hooks, "sae_type": sae_type, "trials": trials, "ratio": ratio, "batch": batch}
     numbers |= {"context": context, "device": str(runtime.device), "threads": torch.get_num_threads()}
     show(numbers)
@@ -213,42 +221,54 @@ class Found(dict[str, Any]):
 
 
 def measure(
-    configs: dict[str, RunConfig], runtime: Runtime, folder: Path, repeats: int, alone: bool, cache: bool
+    configs: dict[str, RunConfig], runtime: Runtime, folder: Path, repeats: int, rounds: int, alone: bool, cache: bool
 ) -> dict[str, Any]:
-    """All rates, in tokens/s of the stream unless the name says otherwise."""
+    """Medians over the rounds, and every round. Rates in tokens/s of the stream unless the name says otherwise."""
+    cached = None
+    if cache:
+        section = {"activations": {"cache": str(folder / "cache")}}
+        cached = {
+            name: validate_run({**c.model_dump(mode="json"), **section}, "bench_sweep") for name, c in configs.items()
+        }
+        pipeline(cached, runtime, folder / "cold")
+    seen = []
+    for number in range(rounds):
+        log.info("round %d of %d", number + 1, rounds)
+        seen.append(one_round(configs, cached, runtime, folder / f"round{number}", repeats, alone))
+    found = {name: statistics.median(row[name] for row in seen) for name in seen[0]}
+    if runtime.device.type == "cuda":
+        found["predicted_gib"] = predicted(list(configs.values())) / 2**30
+    return {**found, "rounds": seen}
+
+
+def one_round(
+    configs: dict[str, RunConfig], cached: dict[str, RunConfig] | None, runtime: Runtime, folder: Path, repeats: int,
+    alone: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """All rates once."""
     first = dict([next(iter(configs.items()))])
     config = first[next(iter(first))]
-    members = len(configs) * len(config.saes.sae_positions)
     found = Found()
     found["language_model"] = language_model_alone(config, runtime, repeats)
     found["step"] = step_alone(configs, runtime, repeats)
+    if cached:
+        found["pack_cached"] = pipeline(cached, runtime, folder / "warm")
+        found["cached_share_of_step"] = found["pack_cached"] / found["step"]
     if runtime.device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     found["limit"] = 1 / (1 / found["language_model"] + 1 / found["step"])
     found["pack"] = pipeline(configs, runtime, folder / "pack")
-    peak = torch.cuda.max_memory_allocated() if runtime.device.type == "cuda" else 0
+    if runtime.device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     found["share_of_limit"] = found["pack"] / found["limit"]
-    found["sae_tokens_per_s"] = found["pack"] * members
+    found["sae_tokens_per_s"] = found["pack"] * len(configs) * len(config.saes.sae_positions)
     if alone:
         found["one_by_one"] = pipeline(first, runtime, folder / "alone") / len(configs)
         found["pack_over_one_by_one"] = found["pack"] / found["one_by_one"]
-    if cache:
-        cached = {
-            name: validate_run(
-                {**c.model_dump(mode="json"), "activations": {"cache": str(folder / "cache")}}, "bench_sweep"
-            )
-            for name, c in configs.items()
-        }
-        pipeline(cached, runtime, folder / "cold")
-        found["pack_cached"] = pipeline(cached, runtime, folder / "warm")
-        found["cached_share_of_step"] = found["pack_cached"] / found["step"]
-        if alone:
+        if cached:
             found["pack_cached_over_one_by_one"] = found["pack_cached"] / found["one_by_one"]
-    if runtime.device.type == "cuda":
-        found["peak_gib"] = peak / 2**30
-        found["predicted_gib"] = predicted(list(configs.values())) / 2**30
     return found
 
 
@@ -266,6 +286,8 @@ def show(numbers: dict[str, Any]) -> None:
     """A table of what was measured."""
     table = Table("what", "value", title=f"{numbers['model']} on {numbers['device']}")
     for name, value in numbers.items():
+        if name == "rounds":
+            continue
         table.add_row(name.replace("_", " "), f"{value:,.3g}" if isinstance(value, float) else str(value))
     console.print(table)
 
