@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,35 +130,61 @@ class ActivationCache:
         if cursor:
             self._cursor = dict(cursor)
 
-    def read(self, hook: str, first_slot: int, n: int) -> Tensor:
-        """x_Nd of n consecutive slots, on the CPU, as a copy."""
-        parts = []
-        while n > 0:
-            number, within = divmod(first_slot, self.shard_slots)
-            rows_nTd = self._shard(hook, number)[within : within + n]
-            parts.append(rows_nTd)
-            first_slot, n = first_slot + len(rows_nTd), n - len(rows_nTd)
-        return torch.cat(parts).flatten(0, 1)
+    def read(self, hooks: Sequence[str], slot: int, n: int, *, pin: bool = False) -> dict[str, Tensor]:
+        """x_Nd per hook point of n consecutive slots, as copies on the CPU.
+
+        What is missing is harvested first: only for the thread that may use the language model.
+        """
+        for number in range(slot // self.shard_slots, (slot + n - 1) // self.shard_slots + 1):
+            if any(self._shard(hook, number) is None for hook in hooks):
+                self._fill(number)
+        x = self.peek(hooks, slot, n, pin=pin)
+        if x is None:
+            raise UserError(f"{self.folder}: shards cannot be read back right after they were written")
+        return x
+
+    def peek(self, hooks: Sequence[str], slot: int, n: int, *, pin: bool = False) -> dict[str, Tensor] | None:
+        """As :meth:`read`, but None where something is missing or damaged; never uses the language model."""
+        x: dict[str, Tensor] = {}
+        for hook in hooks:
+            x_nTd = torch.empty(n, self.T, self.widths[hook], dtype=self.dtype, pin_memory=pin)
+            if not self._copy(hook, slot, x_nTd):
+                return None
+            x[hook] = x_nTd.flatten(0, 1)
+        return x
+
+    def _copy(self, hook: str, slot: int, out_nTd: Tensor) -> bool:
+        """Copy consecutive slots to `out_nTd`; False if a shard is missing.
+
+        By numpy: torch's copy would start a second set of OpenMP threads where this runs beside the training.
+        """
+        while len(out_nTd):
+            number, within = divmod(slot, self.shard_slots)
+            shard_nTd = self._shard(hook, number)
+            if shard_nTd is None:
+                return False
+            rows_nTd = shard_nTd[within : within + len(out_nTd)]
+            np.copyto(_bytes(out_nTd[: len(rows_nTd)]), _bytes(rows_nTd))
+            slot, out_nTd = slot + len(rows_nTd), out_nTd[len(rows_nTd) :]
+        return True
 
     def _path(self, hook: str, number: int) -> Path:
         return self.folder / hook.replace("/", "_") / f"{number:06}.safetensors"
 
-    def _shard(self, hook: str, number: int) -> Tensor:
+    def _shard(self, hook: str, number: int) -> Tensor | None:
+        """A shard, verified once and kept open; None where it is missing or damaged."""
         key = (hook, number)
         if key not in self._shards:
             found = self._open(hook, number)
             if found is None:
-                self._fill(number)
-                found = self._open(hook, number)
-            if found is None:
-                raise UserError(f"{self._path(hook, number)}: cannot be read back right after it was written")
+                return None
             self._shards[key] = found
             while len(self._shards) > _OPEN_SHARDS * len(self.widths):
                 self._shards.popitem(last=False)
         return self._shards[key]
 
-    def _open(self, hook: str, number: int) -> Tensor | None:
-        """A shard, mapped into memory; None where it is missing or damaged."""
+    def _open(self, hook: str, number: int, *, tell: bool = False) -> Tensor | None:
+        """A shard, mapped into memory; None where it is missing or, with a warning if asked for, damaged."""
         from safetensors import safe_open
 
         path = self._path(hook, number)
@@ -168,7 +195,8 @@ class ActivationCache:
             if read_metadata(path).get("slots") != [number * self.shard_slots, self._slots(number)]:
                 raise CorruptCheckpoint(f"{path}: holds other samples")
         except CorruptCheckpoint as error:
-            log.warning("%s; it is harvested again", error)
+            if tell:
+                log.warning("%s; it is harvested again", error)
             return None
         with safe_open(path, framework="pt") as file:
             return file.get_tensor("x")
@@ -178,7 +206,7 @@ class ActivationCache:
         from filelock import FileLock
 
         with FileLock(self.folder / f".{number:06}.lock"):
-            missing = [h for h in self.widths if self._open(h, number) is None]
+            missing = [h for h in self.widths if self._open(h, number, tell=True) is None]
             if not missing:
                 return
             first, n = number * self.shard_slots, self._slots(number)
@@ -208,3 +236,8 @@ class ActivationCache:
         parts = [next(self._reader) for _ in range(self.group_slots // micro)]
         self._reader_slot = slot + self.group_slots
         return [p.tokens_bT for p in parts]
+
+
+def _bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory, whatever its dtype (numpy has no bfloat16)."""
+    return tensor.view(torch.uint8).numpy()

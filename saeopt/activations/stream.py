@@ -204,4 +204,5 @@ class ActivationStream:
     def close(self) -> None:
         """Stop reading ahead."""
         self._tokens.close()
+        self._harvester.close()
         self._now = None

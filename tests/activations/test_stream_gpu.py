@@ -31,7 +31,14 @@ def model() -> LanguageModel:
 
 @pytest.mark.parametrize(
     ("settings", "shuffle"),
-    [({"lm_batch_size": 24}, 0), ({"lm_batch_size": 3}, 0), ({"lm_batch_size": 16}, 5 * 8 * 64), ({"cached": True}, 0)],
+    [
+        ({"lm_batch_size": 24}, 0),
+        ({"lm_batch_size": 3}, 0),
+        ({"lm_batch_size": 16}, 5 * 8 * 64),
+        ({"cached": True}, 0),
+        ({"cached": True, "lm_batch_size": 16}, 0),
+        ({"cached": True, "lm_batch_size": 16}, 5 * 8 * 64),
+    ],
 )
 def test_a_slow_consumer_sees_the_right_activations(
     model: LanguageModel, tmp_path: Path, settings: dict[str, object], shuffle: int
@@ -42,7 +49,7 @@ def test_a_slow_consumer_sees_the_right_activations(
     settings = dict(settings)
     activations = {"cache": str(tmp_path / "cache") if settings.pop("cached", False) else "off"}
     data = {
-        "dataset_name": str(tmp_path / "ids.json"), "context_length": 64, "n_eval_samples": 4, "n_train_samples": 240,
+        "dataset_name": str(tmp_path / "ids.json"), "context_length": 64, "n_eval_samples": 4, "n_train_samples": 320,
         "train_batch_size": 8, "shuffle_buffer_tokens": shuffle,
     }  # fmt: skip
     raw = {"tlens_model_path": "x", "lr_schedule": "constant", "data": data, "activations": activations, **settings}
