@@ -94,10 +94,10 @@ def make_saes(case: Case, device: torch.device) -> list[SAE]:
             rows /= rows.norm(dim=-1, keepdim=True)
             sae.W_dec.copy_(rows)
             sae.W_enc.copy_(rows.T * 0.5)
-            asleep = int(case.dead * case.h)
-            if asleep:
-                sae.W_enc[:, :asleep] *= 0.05
-                sae.tokens_since_fired[:asleep] = 10**9
+            asleep = torch.randperm(case.h, generator=generator, device=device)[: int(case.dead * case.h)]
+            sae.W_enc[:, asleep] *= 0.05
+            if len(asleep):
+                sae.tokens_since_fired[asleep] = 10**9
         saes.append(sae)
     return saes
 
