@@ -6,7 +6,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, write_error
@@ -65,17 +65,10 @@ def verify(path: Path) -> None:
     Raises:
         CorruptCheckpoint: names the tensor whose bytes differ.
     """
-    metadata, tensors, start = _header(path)
-    try:
-        sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
-        places = {name: tensors[name]["data_offsets"] for name in sums}
-        if any(not 0 <= begin <= end for begin, end in places.values()):
-            raise ValueError
-    except (KeyError, ValueError, AttributeError, TypeError):
-        raise CorruptCheckpoint(f"{path}: its header is damaged") from None
+    sums, tensors, start = _sums(path)
     with path.open("rb") as file:
         for name, expected in sums.items():
-            begin, end = places[name]
+            begin, end = tensors[name]["data_offsets"]
             file.seek(start + begin)
             found, left = 0, end - begin
             while left:
@@ -85,6 +78,33 @@ def verify(path: Path) -> None:
                 found, left = zlib.crc32(part, found), left - len(part)
             if found != expected:
                 raise CorruptCheckpoint(f"{path}: '{name}' has changed since it was written")
+
+
+def read_tensor(path: Path, name: str, dtype: torch.dtype, pin: bool = False) -> Tensor:
+    """One tensor of a known dtype, read once into memory of its own (pinned, if asked for) and verified there.
+
+    Raises:
+        CorruptCheckpoint: as :func:`verify`.
+    """
+    import torch
+
+    sums, tensors, start = _sums(path)
+    if name not in sums:
+        raise CorruptCheckpoint(f"{path}: holds no '{name}'")
+    begin, end = tensors[name]["data_offsets"]
+    raw = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pin)
+    into = raw.numpy().data
+    with path.open("rb", buffering=0) as file:
+        file.seek(start + begin)
+        done = 0
+        while done < len(into):
+            read = file.readinto(into[done:])
+            if not read:
+                raise CorruptCheckpoint(f"{path}: ends inside '{name}'")
+            done += read
+    if zlib.crc32(into) != sums[name]:
+        raise CorruptCheckpoint(f"{path}: '{name}' has changed since it was written")
+    return raw.view(dtype).view(tensors[name]["shape"])
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -104,7 +124,20 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _header(path: Path) -> tuple[dict[str, str], dict[str, dict[str, list[int]]], int]:
+def _sums(path: Path) -> tuple[dict[str, int], dict[str, Any], int]:
+    """The checksums, the tensors' entries of the header, and where their bytes begin."""
+    metadata, tensors, start = _header(path)
+    try:
+        sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
+        places = [tensors[name]["data_offsets"] for name in sums]
+        if any(not 0 <= begin <= end for begin, end in places):
+            raise ValueError
+    except (KeyError, ValueError, AttributeError, TypeError):
+        raise CorruptCheckpoint(f"{path}: its header is damaged") from None
+    return sums, tensors, start
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:

@@ -2,7 +2,8 @@
 
 A shard holds the activations of some consecutive slots at one hook point, in the language model's own dtype (or
 `activations.dtype`), as a checksummed file that appears whole or not at all. Whoever needs a shard that is not there
-harvests it under a lock and goes on; whoever comes meanwhile waits and reads. Shards are read through memory maps.
+harvests it under a lock and goes on; whoever comes meanwhile waits and reads. Threads read and verify the next shards
+while one is trained on; they never use the language model.
 
 Suffixes: n slots, T positions, N = n·T tokens, d width.
 """
@@ -13,18 +14,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.tensor_file import CorruptCheckpoint, read_metadata, verify, write_tensors
+from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, write_tensors
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
@@ -36,7 +36,10 @@ CACHE_VARIABLE = "SAEOPT_ACTIVATION_CACHE"
 
 SHARD_BYTES = 16 * 2**20
 """A shard is harvested in one go, during which nothing else happens: small enough for some seconds on a CPU."""
-_OPEN_SHARDS = 16
+_AHEAD = 2
+"""Shards per hook point that are read ahead."""
+_READERS = 4
+"""Threads: a reader waits for Python's lock far longer than for the disk while the training thread is busy."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 _NOT_IN_KEY = {"eval_batch_size", "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens"}
 
@@ -95,7 +98,10 @@ class ActivationCache:
         self.shard_slots = groups * group_slots if self._needed is None else min(groups * group_slots, self._needed)
         self.folder = folder / cache_key(config, model, tokens, world, self.dtype, sequences, group_slots)
         self.limit = self._room()
-        self._shards: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
+        self._pin = model.device.type == "cuda"
+        self._shards: dict[tuple[str, int], Tensor] = {}
+        self._coming: dict[tuple[str, int], Future[Tensor | None]] = {}
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="saeopt-cache")
         self._reader: Iterator[TokenBatch] | None = None
         self._reader_slot = -1
         self._cursor: dict[str, Any] = {}
@@ -130,76 +136,63 @@ class ActivationCache:
         if cursor:
             self._cursor = dict(cursor)
 
-    def read(self, hooks: Sequence[str], slot: int, n: int, *, pin: bool = False) -> dict[str, Tensor]:
-        """x_Nd per hook point of n consecutive slots, as copies on the CPU.
+    def read(self, hook: str, first_slot: int, n: int) -> Tensor:
+        """x_Nd of n consecutive slots, on the CPU (pinned for a GPU); not to be written to."""
+        parts = []
+        while n > 0:
+            number, within = divmod(first_slot, self.shard_slots)
+            rows_nTd = self._shard(hook, number)[within : within + n]
+            parts.append(rows_nTd)
+            first_slot, n = first_slot + len(rows_nTd), n - len(rows_nTd)
+        x_nTd = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return x_nTd.flatten(0, 1)
 
-        What is missing is harvested first: only for the thread that may use the language model.
-        """
-        for number in range(slot // self.shard_slots, (slot + n - 1) // self.shard_slots + 1):
-            if any(self._shard(hook, number) is None for hook in hooks):
-                self._fill(number)
-        x = self.peek(hooks, slot, n, pin=pin)
-        if x is None:
-            raise UserError(f"{self.folder}: shards cannot be read back right after they were written")
-        return x
-
-    def peek(self, hooks: Sequence[str], slot: int, n: int, *, pin: bool = False) -> dict[str, Tensor] | None:
-        """As :meth:`read`, but None where something is missing or damaged; never uses the language model."""
-        x: dict[str, Tensor] = {}
-        for hook in hooks:
-            x_nTd = torch.empty(n, self.T, self.widths[hook], dtype=self.dtype, pin_memory=pin)
-            if not self._copy(hook, slot, x_nTd):
-                return None
-            x[hook] = x_nTd.flatten(0, 1)
-        return x
-
-    def _copy(self, hook: str, slot: int, out_nTd: Tensor) -> bool:
-        """Copy consecutive slots to `out_nTd`; False if a shard is missing.
-
-        By numpy: torch's copy would start a second set of OpenMP threads where this runs beside the training.
-        """
-        while len(out_nTd):
-            number, within = divmod(slot, self.shard_slots)
-            shard_nTd = self._shard(hook, number)
-            if shard_nTd is None:
-                return False
-            rows_nTd = shard_nTd[within : within + len(out_nTd)]
-            np.copyto(_bytes(out_nTd[: len(rows_nTd)]), _bytes(rows_nTd))
-            slot, out_nTd = slot + len(rows_nTd), out_nTd[len(rows_nTd) :]
-        return True
+    def close(self) -> None:
+        """Stop the readers after what they are reading; safe to call again."""
+        self._pool.shutdown(cancel_futures=True)
 
     def _path(self, hook: str, number: int) -> Path:
         return self.folder / hook.replace("/", "_") / f"{number:06}.safetensors"
 
-    def _shard(self, hook: str, number: int) -> Tensor | None:
-        """A shard, verified once and kept open; None where it is missing or damaged."""
+    def _shard(self, hook: str, number: int) -> Tensor:
+        """A shard in memory: read ahead, or read now, or harvested first."""
         key = (hook, number)
         if key not in self._shards:
-            found = self._open(hook, number)
+            self._shards = {k: x for k, x in self._shards.items() if k[0] != hook or k[1] == number - 1}
+            coming = self._coming.pop(key, None)
+            found = None if coming is None else coming.result()
             if found is None:
-                return None
+                found = self._open(hook, number)
+            if found is None:
+                self._fill(number)
+                found = self._open(hook, number)
+            if found is None:
+                raise UserError(f"{self._path(hook, number)}: cannot be read back right after it was written")
             self._shards[key] = found
-            while len(self._shards) > _OPEN_SHARDS * len(self.widths):
-                self._shards.popitem(last=False)
+            self._read_ahead(hook, number)
         return self._shards[key]
 
-    def _open(self, hook: str, number: int, *, tell: bool = False) -> Tensor | None:
-        """A shard, mapped into memory; None where it is missing or, with a warning if asked for, damaged."""
-        from safetensors import safe_open
+    def _read_ahead(self, hook: str, number: int) -> None:
+        """Have the shards behind one read, as far as they are there; forget those that nobody came for."""
+        self._coming = {k: f for k, f in self._coming.items() if k[1] >= number}
+        for following in range(number + 1, number + 1 + _AHEAD):
+            key = (hook, following)
+            if key not in self._coming and self._path(*key).is_file():
+                self._coming[key] = self._pool.submit(self._open, *key)
 
+    def _open(self, hook: str, number: int, *, tell: bool = False) -> Tensor | None:
+        """A shard, read and verified; None where it is missing or, with a warning if asked for, damaged."""
         path = self._path(hook, number)
         if not path.is_file():
             return None
         try:
-            verify(path)
             if read_metadata(path).get("slots") != [number * self.shard_slots, self._slots(number)]:
                 raise CorruptCheckpoint(f"{path}: holds other samples")
+            return read_tensor(path, "x", self.dtype, self._pin)
         except CorruptCheckpoint as error:
             if tell:
                 log.warning("%s; it is harvested again", error)
             return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("x")
 
     def _fill(self, number: int) -> None:
         """Harvest and write what is missing of a shard; another process may have been faster."""
@@ -236,8 +229,3 @@ class ActivationCache:
         parts = [next(self._reader) for _ in range(self.group_slots // micro)]
         self._reader_slot = slot + self.group_slots
         return [p.tokens_bT for p in parts]
-
-
-def _bytes(tensor: Tensor) -> np.ndarray:
-    """The tensor's memory, whatever its dtype (numpy has no bfloat16)."""
-    return tensor.view(torch.uint8).numpy()

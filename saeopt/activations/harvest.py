@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from saeopt.activations.masks import keep_tokens
-from saeopt.activations.read_ahead import ReadAhead
 
 if TYPE_CHECKING:
     from saeopt.activations.cache import ActivationCache
@@ -60,11 +59,11 @@ class Harvester:
         sequences: int,
         cache: ActivationCache | None = None,
     ):
+        self.cache = cache
         self.model, self.hooks, self.config = model, list(hooks), config
         self.sequences = sequences
         self._cuda = model.device.type == "cuda"
         self._compiled = self._cuda and config.performance.compile != "off"
-        self._cache = None if cache is None else ReadAhead(cache, pin=self._cuda)
         self._side = torch.cuda.Stream(model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
         self._passes = 0
@@ -83,15 +82,15 @@ class Harvester:
 
     def close(self) -> None:
         """Stop reading the cache ahead."""
-        if self._cache is not None:
-            self._cache.close()
+        if self.cache is not None:
+            self.cache.close()
 
     def _cached(self, group: GroupTokens) -> Iterator[dict[str, Tensor]] | None:
         """x_Nd per hook point of each micro-batch of a group, from the cache; None if it does not go so far."""
-        ahead, hooks = self._cache, list(self.hooks)
-        if ahead is None or not ahead.cache.covers(group.first_slot):
+        cache, hooks = self.cache, list(self.hooks)
+        if cache is None or not cache.covers(group.first_slot):
             return None
-        return (ahead.take(p.first_slot, hooks) for p in group.parts)
+        return ({h: cache.read(h, p.first_slot, len(p.tokens_bT)) for h in hooks} for p in group.parts)
 
     def _fresh(self, tokens_nT: Tensor) -> Iterator[dict[str, Tensor]]:
         """x_Nd per hook point of each pass of the language model."""

@@ -1,4 +1,4 @@
-"""Reading the cache ahead: a thread reads and verifies, the caller's alone uses the model, nothing is left over."""
+"""Reading the cache ahead: threads read and verify, the caller's alone uses the model, nothing is left over."""
 
 from __future__ import annotations
 
@@ -9,34 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 from fake_model import FakeModel
-from test_cache import PER_SLOT, cached, shards, small_shards
+from test_cache import cached, shards, small_shards
 from test_stream import HOOKS, file, open_stream, run_config, same, take
 
 from saeopt.activations import cache as cache_module
-from saeopt.activations import read_ahead
 from saeopt.tensor_file import read_metadata
 
 __all__ = ["file", "small_shards"]
 CONSUMER = threading.current_thread().name
-READER = "saeopt-cache"
-
-
-@pytest.fixture(autouse=True)
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "AHEAD_BYTES", 12 * PER_SLOT)  # six micro-batches, more than a shard
+READERS = "saeopt-cache"
 
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Which thread verified which file."""
+    """Which thread read and verified which file."""
     seen: list[tuple[str, str]] = []
-    plain = cache_module.verify
+    plain = cache_module.read_tensor
 
-    def verify(path: Path) -> None:
+    def read_tensor(path: Path, *rest: object) -> torch.Tensor:
         seen.append((threading.current_thread().name, f"{path.parent.name}/{path.stem}"))
-        plain(path)
+        return plain(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "verify", verify)
+    monkeypatch.setattr(cache_module, "read_tensor", read_tensor)
     return seen
 
 
@@ -47,7 +41,7 @@ def test_only_the_first_shard_is_verified_by_the_consumer(file: Path, tmp_path: 
     assert all(same(a, b) for a, b in zip(take(open_stream(config), 30), wanted, strict=True))
     assert len({name for _, name in verified}) == len(verified) == 2 * 6
     assert {name for thread, name in verified if thread == CONSUMER} == {"a/000000", "b/000000"}
-    assert all(thread.startswith(READER) for thread, name in verified if not name.endswith("000000"))
+    assert all(thread.startswith(READERS) for thread, name in verified if not name.endswith("000000"))
 
 
 def test_the_reader_never_uses_the_model(file: Path, tmp_path: Path):
@@ -89,14 +83,14 @@ def test_what_the_reader_fails_at_is_raised_where_it_is_asked_for(
 ):
     config = cached(run_config(file, n_train_samples=60), tmp_path)
     take(open_stream(config), 30)
-    plain = cache_module.verify
+    plain = cache_module.read_tensor
 
-    def verify(path: Path) -> None:
+    def read_tensor(path: Path, *rest: object) -> torch.Tensor:
         if path.stem.endswith("2"):
             raise OSError(5, "Input/output error", str(path))
-        plain(path)
+        return plain(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cache_module, "verify", verify)
+    monkeypatch.setattr(cache_module, "read_tensor", read_tensor)
     stream = open_stream(config)
     for _ in range(10):
         next(stream)
