@@ -32,6 +32,7 @@ class GpuSparseStack(GpuStack):
         self.aux_coeff: float = config.aux_coeff
         self.windows = self.rows_per_window = self.capacity = 0
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self.side = torch.cuda.Stream(self.device)
         super()._prepare()
 
     def _refresh(self) -> None:
@@ -79,42 +80,46 @@ class GpuSparseStack(GpuStack):
         scale, factor = packed.buffers["scale"], 2 * self.form.mse
         keep = None if keep_N is None else keep_N.to(self.dtype)
         centred, x_stats = self._call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
+        dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
         values, index = kernels_select.select(pre, b_enc, keep, self.k)
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
+        aux = self._aux_gradients(dead, error, centred) if dead is not None else None
         g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(values, index, dots, error, centred, self.h, factor)
+        first = list(packed.slices) == ["b_enc", "b_dec"]
         g_vectors, totals, ratio = self._call(
-            small_sums,
-            error,
-            squares,
-            g_bias,
-            fired,
-            low["W_enc"],
-            self.form.mse,
-            factor,
-            list(packed.slices) == ["b_enc", "b_dec"],
+            small_sums, error, squares, g_bias, fired, low["W_enc"], self.form.mse, factor, first
         )
         grads = {"W_dec": g_dec, "W_enc": g_enc, VECTORS: g_vectors}
         window = {"totals": totals, "fired": fired, "x": x_stats, "ratio": ratio}
-        if self.capacity:
-            self._auxiliary(b_enc, keep, error, centred, grads, ratio)
+        if aux is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.side)
+            ratio[:, 0] = aux.pop("numerator")
+            grads.update(aux)
         return grads, window
 
-    def _auxiliary(
-        self, b_enc: Tensor, keep: Tensor | None, error: Tensor, centred: Tensor, grads: Store, ratio: Tensor
-    ) -> None:
-        since_Mh = self.packed.buffers["tokens_since_fired"]
-        places = self._call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
-        W_enc, W_dec, bias = self._call(of_dead, self.low["W_enc"], self.low["W_dec"], b_enc, places)
-        # a product of their own costs less than to pick them out of all pre-activations
-        f = kernels_select.keep_largest(torch.bmm(centred, W_enc.mT), bias, keep, self.aux_k)
-        g_dec, g_enc, g_bias, g_b_dec, numerator = self._call(
-            aux_gradients, f, error, centred, W_dec, W_enc, places, self.aux_coeff
-        )
-        ratio[:, 0] = numerator
-        grads.update({AUX + "W_dec": g_dec, AUX + "W_enc": g_enc, AUX + "b_enc": g_bias, AUX + "b_dec": g_b_dec})
-        grads[AUX + "places"] = places
+    # The auxiliary loss runs on a stream of its own beside the rest, and most of it finds units that the rest leaves
+    # idle. Each part waits for what the main stream has done so far, so that memory which either stream gives back
+    # is not written to while the other still reads it.
+    def _dead_code(self, centred: Tensor, b_enc: Tensor, keep: Tensor | None) -> tuple[Tensor, ...]:
+        """The auxiliary code (M, N, C), the dead latents' rows of both matrices, and which latents they are."""
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.side):
+            since_Mh = self.packed.buffers["tokens_since_fired"]
+            places = self._call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
+            W_enc, W_dec, bias = self._call(of_dead, self.low["W_enc"], self.low["W_dec"], b_enc, places)
+            # a product of their own costs less than to pick them out of all pre-activations
+            f = kernels_select.keep_largest(torch.bmm(centred, W_enc.mT), bias, keep, self.aux_k)
+        return f, W_dec, W_enc, places
+
+    def _aux_gradients(self, dead: tuple[Tensor, ...], error: Tensor, centred: Tensor) -> Store:
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        f, W_dec, W_enc, places = dead
+        with torch.cuda.stream(self.side):
+            found = self._call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.aux_coeff)
+        names = (AUX + "W_dec", AUX + "W_enc", AUX + "b_enc", AUX + "b_dec", "numerator")
+        return dict(zip(names, found, strict=True)) | {AUX + "places": places}
 
     # ---- the end of a window
     def _settle(self, n: Tensor) -> Tensor:
