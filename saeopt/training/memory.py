@@ -27,8 +27,8 @@ _GPU_PER_SELECTED = (48, 24)
 """Bytes per token and selected latent of the topk step, likewise: values, indices, what sorting takes."""
 _GPU_PER_WIDTH = 6
 """Bytes per token, input and member: x̄, the reconstruction, its error."""
-_GPU_LIBRARIES = 3 * 2**25
-"""Workspaces of the matrix products, one per stream and graph."""
+_GPU_LIBRARIES = 2 * 2**25
+"""Workspaces of the matrix products, one per stream."""
 _CPU_PER_CODE = {"relu": 16.0, "topk": 20.0, "gated": 32.0, "hard_concrete": 48.0, "gated_hard_concrete": 48.0}
 """Bytes per token and latent of the reference step, one member after another."""
 _OTHER = 48.0

@@ -12,7 +12,7 @@ import torch
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
 from saeopt.training.launch import check_processes, out_of_memory
-from saeopt.training.memory import MemberShape, ModelShape, estimate
+from saeopt.training.memory import MemberShape, ModelShape, estimate, gpu_step
 
 LM = ModelShape(parameters=10, vocabulary=100)
 SEED = Path(__file__).resolve().parents[1] / "config" / "seed" / "relu.yaml"
@@ -62,3 +62,42 @@ def test_several_micro_batches_per_window_need_a_sum_of_gradients_on_a_gpu() -> 
     one = MemberShape("a", "relu", 64, 512, 1000)
     assert estimate(config, [one], LM, 4)["weights, gradients, optimiser"] == 20_000
     assert estimate(config, [one], LM, 4, "cpu")["weights, gradients, optimiser"] == 16_000
+
+
+@pytest.mark.parametrize(
+    ("sae_type", "d", "h", "tokens", "members", "measured_gb"),
+    [
+        ("relu", 768, 24576, 4096, 1, 1.257),
+        ("relu", 768, 24576, 32768, 1, 5.881),
+        ("relu", 2304, 65536, 8192, 1, 7.859),
+        ("gated", 768, 24576, 4096, 1, 1.673),
+        ("hard_concrete", 768, 24576, 4096, 1, 2.126),
+        ("gated_hard_concrete", 768, 24576, 4096, 1, 1.673),
+        ("topk", 768, 24576, 4096, 1, 0.918),
+        ("topk", 768, 24576, 32768, 1, 2.635),
+        ("topk", 2304, 65536, 8192, 1, 6.215),
+        ("relu", 768, 24576, 4096, 8, 9.324),
+        ("topk", 768, 24576, 4096, 8, 6.704),
+        ("relu", 64, 2048, 4096, 8, 0.134),
+        ("relu", 64, 2048, 4096, 32, 0.242),
+        ("topk", 64, 2048, 4096, 32, 1.164),
+    ],
+)
+def test_the_step_needs_what_was_measured_on_an_h200(
+    sae_type: str, d: int, h: int, tokens: int, members: int, measured_gb: float
+) -> None:
+    """Peaks that scripts/bench_step.py measured with torch 2.11; it has three batches of bf16 inputs."""
+    n_parameters = (3 if sae_type == "hard_concrete" else 2) * d * h
+    one = MemberShape("a", sae_type, d, h, n_parameters, 64 if sae_type == "topk" else 0)
+    config = load_run_config(SEED, ["gradient_accumulation_steps=1"])
+    weights = estimate(config, [one] * members, LM, 2)["weights, gradients, optimiser"]
+    assert weights + gpu_step([one] * members, tokens) + 6 * tokens * d == pytest.approx(measured_gb * 1e9, rel=0.15)
+
+
+def test_attention_that_is_written_out_and_buffers_count() -> None:
+    config = load_run_config(SEED, ["gradient_accumulation_steps=1", "data.context_length=512", "data.train_batch_size=8"])
+    one = MemberShape("a", "relu", 64, 512, 1000)
+    plain = estimate(config, [one], LM, 2)
+    eager = estimate(config, [one], ModelShape(10, 100, buffer_bytes=7, written_heads=16), 2)
+    assert eager["language model"] - plain["language model"] == 7
+    assert eager["step and harvest"] - plain["step and harvest"] == 6 * 16 * 512 * 32768

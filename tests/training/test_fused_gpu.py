@@ -82,3 +82,19 @@ def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
     one, other = train(stack, data[10:], hyper=HYPER[1:]), train(again, data[10:], hyper=HYPER[1:])
     assert one[-1][0]["loss"] == pytest.approx(other[-1][0]["loss"], rel=1e-4)
     assert one[-1][1]["finite"] == 1.0
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> None:
+    variant = wide(variant)
+    options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
+    data = batches(60, torch.float32, "cuda", slots=64, d=48)
+    first, second = (make_members(variant, 3, torch.float32, "cuda", seed=seed) for seed in (0, 1))
+    stack, again = fused(first, options, [1, 2, 3]), fused(second, options, [1, 2, 3])
+    train(stack, data[:40], hyper=HYPER)
+    for i in range(3):
+        second[i].load_state_dict(first[i].state_dict())
+        again.load_state(i, {k: v.clone() for k, v in stack.state(i).items()})
+    train(stack, data[40:], hyper=HYPER)
+    train(again, data[40:], hyper=HYPER)
+    assert_same_modules(second, first, 0, 0)

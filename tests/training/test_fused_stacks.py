@@ -12,7 +12,7 @@ from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.stacks import make_stack
 from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.stacks.base import EXTRA, Hyper, Stack, StackBatch, StackOptions
 
 D, H, T = 6, 20, 5
 VARIANTS: list[dict[str, Any]] = [
@@ -172,7 +172,9 @@ def test_state_goes_on_exactly_also_in_the_reference(variant: dict[str, Any]) ->
     for i, (state, weights) in enumerate(saved):
         for target, saes in ((again, second), (reference, third)):
             saes[i].load_state_dict(weights)
-            target.load_state(i, state)
+            target.load_state(i, {**state, EXTRA + "norm": torch.ones(first[0].h)})  # a GPU's checkpoint
+            with pytest.raises(ValueError, match="too much or too little"):
+                target.load_state(i, {**state, "more": torch.ones(1)})
     for each in (stack, again, reference):
         train(each, data[5:], hyper=hyper)
     assert_same_modules(second, first, 0, 0)

@@ -55,6 +55,10 @@ class StackOptions:
     """Dtype of the matrix products (bfloat16, float16), or None for the weights' own."""
 
 
+EXTRA = "extra."
+"""Prefix of state that not every kind of stack has: a checkpoint may go on on another device, or with another stack."""
+
+
 class Stack(ABC):
     """Members stepped together. One window: `accumulate` per micro-batch, reduce `sums()` over ranks, `apply`."""
 

@@ -16,7 +16,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import uniform
 from saeopt.training.stacks import adam
-from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.stacks.base import EXTRA, Hyper, Stack, StackBatch, StackOptions
 from saeopt.training.stacks.dense import ARCHITECTURES, Form, Found, Given, run
 from saeopt.training.stacks.packed import VECTORS, Packed, Store
 
@@ -69,22 +69,29 @@ class FusedStack(Stack):
             "x": self._zeros(self.d + 2),  # Σx, Σ‖x‖², number of kept tokens
         }
         self.grads: Store = {}
+        self._seen = [-1] * size
         self._refresh()
 
     def _shares(self, name: str) -> bool:
         return self.low_dtype == self.dtype and not (self.directions and name == "W_dec")
 
-    def _refresh(self) -> None:
-        """Copies of the weights that the passes read, from the weights."""
-        self._seen = self.packed.version(self.saes)
-        W_dec = self.packed.weights["W_dec"]
+    def _refresh(self, rows: slice = slice(None)) -> None:
+        """Copies of some members' weights that the passes read, from the weights."""
+        self._seen[rows] = [self.packed.version(sae) for sae in self.saes[rows]]
+        W_dec = self.packed.weights["W_dec"][rows]
         if self.directions or not self.form.unit:
-            torch.linalg.vector_norm(W_dec, dim=-1, out=self.norm_Mh)
+            torch.linalg.vector_norm(W_dec, dim=-1, out=self.norm_Mh[rows])
         for name, copy in self.low.items():
             if self.directions and name == "W_dec":
-                copy.copy_(W_dec * self._row_factor().unsqueeze(-1))
+                copy[rows] = W_dec * self._row_factor()[rows].unsqueeze(-1)
             elif not self._shares(name):
-                copy.copy_(self.packed.weights[name])
+                copy[rows] = self.packed.weights[name][rows]
+
+    def _refresh_changed(self) -> None:
+        """What was written to from outside."""
+        for i, (sae, seen) in enumerate(zip(self.saes, self._seen, strict=True)):
+            if self.packed.version(sae) != seen:
+                self._refresh(slice(i, i + 1))
 
     def _row_factor(self) -> Tensor:
         """hard_concrete decodes with rows of norm `row_norm`: W_dec times this."""
@@ -93,8 +100,7 @@ class FusedStack(Stack):
     # ---- a micro-batch
     @torch.no_grad()
     def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
-        if self.packed.version(self.saes) != self._seen:
-            self._refresh()
+        self._refresh_changed()
         x_Nd = batch.x_Nd.to(self.dtype) * self.packed.buffers["scale"][0]
         keep_N = None if batch.keep_N is None else batch.keep_N.to(self.dtype)
         self._measure_x(x_Nd, keep_N)
@@ -249,11 +255,12 @@ class FusedStack(Stack):
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         own = self.state(member)
-        if set(own) != set(state):
-            raise ValueError(f"state holds {sorted(set(own) ^ set(state))} too much or too little")
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-        self._refresh()
+        differ = {name for name in set(own) ^ set(state) if not name.startswith(EXTRA)}
+        if differ:
+            raise ValueError(f"state holds {sorted(differ)} too much or too little")
+        self._refresh(slice(member, member + 1))
+        for name in own.keys() & state.keys():
+            own[name].copy_(state[name])
 
     def remove(self, member: int) -> None:
         self.packed.remove(self.saes, member)

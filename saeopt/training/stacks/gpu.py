@@ -17,7 +17,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
 from saeopt.training.stacks import kernels_narrow, kernels_rows
-from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+from saeopt.training.stacks.base import EXTRA, Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
 from saeopt.training.stacks.dense import NARROW, Back, Form, Found, Given, centre, last_sums, relu_sums, run
 from saeopt.training.stacks.fused import PULL, FusedStack
@@ -52,10 +52,35 @@ class GpuStack(FusedStack):
             self.mode = kernels_rows.DIRECTION_UNIT if self.form.unit else kernels_rows.DIRECTION
             self.factor_Mh = self._row_factor().expand_as(self.norm_Mh).contiguous()
 
-    def _refresh(self) -> None:
-        super()._refresh()
+    def _refresh(self, rows: slice = slice(None)) -> None:
+        super()._refresh(rows)
         if self.factor_Mh is not None:
-            self.factor_Mh.copy_(self._row_factor())
+            self.factor_Mh[rows] = self._row_factor()[rows]
+
+    # ---- norms: the step computes them in an order of its own, so that their last bits do not follow from the weights
+    def _norms(self) -> Store:
+        return {"norm": self.norm_Mh} | ({} if self.factor_Mh is None else {"factor": self.factor_Mh})
+
+    def _decode_with(self, rows: slice) -> None:
+        """The decoder that the passes read, from the norms as they are."""
+        if self.factor_Mh is not None:
+            self.low["W_dec"][rows] = self.packed.weights["W_dec"][rows] * self.factor_Mh[rows].unsqueeze(-1)
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        return super().state(member) | {EXTRA + name: norms[member] for name, norms in self._norms().items()}
+
+    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
+        super().load_state(member, state)
+        self._decode_with(slice(member, member + 1))
+
+    def remove(self, member: int) -> None:
+        keep = [i for i in range(len(self.saes)) if i != member]
+        kept = {name: norms[keep] for name, norms in self._norms().items()}
+        super().remove(member)
+        if keep:
+            for name, norms in self._norms().items():
+                norms.copy_(kept[name])
+            self._decode_with(slice(None))
 
     def _upload(self, hyper: Sequence[Hyper], first_slot: int) -> None:
         """Send the step's numbers if they changed. Pinned memory is reused only after its copy has run."""
@@ -67,8 +92,7 @@ class GpuStack(FusedStack):
     # ---- a micro-batch
     @torch.no_grad()
     def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
-        if self.packed.version(self.saes) != self._seen:
-            self._refresh()
+        self._refresh_changed()
         self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
         x_Nd, keep_N = batch.x_Nd, batch.keep_N
         key = ("accumulate", tuple(x_Nd.shape), x_Nd.dtype, keep_N is None, batch.n_slots, *self._key())

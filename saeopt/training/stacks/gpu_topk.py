@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from saeopt.training.stacks import kernels_select, kernels_topk
+from saeopt.training.stacks.base import EXTRA
 from saeopt.training.stacks.gpu import GpuStack, x_sums
 from saeopt.training.stacks.packed import VECTORS, Store
 
 _PERIOD = 32
 AUX = "aux."
+_LOOKOUT = EXTRA + "lookout"
 
 
 class GpuSparseStack(GpuStack):
@@ -33,11 +35,27 @@ class GpuSparseStack(GpuStack):
         self.windows = self.rows_per_window = self.capacity = 0
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
         self.side = torch.cuda.Stream(self.device)
+        self.loaded: dict[int, tuple[int, ...]] = {}
         super()._prepare()
 
-    def _refresh(self) -> None:
-        super()._refresh()
+    def _refresh(self, rows: slice = slice(None)) -> None:
+        super()._refresh(rows)
         self.windows, self.coming = 0, None  # the counters may have been loaded: look again
+
+    def state(self, member: int) -> dict[str, Tensor]:
+        """With the capacity, on which the last bits of the auxiliary products depend, and what sets the next one."""
+        if self.coming is None:
+            return super().state(member)
+        lookout = (self.windows, self.rows_per_window, self.capacity, self._bound())
+        return super().state(member) | {_LOOKOUT: torch.tensor(lookout, device=self.device)}
+
+    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
+        super().load_state(member, state)
+        self.loaded[member] = tuple(state[_LOOKOUT].tolist()) if _LOOKOUT in state else ()
+        found = set(self.loaded.values())
+        if len(self.loaded) == len(self.saes) and len(found) == 1 and found != {()}:  # members of one stack again
+            self.windows, self.rows_per_window, self.capacity, bound = found.pop()
+            self._send(torch.tensor(bound, device=self.device))
 
     def _key(self) -> tuple[int, ...]:
         if self.micro_batches == 0:
@@ -58,18 +76,23 @@ class GpuSparseStack(GpuStack):
     def _send_bound(self) -> None:
         world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         soon = (2 * _PERIOD + 1) * self.rows_per_window * world
-        bound = (self.packed.buffers["tokens_since_fired"] + soon >= self.options.dead_after_tokens).sum(-1).max()
+        self._send((self.packed.buffers["tokens_since_fired"] + soon >= self.options.dead_after_tokens).sum(-1).max())
+
+    def _send(self, bound: Tensor) -> None:
         pinned = torch.empty((), dtype=bound.dtype, pin_memory=True)
         pinned.copy_(bound, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self.coming = (pinned, event)
 
-    def _read_bound(self) -> None:
+    def _bound(self) -> int:
         assert self.coming is not None
         pinned, event = self.coming
         event.synchronize()  # sent a period ago: waits only after a start
-        bound = int(pinned)
+        return int(pinned)
+
+    def _read_bound(self) -> None:
+        bound = self._bound()
         step = max(64, 2 ** max(0, bound.bit_length() - 3))
         self.capacity = min(self.h, -(-bound // step) * step)
 

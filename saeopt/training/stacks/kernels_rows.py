@@ -100,9 +100,9 @@ def _adam(
             else:
                 inverse = 1.0 / tl.maximum(norm, 1e-12)
                 row_norm = 1.0
+                one = tl.full([R], 1.0, tl.float32)
                 if MODE >= 2:
                     row_norm = tl.load(row_norm_ptr + member)
-                    one = tl.full([R], 1.0, tl.float32)
                     if MODE == 3:
                         tl.store(factor_ptr + r, one * row_norm, mask=rm)
                         tl.store(norm_ptr + r, one, mask=rm)
@@ -113,11 +113,14 @@ def _adam(
                     c = c0 + tl.arange(0, C)
                     mask = rm[:, None] & (c < D)[None, :]
                     at = base + c[None, :]
-                    w = tl.load(w_ptr + at, mask=mask, other=0.0) * inverse[:, None]
+                    w = tl.load(w_ptr + at, mask=mask, other=0.0)
+                    factor = inverse * row_norm
                     if MODE != 2:
+                        w = w * inverse[:, None]
                         tl.store(w_ptr + at, w, mask=mask)
+                        factor = one * row_norm
                     if LOW:
-                        tl.store(low_ptr + at, w * row_norm, mask=mask)
+                        tl.store(low_ptr + at, w * factor[:, None], mask=mask)
 
 
 @triton.jit

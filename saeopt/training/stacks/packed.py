@@ -82,6 +82,6 @@ class Packed:
         self.attach([saes[i] for i in keep])
 
     @staticmethod
-    def version(saes: Sequence[SAE]) -> int:
+    def version(sae: SAE) -> int:
         """Grows when a module's parameter is written to (a checkpoint is loaded), not when the stack steps."""
-        return sum(parameter._version for sae in saes for parameter in sae.parameters())
+        return sum(parameter._version for parameter in sae.parameters())
