@@ -36,8 +36,6 @@ CACHE_VARIABLE = "SAEOPT_ACTIVATION_CACHE"
 
 SHARD_BYTES = 16 * 2**20
 """A shard is harvested in one go, during which nothing else happens: small enough for some seconds on a CPU."""
-_AHEAD = 2
-"""Shards per hook point that are read ahead."""
 _READERS = 4
 """Threads: a reader waits for Python's lock far longer than for the disk while the training thread is busy."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -158,7 +156,7 @@ class ActivationCache:
         """A shard in memory: read ahead, or read now, or harvested first."""
         key = (hook, number)
         if key not in self._shards:
-            self._shards = {k: x for k, x in self._shards.items() if k[0] != hook or k[1] == number - 1}
+            self._shards = {k: x for k, x in self._shards.items() if k[0] != hook}
             coming = self._coming.pop(key, None)
             found = None if coming is None else coming.result()
             if found is None:
@@ -175,7 +173,8 @@ class ActivationCache:
     def _read_ahead(self, hook: str, number: int) -> None:
         """Have the shards behind one read, as far as they are there; forget those that nobody came for."""
         self._coming = {k: f for k, f in self._coming.items() if k[1] >= number}
-        for following in range(number + 1, number + 1 + _AHEAD):
+        large = cache_bytes(self.shard_slots, self.T, [self.widths[hook]], self.dtype) > SHARD_BYTES  # one whole group
+        for following in range(number + 1, number + (2 if large else 3)):
             key = (hook, following)
             if key not in self._coming and self._path(*key).is_file():
                 self._coming[key] = self._pool.submit(self._open, *key)

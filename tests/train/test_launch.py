@@ -95,7 +95,8 @@ def test_the_step_needs_what_was_measured_on_an_h200(
 
 
 def test_attention_that_is_written_out_and_buffers_count() -> None:
-    config = load_run_config(SEED, ["gradient_accumulation_steps=1", "data.context_length=512", "data.train_batch_size=8"])
+    settings = ["gradient_accumulation_steps=1", "data.context_length=512", "data.train_batch_size=8"]
+    config = load_run_config(SEED, settings)
     one = MemberShape("a", "relu", 64, 512, 1000)
     plain = estimate(config, [one], LM, 2)
     eager = estimate(config, [one], ModelShape(10, 100, buffer_bytes=7, written_heads=16), 2)
