@@ -161,6 +161,8 @@ class RunConfig(StrictModel):
                 "'tlens_model_path': TransformerLens .pt files cannot be read any more; "
                 "give the Hugging Face directory of the model (save_pretrained of the original weights)"
             )
+        if self.data.prepend_bos and self.data.context_length < 2:
+            raise ValueError("'data.context_length': must be above 1: 'data.prepend_bos' takes one token of it")
         n = self.data.n_train_samples
         if self.lr_schedule == "cosine" and n is None:
             raise ValueError("'lr_schedule: cosine' needs 'data.n_train_samples'")

@@ -128,6 +128,7 @@ def test_one_hook_point_may_stand_without_a_list(base: dict[str, Any]) -> None:
         ({"warmup_samples": 500_000}, ["'warmup_samples' (500000)", "'data.n_train_samples' (400000)"]),
         ({"lr_schedule": "linear", "cooldown_samples": 390_000}, ["'cooldown_samples' (390000)"]),
         ({"cooldown_samples": 5}, ["'cooldown_samples'", "linear"]),
+        ({"data.prepend_bos": True, "data.context_length": 1}, ["'data.context_length'", "above 1"]),
         ({"saes.sae_type": "hard_concrete", "saes.beta_annealing": True}, ["'beta_annealing' needs 'final_beta'"]),
         ({"saes.sae_type": "gated_hard_concrete", "saes.beta_annealing": True}, ["needs 'final_beta'"]),
         ({"saes.retrain_saes": False}, ["'pretrained_sae_paths'"]),
@@ -151,7 +152,12 @@ def _error_anywhere(base: dict[str, Any], changes: dict[str, Any]) -> str:
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("lr: [1\nx", encoding="utf-8")
     (tmp_path / "list.yaml").write_text("- 1", encoding="utf-8")
-    for name, part in [("none.yaml", "no such file"), ("broken.yaml", "line"), ("list.yaml", "key: value")]:
+    (tmp_path / "twice.yaml").write_text("lr: 1\ndata: {}\nlr: 2\n", encoding="utf-8")
+    (tmp_path / "inner.yaml").write_text("data:\n  seed: 1\n  seed: 2\n", encoding="utf-8")
+    for name, part in [
+        ("none.yaml", "no such file"), ("broken.yaml", "line"), ("list.yaml", "key: value"),
+        ("twice.yaml", "line 3: 'lr' stands twice"), ("inner.yaml", "line 3: 'seed' stands twice"),
+    ]:  # fmt: skip
         with pytest.raises(UserError, match=part) as raised:
             load_run_config(tmp_path / name)
         assert name in str(raised.value)
