@@ -104,7 +104,10 @@ def read_tensor(path: Path, name: str, dtype: torch.dtype, pin: bool = False) ->
             done += read
     if zlib.crc32(into) != sums[name]:
         raise CorruptCheckpoint(f"{path}: '{name}' has changed since it was written")
-    return raw.view(dtype).view(tensors[name]["shape"])
+    try:
+        return raw.view(dtype).view(tensors[name]["shape"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"{path}: its header is damaged: {error}") from None
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -132,7 +135,7 @@ def _sums(path: Path) -> tuple[dict[str, int], dict[str, Any], int]:
         places = [tensors[name]["data_offsets"] for name in sums]
         if any(not 0 <= begin <= end for begin, end in places):
             raise ValueError
-    except (KeyError, ValueError, AttributeError, TypeError):
+    except (KeyError, ValueError, AttributeError, TypeError, IndexError):
         raise CorruptCheckpoint(f"{path}: its header is damaged") from None
     return sums, tensors, start
 
@@ -149,7 +152,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     if size != 8 + length + end:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {size} bytes instead of {8 + length + end}")

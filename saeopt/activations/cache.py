@@ -156,7 +156,7 @@ class ActivationCache:
         """A shard in memory: read ahead, or read now, or harvested first."""
         key = (hook, number)
         if key not in self._shards:
-            self._shards = {k: x for k, x in self._shards.items() if k[0] != hook}
+            self._shards = {k: x for k, x in self._shards.items() if k[0] != hook and k[1] >= number - 1}
             coming = self._coming.pop(key, None)
             found = None if coming is None else coming.result()
             if found is None:
@@ -188,10 +188,10 @@ class ActivationCache:
             if read_metadata(path).get("slots") != [number * self.shard_slots, self._slots(number)]:
                 raise CorruptCheckpoint(f"{path}: holds other samples")
             return read_tensor(path, "x", self.dtype, self._pin)
-        except CorruptCheckpoint as error:
+        except (UserError, FileNotFoundError) as error:  # damaged, or gone since we looked
             if tell:
                 log.warning("%s; it is harvested again", error)
-            return None
+        return None
 
     def _fill(self, number: int) -> None:
         """Harvest and write what is missing of a shard; another process may have been faster."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saeopt.activations.masks import keep_tokens
+from saeopt.streams import side_stream
 
 if TYPE_CHECKING:
     from saeopt.activations.cache import ActivationCache
@@ -64,7 +65,7 @@ class Harvester:
         self.sequences = sequences
         self._cuda = model.device.type == "cuda"
         self._compiled = self._cuda and config.performance.compile != "off"
-        self._side = torch.cuda.Stream(model.device) if self._cuda else None
+        self._side = side_stream("harvest", model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
         self._passes = 0
         self._owed = 0.0

@@ -32,6 +32,13 @@ def _whole(value: object) -> object:
     return value
 
 
+def word(value: object, true: str | None, false: str) -> object:
+    """YAML reads on, yes, off and no as booleans where a word is meant (`true` None: no word)."""
+    if value is False:
+        return false
+    return true if value is True and true is not None else value
+
+
 def _number(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")

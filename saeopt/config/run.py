@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, StrictModel, Text
+from saeopt.config.base import Float, Int, StrictModel, Text, word
 from saeopt.config.saes import SAEConfig
 
 PositiveInt = Annotated[Int, Field(gt=0)]
@@ -73,6 +73,11 @@ class ActivationsConfig(StrictModel):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     """Stored precision; auto: the language model's, which changes no result."""
 
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return word(value, None, "off")
+
 
 class PerformanceConfig(StrictModel):
     """The `performance:` section. The defaults are right; results do not depend on it beyond rounding."""
@@ -83,6 +88,11 @@ class PerformanceConfig(StrictModel):
     """Fuse elementwise stages with torch.compile; auto: on a GPU."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the step as a CUDA graph; auto: on a GPU."""
+
+    @field_validator("compile", "graphs", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: object) -> object:
+        return word(value, "on", "off")
 
 
 class RunConfig(StrictModel):
@@ -146,6 +156,11 @@ class RunConfig(StrictModel):
     """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no(cls, value: object) -> object:
+        return word(value, None, "no")
 
     @field_validator("wandb_tags", "trackers", mode="before")
     @classmethod

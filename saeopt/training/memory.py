@@ -83,7 +83,7 @@ def estimate(
     activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
     per_token = lm_bytes * _LAYER_COPIES * max(widths.values())
     passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
-    step = gpu_step(members, micro) if on_gpu else _cpu_step(config, members, micro)
+    step = gpu_step(members, micro, _gpu_products(config)) if on_gpu else _cpu_step(config, members, micro)
     logits = _evaluation(config, lm.vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
     accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {
@@ -95,19 +95,30 @@ def estimate(
     }
 
 
-def gpu_step(members: list[MemberShape], tokens: int) -> int:
+def _gpu_products(config: RunConfig) -> int:
+    """Bytes of a number in the fused step's products; 0 where the step is the reference."""
+    if config.performance.stack == "reference" or config.mixed_precision == "fp16":
+        return 0
+    return 4 if config.mixed_precision == "no" else 2
+
+
+def gpu_step(members: list[MemberShape], tokens: int, product_bytes: int = 2) -> int:
     """What the largest stack takes besides its gradients: stacks run one after another and share their memory.
 
-    The step needs most either behind the code's gradient, before there are any of the weights, or at its end.
+    The step needs most either behind the code's gradient, before there are any of the weights, or at its end. Dead
+    latents are not counted: each per cent of them takes about 0.08 bytes more per token, latent and topk member.
     """
+    if product_bytes == 0:  # one member after another
+        return int(max(tokens * (_OTHER * m.h + 16 * m.d) for m in members)) + _GPU_LIBRARIES
     stacks: dict[tuple[str, str, int, int], list[float]] = {}
     for m in members:
         stack = stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), [0.0, 0.0])
         per_code = _GPU_PER_CODE.get(m.sae_type, (_OTHER, _OTHER))
-        if m.sae_type == "relu" and m.d <= NARROW:
+        if m.sae_type == "relu" and m.d <= NARROW and product_bytes == 2:
             per_code = (0.0, 0.0)  # its kernels keep the code to themselves
         for i in range(2):
-            stack[i] += tokens * (per_code[i] * m.h + _GPU_PER_SELECTED[i] * m.k + _GPU_PER_WIDTH * m.d)
+            dense = (per_code[i] * m.h + _GPU_PER_WIDTH * m.d) * product_bytes / 2
+            stack[i] += tokens * (dense + _GPU_PER_SELECTED[i] * m.k)
         stack[0] -= _GRADIENT * m.n_parameters
     return int(max(max(both) for both in stacks.values())) + _GPU_LIBRARIES
 

@@ -124,3 +124,16 @@ def test_closing_leaves_no_thread_behind(file: Path, tmp_path: Path):
     stream.close()
     assert set(threading.enumerate()) <= before
     assert torch.equal(batch.x["a"], copy)
+
+
+def test_a_shard_with_any_damaged_byte_is_harvested_again_or_right(file: Path, tmp_path: Path):
+    config = cached(run_config(file, n_train_samples=20), tmp_path)
+    wanted = take(open_stream(config), 10)
+    shard = next(p for p in shards(tmp_path) if p.parent.name == "a")
+    content = shard.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in range(0, header, 7):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << at % 8
+        shard.write_bytes(damaged)
+        assert all(same(a, b) for a, b in zip(take(open_stream(config), 3), wanted, strict=False)), at

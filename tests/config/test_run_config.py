@@ -94,6 +94,20 @@ def test_numbers_are_read_as_people_write_them(base: dict[str, Any], text: str, 
     assert type(read) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("mixed_precision: no", "no"), ("performance: {compile: off}", "off"), ("performance: {graphs: on}", "on"),
+        ("activations: {cache: off}", "off"),
+    ],
+)  # fmt: skip
+def test_words_that_yaml_takes_for_booleans(base: dict[str, Any], text: str, value: str) -> None:
+    given = yaml.safe_load(text)
+    found = validate_run({**base, **given}, "run.yaml").model_dump()
+    [(field, inner)] = given.items()
+    assert (found[field][next(iter(inner))] if isinstance(inner, dict) else found[field]) == value
+
+
 def test_one_hook_point_may_stand_without_a_list(base: dict[str, Any]) -> None:
     assert validate_run(apply_overrides(base, {"saes.sae_positions": "a"}), "x").saes.sae_positions == ["a"]
 

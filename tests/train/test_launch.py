@@ -102,3 +102,14 @@ def test_attention_that_is_written_out_and_buffers_count() -> None:
     eager = estimate(config, [one], ModelShape(10, 100, buffer_bytes=7, written_heads=16), 2)
     assert eager["language model"] - plain["language model"] == 7
     assert eager["step and harvest"] - plain["step and harvest"] == 6 * 16 * 512 * 32768
+
+
+def test_a_narrow_relu_code_counts_where_the_fast_kernels_do_not_run() -> None:
+    one = MemberShape("a", "relu", 64, 3200, 1000)
+    need = {}
+    for name, settings in {"bf16": [], "float32": ["mixed_precision=no"], "fp16": ["mixed_precision=fp16"]}.items():
+        config = load_run_config(SEED, ["data.context_length=512", "data.train_batch_size=16", *settings])
+        need[name] = estimate(config, [one], LM, 2)["step and harvest"]
+    code = 16 * 512 * 3200
+    assert need["float32"] - need["bf16"] > 11 * code
+    assert need["fp16"] - need["bf16"] > 40 * code

@@ -21,7 +21,7 @@ from saeopt.training.stacks.base import EXTRA, Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
 from saeopt.training.stacks.dense import NARROW, Back, Form, Found, Given, centre, last_sums, relu_sums, run
 from saeopt.training.stacks.fused import PULL, FusedStack
-from saeopt.training.stacks.graphs import Graphs
+from saeopt.training.stacks.graphs import APPLY, Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
 
 
@@ -177,7 +177,7 @@ class GpuStack(FusedStack):
         if self.replayed is None:
             self._finish()
         else:
-            self.graphs(("apply", self.replayed), self._finish)
+            self.graphs((APPLY, self.replayed), self._finish)
         self.grads, self.window, self.replayed = {}, {}, None
         self.micro_batches, self.wide = 0, False
         self.rows_per_window, self.rows = max(self.rows_per_window, self.rows), 0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from saeopt.streams import side_stream
 from saeopt.training.stacks import kernels_select, kernels_topk
 from saeopt.training.stacks.base import EXTRA
 from saeopt.training.stacks.gpu import GpuStack, x_sums
@@ -34,7 +35,7 @@ class GpuSparseStack(GpuStack):
         self.aux_coeff: float = config.aux_coeff
         self.windows = self.rows_per_window = self.capacity = 0
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
-        self.side = torch.cuda.Stream(self.device)
+        self.side = side_stream("auxiliary loss", self.device)
         self.loaded: dict[int, tuple[int, ...]] = {}
         super()._prepare()
 
@@ -46,15 +47,16 @@ class GpuSparseStack(GpuStack):
         """With the capacity, on which the last bits of the auxiliary products depend, and what sets the next one."""
         if self.coming is None:
             return super().state(member)
-        lookout = (self.windows, self.rows_per_window, self.capacity, self._bound())
+        lookout = (_world(), self.windows, self.rows_per_window, self.capacity, self._bound())
         return super().state(member) | {_LOOKOUT: torch.tensor(lookout, device=self.device)}
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         super().load_state(member, state)
         self.loaded[member] = tuple(state[_LOOKOUT].tolist()) if _LOOKOUT in state else ()
         found = set(self.loaded.values())
-        if len(self.loaded) == len(self.saes) and len(found) == 1 and found != {()}:  # members of one stack again
-            self.windows, self.rows_per_window, self.capacity, bound = found.pop()
+        first = self.loaded[member][:1]
+        if len(self.loaded) == len(self.saes) and len(found) == 1 and first == (_world(),):  # the same stack again
+            _, self.windows, self.rows_per_window, self.capacity, bound = found.pop()
             self._send(torch.tensor(bound, device=self.device))
 
     def _key(self) -> tuple[int, ...]:
@@ -68,14 +70,17 @@ class GpuSparseStack(GpuStack):
         if self.windows < 2:  # what is dead now; then, as the size of a window is known, what can be soon
             self._send_bound()
             self._read_bound()
-        elif self.windows % _PERIOD == 0:
+        elif self.windows % self._period() == 0:
             self._read_bound()
             self._send_bound()
         self.windows += 1
 
+    def _period(self) -> int:
+        """Windows between two looks: fewer where latents count as dead soon, or all would be near it all the time."""
+        return max(1, min(_PERIOD, self.options.dead_after_tokens // (8 * max(1, self.rows_per_window * _world()))))
+
     def _send_bound(self) -> None:
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        soon = (2 * _PERIOD + 1) * self.rows_per_window * world
+        soon = (2 * self._period() + 1) * self.rows_per_window * _world()
         self._send((self.packed.buffers["tokens_since_fired"] + soon >= self.options.dead_after_tokens).sum(-1).max())
 
     def _send(self, bound: Tensor) -> None:
@@ -161,6 +166,10 @@ class GpuSparseStack(GpuStack):
             grads[AUX + "W_enc"],
         )
         return value_M
+
+
+def _world() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def join_vectors(

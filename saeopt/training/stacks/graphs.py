@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from saeopt.console import log
 
+APPLY = "apply"
+"""Keys (APPLY, key) belong to functions that read the outputs of the graph with that key."""
 _WARM_CALLS = 2
+_MOST = 6
+"""Graphs of one owner: each keeps its outputs, and a key may depend on a number that drifts."""
+_retired: list[torch.cuda.CUDAGraph] = []
+"""Graphs that are not replayed any more. Some versions of torch free a graph's workspaces with it although other
+graphs, captured on the same stream, still use them (pytorch#193402): they go when nothing is captured."""
 
 
 @cache
@@ -36,13 +44,27 @@ class Graphs:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
+        if not any(owner.captured for owner in _owners):
+            _retired.clear()
+        _owners.add(self)
         self.calls: dict[Hashable, int] = {}
         self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any]] = {}
 
     def clear(self) -> None:
         """Forget every graph."""
         self.calls.clear()
-        self.captured.clear()
+        while self.captured:
+            self._forget(next(iter(self.captured)))
+
+    def __del__(self) -> None:
+        if self.captured:
+            self.clear()
+
+    def _forget(self, key: Hashable) -> None:
+        """A graph goes, and with it the one that reads its outputs."""
+        for gone in (key, (APPLY, key)):
+            if gone in self.captured:
+                _retired.append(self.captured.pop(gone)[0])
 
     def __call__(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
         """The function's outputs; see :meth:`is_captured` for how long they live."""
@@ -77,4 +99,9 @@ class Graphs:
             torch.cuda.synchronize()
             return False
         self.captured[key] = (graph, own, outputs)
+        if len(self.captured) > _MOST:
+            self._forget(next(k for k in self.captured if k != key and (APPLY, k) != key))
         return True
+
+
+_owners: WeakSet[Graphs] = WeakSet()

@@ -59,7 +59,8 @@ def _places(key, lo, hi, above, K: tl.constexpr):
     tie = ((key >= lo) & (key < hi)).to(tl.int32)
     rank = tl.cumsum(sure + (tie << 16), 0)
     place = tl.where(sure > 0, (rank & 0xFFFF) - 1, above + (rank >> 16) - 1)
-    return ((sure > 0) | (tie > 0)) & (place < K), place
+    # with 32768 ties the upper half wraps to a negative place; those before it fill K
+    return ((sure > 0) | (tie > 0)) & (place >= 0) & (place < K), place
 
 
 @triton.jit
