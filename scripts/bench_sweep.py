@@ -170,7 +170,9 @@ def main(
     model: Annotated[str, typer.Option(help="gpt2-small, tinystories-1m, tiny, or a model directory.")] = "tiny",
     hooks: Annotated[str, typer.Option(help="Hook points, comma-separated.")] = "blocks.2.hook_resid_pre",
     sae_type: Annotated[str, typer.Option(help="Architecture of the trials.")] = "relu",
-    trials: Annotated[int, typer.Option(min=1, help="Trials of the sweep, each with a λ (or k) of its own.")] = 8,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials of the sweep, each with its own learning rate (and λ).")
+    ] = 8,
     ratio: Annotated[float, typer.Option(help="Dictionary width / model width.")] = 8.0,
     context: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 8,

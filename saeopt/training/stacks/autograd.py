@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
 from saeopt.saes.noise import uniform
-from saeopt.training.stacks.base import EXTRA, Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions, check_names
 
 _GROWTH_STEPS = 2000  # float16: the loss scale doubles after so many finite steps (torch.amp.GradScaler's default)
 _START_SCALE = 2.0**12
@@ -43,9 +43,7 @@ class AutogradStack(Stack):
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         own = self.members[member].state
-        differ = {name for name in set(own) ^ set(state) if not name.startswith(EXTRA)}
-        if differ:
-            raise ValueError(f"state holds {sorted(differ)} too much or too little")
+        check_names(own, state)
         for name, tensor in own.items():
             tensor.copy_(state[name])
 

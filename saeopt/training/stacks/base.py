@@ -59,6 +59,13 @@ EXTRA = "extra."
 """Prefix of state that not every kind of stack has: a checkpoint may go on on another device, or with another stack."""
 
 
+def check_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Refuse state of another architecture; extras may be missing or too much."""
+    differ = sorted(name for name in own.keys() ^ state.keys() if not name.startswith(EXTRA))
+    if differ:
+        raise ValueError(f"state holds {differ} too much or too little")
+
+
 class Stack(ABC):
     """Members stepped together. One window: `accumulate` per micro-batch, reduce `sums()` over ranks, `apply`."""
 

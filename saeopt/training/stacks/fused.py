@@ -16,7 +16,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import uniform
 from saeopt.training.stacks import adam
-from saeopt.training.stacks.base import EXTRA, Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions, check_names
 from saeopt.training.stacks.dense import ARCHITECTURES, Form, Found, Given, run
 from saeopt.training.stacks.packed import VECTORS, Packed, Store
 
@@ -255,9 +255,7 @@ class FusedStack(Stack):
 
     def load_state(self, member: int, state: dict[str, Tensor]) -> None:
         own = self.state(member)
-        differ = {name for name in set(own) ^ set(state) if not name.startswith(EXTRA)}
-        if differ:
-            raise ValueError(f"state holds {sorted(differ)} too much or too little")
+        check_names(own, state)
         self._refresh(slice(member, member + 1))
         for name in own.keys() & state.keys():
             own[name].copy_(state[name])

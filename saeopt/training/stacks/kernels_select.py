@@ -64,6 +64,17 @@ def _places(key, lo, hi, above, K: tl.constexpr):
 
 
 @triton.jit
+def _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, BIAS: tl.constexpr, KEEP: tl.constexpr):
+    """relu(pre + bias) at columns c of a row, 0 where it is masked; without BIAS relu(pre)."""
+    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
+    if KEEP:
+        value *= tl.load(keep_ptr + row % N)
+    return tl.where(mask & (value > 0), value, 0.0)
+
+
+@triton.jit
 def _groups(
     pre_ptr, bias_ptr, keep_ptr, best_ptr, groups_ptr, N, W, blocks, total,
     KEEP: tl.constexpr, K: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -119,11 +130,7 @@ def _survivors(
     group = tl.load(groups_ptr + row * CAP + j // G)
     c = group * G + j % G
     mask = group >= 0
-    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
-    if KEEP:
-        value *= tl.load(keep_ptr + row % N)
-    value = tl.where(mask & (value > 0), value, 0.0)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, True, KEEP)
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
     lo, hi, _, above = _threshold(key, tl.max(key, 0), K, K)
     taken, place = _places(key, lo, hi, above, K)
@@ -142,12 +149,7 @@ def _select(
     segments = tl.num_programs(1)
     c = segment * B + tl.arange(0, B)
     mask = c < W
-    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
-    if FIRST:
-        value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
-        if KEEP:
-            value *= tl.load(keep_ptr + row % N)
-    value = tl.where(mask & (value > 0), value, 0.0)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, FIRST, KEEP)
     # places past the end lose every tie
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
     lo, hi, _, above = _threshold(key, tl.max(key, 0), K, K)
@@ -168,11 +170,7 @@ def _keep_largest(
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, B)
     mask = c < W
-    value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
-    if KEEP:
-        value *= tl.load(keep_ptr + row % N)
-    value = tl.where(mask & (value > 0), value, 0.0)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, True, KEEP)
     if not ALL:
         key = value.to(tl.int32, bitcast=True)
         lo, hi, below, above = _threshold(key, tl.max(key, 0), K, K)
