@@ -23,11 +23,13 @@ import typer
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
+from saeopt.errors import UserError, run_cli
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.stacks import make_stack
 from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GPU_CASES = [
     "relu:768:24576:4096:1",
     "relu:768:24576:32768:1",
@@ -66,11 +68,15 @@ class Case:
     def parse(cls, text: str) -> Case:
         """From architecture:d:h:batch:members[:k[:dead share]]."""
         name, *numbers = text.split(":")
-        if not 4 <= len(numbers) <= 6:
-            raise typer.BadParameter(f"'{text}' is not architecture:d:h:batch:members[:k[:dead share]]")
-        d, h, batch, members = map(int, numbers[:4])
-        k = int(numbers[4]) if len(numbers) > 4 else 64 if name == "topk" else None
-        return cls(name, d, h, batch, members, k, float(numbers[5]) if len(numbers) > 5 else 0.0)
+        try:
+            d, h, batch, members = map(int, numbers[:4])
+            usual = ["64" if name == "topk" else "0", "0"]
+            k, dead = numbers[4:] + usual[len(numbers) - 4 :]
+            case = cls(name, d, h, batch, members, int(k) or None, float(dead))
+        except ValueError:
+            raise UserError(f"--case {text}: must be architecture:d:h:batch:members[:k[:dead share]]") from None
+        get_sae(name)  # a name that nobody knows is told before anything is timed
+        return case
 
     @property
     def flops_per_token(self) -> float:
@@ -207,6 +213,7 @@ def _self_time(event: Any, device: torch.device) -> float:
     return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
 
 
+@app.command()
 def main(
     case: Annotated[list[str] | None, typer.Option(help="architecture:d:h:batch:members[:k[:dead share]]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU where there is one")] = "auto",
@@ -218,14 +225,15 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
 ) -> None:
     """Time the training step."""
+    asked = {text: Case.parse(text) for text in case or ()}
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     performance = {"compile": compile, "graphs": graphs}
     peak = peak_tflops(where)
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{name}, torch {torch.__version__}, peak {peak:.1f} TFLOP/s")
     results = []
-    for text in case or (GPU_CASES if where.type == "cuda" else CPU_CASES):
-        one = Case.parse(text)
+    usual = GPU_CASES if where.type == "cuda" else CPU_CASES
+    for text, one in (asked or {text: Case.parse(text) for text in usual}).items():
         count = steps or (40 if where.type == "cuda" else 5)
         row = run(one, "fused", where, performance, count)
         row["share_of_peak"] = row["tflops"] / peak
@@ -253,4 +261,4 @@ def _line(text: str, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_cli(app)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_step.py"
 
 
@@ -20,3 +22,13 @@ def test_it_times_both_stacks_and_writes_json(tmp_path: Path) -> None:
     assert [case["sae_type"] for case in found["cases"]] == ["relu", "topk"]
     assert all(case["ms"] > 0 and case["ratio"] > 0 and case["finite"] == 1.0 for case in found["cases"])
     assert found["cases"][0]["sae_tokens_per_s"] == 2 * found["cases"][0]["tokens_per_s"]
+
+
+@pytest.mark.parametrize(
+    ("case", "part"), [("relu:1:2", "--case relu:1:2"), ("no:1:2:3:4", "unknown architecture 'no'")]
+)
+def test_a_case_that_is_none_is_one_line(case: str, part: str) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--case", case], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert part in done.stderr
