@@ -115,10 +115,12 @@ def test_hook_points_that_leave_are_read_ahead_no_longer(file: Path, tmp_path: P
 
 def test_closing_leaves_no_thread_behind(file: Path, tmp_path: Path):
     config = cached(run_config(file, n_train_samples=60), tmp_path)
+    take(open_stream(config), 30)
     before = set(threading.enumerate())
     stream = open_stream(config)
     for _ in range(7):
         batch = next(stream)
+    assert any(thread.name.startswith(READERS) for thread in set(threading.enumerate()) - before)
     copy = batch.x["a"].clone()
     stream.close()
     stream.close()
