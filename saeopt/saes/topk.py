@@ -42,6 +42,7 @@ class TopKSAE(SAE):
 
     Config: ClassVar[type[SAEConfig]] = TopKConfig
     needs_dead: ClassVar[bool] = True
+    stack_fields: ClassVar[frozenset[str]] = SAE.stack_fields | {"k"}
     config: TopKConfig
 
     def build(self) -> None:

@@ -31,6 +31,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "topk", "k": 3},
     {"sae_type": "topk", "k": 2, "h": 64, "decoder_norm": "unit", "aux_k": 4},
     {"sae_type": "topk", "k": 4, "legacy": True, "mse_coeff": 0.5},
+    {"sae_type": "topk", "k": [3, 1, 5]},
 ]
 HYPER = [Hyper(3e-3, 0.3, 0.5, 1.0), Hyper(1e-2, 0.05, 0.7, 1e9), Hyper(1e-3, 0.0, 0.4, 0.1)]
 
@@ -40,13 +41,17 @@ def name_of(variant: dict[str, Any]) -> str:
 
 
 def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[SAE]:
-    """Awkward on purpose: non-zero biases, decoder rows of many lengths, one latent that never fires."""
+    """Awkward on purpose: non-zero biases, decoder rows of many lengths, one latent that never fires.
+
+    A list in the variant gives each member its own.
+    """
     fields = {k: v for k, v in variant.items() if k not in ("legacy", "d", "h")}
     d, h = variant.get("d", D), variant.get("h", H)
     cls = get_sae(fields["sae_type"])
     saes = []
     for i in range(n):
-        config = cls.Config(sae_positions=["x"], **fields)
+        own = {name: value[i] if isinstance(value, list) else value for name, value in fields.items()}
+        config = cls.Config(sae_positions=["x"], **own)
         sae = cls(d, h, config, legacy_scaling=variant.get("legacy", False), dtype=dtype)
         generator = torch.Generator().manual_seed(100 * seed + i)
         with torch.no_grad():

@@ -30,7 +30,8 @@ class GpuSparseStack(GpuStack):
 
     def _prepare(self) -> None:
         config: Any = self.saes[0].config
-        self.k: int = config.k
+        ks = [sae.config.k for sae in self.saes]  # type: ignore[attr-defined]
+        self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=self.device)
         self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
         self.aux_coeff: float = config.aux_coeff
         self.windows = self.rows_per_window = self.capacity = 0
@@ -59,10 +60,10 @@ class GpuSparseStack(GpuStack):
             _, self.windows, self.rows_per_window, self.capacity, bound = found.pop()
             self._send(torch.tensor(bound, device=self.device))
 
-    def _key(self) -> tuple[int, ...]:
+    def _places(self) -> int:
         if self.micro_batches == 0:
             self._look_for_dead()
-        return (self.capacity,)
+        return self.capacity
 
     # ---- how many latents can be dead
     def _look_for_dead(self) -> None:
@@ -110,7 +111,7 @@ class GpuSparseStack(GpuStack):
         centred, x_stats = self._call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
-        values, index = kernels_select.select(pre, b_enc, keep, self.k)
+        values, index = kernels_select.select(pre, b_enc, keep, self.k_M, self.k)
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
         aux = self._aux_gradients(dead, error, centred) if dead is not None else None

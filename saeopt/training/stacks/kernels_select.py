@@ -22,12 +22,12 @@ _WIDEST_ROW = 65536
 
 
 @triton.jit
-def _threshold(key, top, K: tl.constexpr, ENOUGH: tl.constexpr):
-    """lo, hi, count ≥ lo, count ≥ hi, with hi > lo: at least K keys are ≥ lo (at most ENOUGH, but for ties), fewer
-    than K ≥ hi. `key` has at least K elements ≥ 0.
+def _threshold(key, top, k, ENOUGH):
+    """lo, hi, count ≥ lo, count ≥ hi, with hi > lo: at least k keys are ≥ lo (at most ENOUGH, but for ties), fewer
+    than k ≥ hi. `key` has at least k elements ≥ 0.
 
     Bisection by value first, which suits how activations are spread, then by bits, which always ends. In between
-    comes lo + 1: it ends the search where fewer than K keys are above 0.
+    comes lo + 1: it ends the search where fewer than k keys are above 0.
     """
     lo = top * 0
     hi = top + 1
@@ -43,7 +43,7 @@ def _threshold(key, top, K: tl.constexpr, ENOUGH: tl.constexpr):
             middle = lo + 1
         turns += 1
         found = tl.sum((key >= middle).to(tl.int32), 0)
-        if found >= K:
+        if found >= k:
             lo = middle
             below = found
         else:
@@ -53,22 +53,21 @@ def _threshold(key, top, K: tl.constexpr, ENOUGH: tl.constexpr):
 
 
 @triton.jit
-def _places(key, lo, hi, above, K: tl.constexpr):
-    """Which keys are taken and at which place: those ≥ hi, then those in [lo, hi) up to K in all."""
+def _places(key, lo, hi, above, k):
+    """Which keys are taken and at which place: those ≥ hi, then those in [lo, hi) up to k in all."""
     sure = (key >= hi).to(tl.int32)
     tie = ((key >= lo) & (key < hi)).to(tl.int32)
     rank = tl.cumsum(sure + (tie << 16), 0)
     place = tl.where(sure > 0, (rank & 0xFFFF) - 1, above + (rank >> 16) - 1)
-    # with 32768 ties the upper half wraps to a negative place; those before it fill K
-    return ((sure > 0) | (tie > 0)) & (place >= 0) & (place < K), place
+    # with 32768 ties the upper half wraps to a negative place; those before it fill k
+    return ((sure > 0) | (tie > 0)) & (place >= 0) & (place < k), place
 
 
 @triton.jit
-def _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, BIAS: tl.constexpr, KEEP: tl.constexpr):
-    """relu(pre + bias) at columns c of a row, 0 where it is masked; without BIAS relu(pre)."""
+def _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, KEEP: tl.constexpr):
+    """relu(pre + bias) at columns c of a row, 0 where it is masked."""
     value = tl.load(pre_ptr + row * W + c, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
+    value += tl.load(bias_ptr + (row // N) * W + c, mask=mask, other=0.0)
     if KEEP:
         value *= tl.load(keep_ptr + row % N)
     return tl.where(mask & (value > 0), value, 0.0)
@@ -76,11 +75,11 @@ def _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, BIAS: tl.constexpr, K
 
 @triton.jit
 def _groups(
-    pre_ptr, bias_ptr, keep_ptr, best_ptr, groups_ptr, N, W, blocks, total,
-    KEEP: tl.constexpr, K: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    pre_ptr, bias_ptr, keep_ptr, k_ptr, best_ptr, groups_ptr, N, W, blocks, total,
+    KEEP: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     B: tl.constexpr,
 ):  # fmt: skip
-    """At least K (at most CAP) groups of G neighbours with the largest maxima of relu(pre + bias); −1 fills up.
+    """At least k (at most CAP) groups of G neighbours with the largest maxima of relu(pre + bias); −1 fills up.
 
     A program takes R rows of one member at a time, in pieces of C columns: one load of the bias serves R rows. Their
     maxima pass through memory that only this program uses, because a whole row in registers would fill the
@@ -102,6 +101,7 @@ def _groups(
             group = c0 // G + tl.arange(0, C // G)
             tl.store(best_ptr + tl.arange(0, R)[:, None] * B + group[None, :], best, mask=(group < number)[None, :])
         tl.debug_barrier()
+        k = tl.load(k_ptr + member)
         for r in range(min(R, N - first)):
             row = member * N + first + r
             group = tl.arange(0, B)
@@ -110,7 +110,7 @@ def _groups(
                 best *= tl.load(keep_ptr + first + r)
             best = tl.where(best > 0, best, 0.0)
             key = tl.where(group < number, best.to(tl.int32, bitcast=True), -1)
-            lo, hi, _, above = _threshold(key, tl.max(key, 0), K, CAP)
+            lo, hi, _, above = _threshold(key, tl.max(key, 0), k, CAP)
             taken, place = _places(key, lo, hi, above, CAP)
             tl.store(groups_ptr + row * CAP + place, group, mask=taken)
             rest = tl.arange(0, CAP)
@@ -120,46 +120,65 @@ def _groups(
 
 
 @triton.jit
+def _store(values_ptr, index_ptr, key, value, c, k, W, K: tl.constexpr, KP: tl.constexpr):
+    """The k largest of a row and their columns; index W and value 0 fill up to K, and stand for what is not above 0."""
+    lo, hi, _, above = _threshold(key, tl.max(key, 0), k, k)
+    taken, place = _places(key, lo, hi, above, k)
+    tl.store(values_ptr + place, value, mask=taken)
+    tl.store(index_ptr + place, tl.where(value > 0, c, W), mask=taken)
+    rest = tl.arange(0, KP)
+    unused = (rest >= k) & (rest < K)
+    tl.store(values_ptr + rest, tl.zeros([KP], tl.float32), mask=unused)
+    tl.store(index_ptr + rest, tl.zeros([KP], tl.int32) + W, mask=unused)
+
+
+@triton.jit
 def _survivors(
-    pre_ptr, bias_ptr, keep_ptr, groups_ptr, values_ptr, index_ptr, N, W,
+    pre_ptr, bias_ptr, keep_ptr, k_ptr, groups_ptr, values_ptr, index_ptr, N, W,
     KEEP: tl.constexpr, K: tl.constexpr, CAP: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """The K largest of relu(pre + bias) within the groups of a row."""
+    """The k largest of relu(pre + bias) within the groups of a row."""
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, CAP * G)
     group = tl.load(groups_ptr + row * CAP + j // G)
     c = group * G + j % G
     mask = group >= 0
-    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, True, KEEP)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, KEEP)
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
-    lo, hi, _, above = _threshold(key, tl.max(key, 0), K, K)
-    taken, place = _places(key, lo, hi, above, K)
-    tl.store(values_ptr + row * K + place, value, mask=taken)
-    tl.store(index_ptr + row * K + place, c, mask=taken)
+    _store(values_ptr + row * K, index_ptr + row * K, key, value, c, tl.load(k_ptr + row // N), W, K, CAP)
 
 
 @triton.jit
 def _select(
-    pre_ptr, index_ptr, bias_ptr, keep_ptr, values_ptr, found_ptr, N, W,
-    FIRST: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
+    pre_ptr, bias_ptr, keep_ptr, values_ptr, found_ptr, N, W,
+    KEEP: tl.constexpr, K: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """The K largest of relu(pre + bias) in one segment of one row (FIRST), or of given values with indices."""
+    """The K largest of relu(pre + bias) in one segment of one row."""
     row = tl.program_id(0).to(tl.int64)
-    segment = tl.program_id(1)
-    segments = tl.num_programs(1)
-    c = segment * B + tl.arange(0, B)
+    c = tl.program_id(1) * B + tl.arange(0, B)
     mask = c < W
-    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, FIRST, KEEP)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, KEEP)
     # places past the end lose every tie
     key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
     lo, hi, _, above = _threshold(key, tl.max(key, 0), K, K)
     taken, place = _places(key, lo, hi, above, K)
-    out = (row * segments + segment) * K + place
+    out = (row * tl.num_programs(1) + tl.program_id(1)) * K + place
     tl.store(values_ptr + out, value, mask=taken)
-    if FIRST:
-        tl.store(found_ptr + out, c, mask=taken)
-    else:
-        tl.store(found_ptr + out, tl.load(index_ptr + row * W + c, mask=taken, other=0), mask=taken)
+    tl.store(found_ptr + out, c, mask=taken)
+
+
+@triton.jit
+def _select_again(
+    given_ptr, found_ptr, k_ptr, values_ptr, index_ptr, N, H, W, K: tl.constexpr, KP: tl.constexpr, B: tl.constexpr
+):
+    """The k largest of the W values that the segments of a row left, with the indices that came with them."""
+    row = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, B)
+    mask = j < W
+    value = tl.load(given_ptr + row * W + j, mask=mask, other=0.0)
+    c = tl.load(found_ptr + row * W + j, mask=mask, other=0)
+    key = tl.where(mask, value.to(tl.int32, bitcast=True), -1)
+    _store(values_ptr + row * K, index_ptr + row * K, key, value, c, tl.load(k_ptr + row // N), H, K, KP)
 
 
 @triton.jit
@@ -170,7 +189,7 @@ def _keep_largest(
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, B)
     mask = c < W
-    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, True, KEEP)
+    value = _code(pre_ptr, bias_ptr, keep_ptr, row, c, mask, N, W, KEEP)
     if not ALL:
         key = value.to(tl.int32, bitcast=True)
         lo, hi, below, above = _threshold(key, tl.max(key, 0), K, K)
@@ -186,8 +205,10 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 1024))
 
 
-def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """Values (float32) and indices (int32), (M · N, k), of the k largest of relu(pre + bias).
+def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k_M: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values (float32) and indices (int32), (M · N, k), of each member's k_M largest of relu(pre + bias).
+
+    `k` is the largest of k_M (int32). Places without a value above 0 hold value 0 and index h.
 
     Two stages: the k groups with the largest maxima hold the k largest elements. Where that saves nothing, and in
     very wide rows, per segment and then over the segments' own k largest.
@@ -197,7 +218,7 @@ def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> t
     capacity = triton.next_power_of_2(k)
     capacity = 2 * capacity if h > _SEGMENT and 4 * capacity < 5 * k else capacity  # room ends the bisection early
     if h % _GROUP or h > _WIDEST_ROW or 2 * capacity * _GROUP > h:
-        return _select_by_segment(pre_MNh, bias_Mh, keep_N, k)
+        return _select_by_segment(pre_MNh, bias_Mh, keep_N, k_M, k)
     groups = torch.empty(rows, capacity, dtype=torch.int32, device=device)
     values = torch.empty(rows, k, device=device)
     index = torch.empty(rows, k, dtype=torch.int32, device=device)
@@ -210,34 +231,34 @@ def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> t
     programs = min(members * blocks, resident)
     best = torch.empty(programs, _ROWS, width, device=device)
     _groups[(programs,)](
-        pre_MNh, bias_Mh, keep_N, best, groups, n, h, blocks, members * blocks,
-        masked, k, capacity, _GROUP, _ROWS, max(512, 256 * warps), width, num_warps=warps, maxnreg=registers,
+        pre_MNh, bias_Mh, keep_N, k_M, best, groups, n, h, blocks, members * blocks,
+        masked, capacity, _GROUP, _ROWS, max(512, 256 * warps), width, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     _survivors[(rows,)](
-        pre_MNh, bias_Mh, keep_N, groups, values, index, n, h, masked, k, capacity, _GROUP,
+        pre_MNh, bias_Mh, keep_N, k_M, groups, values, index, n, h, masked, k, capacity, _GROUP,
         num_warps=max(1, min(8, capacity * _GROUP // 512)),
     )  # fmt: skip
     return values, index
 
 
-def _select_by_segment(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def _select_by_segment(
+    pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k_M: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
     members, n, h = pre_MNh.shape
     rows, device = members * n, pre_MNh.device
-    block = max(triton.next_power_of_2(k), min(_SEGMENT, triton.next_power_of_2(h)))
+    padded = triton.next_power_of_2(k)
+    block = max(padded, min(_SEGMENT, triton.next_power_of_2(h)))
     segments = triton.cdiv(h, block)
-    # a last segment with fewer than k elements leaves places: value 0, index 0
+    # a last segment with fewer than k elements leaves places: value 0
     values = torch.zeros(rows, segments * k, device=device)
-    index = torch.zeros(rows, segments * k, dtype=torch.int32, device=device)
+    found = torch.zeros(rows, segments * k, dtype=torch.int32, device=device)
     _select[(rows, segments)](
-        pre_MNh, None, bias_Mh, keep_N, values, index, n, h,
-        True, keep_N is not None, k, block, num_warps=_warps(block),
-    )  # fmt: skip
-    if segments == 1:
-        return values, index
+        pre_MNh, bias_Mh, keep_N, values, found, n, h, keep_N is not None, k, block, num_warps=_warps(block)
+    )
     best, where = torch.empty(rows, k, device=device), torch.empty(rows, k, dtype=torch.int32, device=device)
     block = triton.next_power_of_2(segments * k)
-    _select[(rows, 1)](
-        values, index, None, None, best, where, n, segments * k, False, False, k, block, num_warps=_warps(block)
+    _select_again[(rows,)](
+        values, found, k_M, best, where, n, h, segments * k, k, padded, block, num_warps=_warps(block)
     )
     return best, where
 

@@ -11,56 +11,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_DECODE_TILE = 2048
+"""Elements (selected rows x columns) that a warp has at a time: one warp per token hides more than several do."""
+_LATENT_COLUMNS = 256
+
 
 @triton.jit
 def _decode(
     values_ptr, index_ptr, w_ptr, bias_ptr, x_ptr, scale_ptr, keep_ptr, error_ptr, dots_ptr, squares_ptr, N, H,
-    factor, D: tl.constexpr, KEEP: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, KB: tl.constexpr,
+    factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """error = Σ_j value_j W[index_j] + bias − x · scale, ‖error‖², and factor · ⟨error, W[index_j]⟩ where value > 0."""
+    """error = Σ_j value_j W[index_j] + bias − x · scale, ‖error‖², and factor · ⟨error, W[index_j]⟩ where value > 0.
+
+    A program takes a row in pieces of C columns, in which the selected rows of W are read once for both.
+    """
     row = tl.program_id(0).to(tl.int64)
     member = row // N
     n = row % N
-    c = tl.arange(0, DP)
-    cm = c < D
-    acc = tl.zeros([DP], tl.float32)
-    for j in range(0, K, KB):
-        kk = j + tl.arange(0, KB)
-        km = kk < K
-        v = tl.load(values_ptr + row * K + kk, mask=km, other=0.0)
-        i = tl.load(index_ptr + row * K + kk, mask=km, other=0).to(tl.int64)
-        w = tl.load(w_ptr + (member * H + i)[:, None] * D + c[None, :], mask=km[:, None] & cm[None, :], other=0.0)
-        acc += tl.sum(v[:, None] * w.to(tl.float32), 0)
-    x = tl.load(x_ptr + n * D + c, mask=cm, other=0.0).to(tl.float32) * tl.load(scale_ptr)
-    e = acc + tl.load(bias_ptr + member * D + c, mask=cm, other=0.0) - x
-    if KEEP:
-        e *= tl.load(keep_ptr + n)
-    e = tl.where(cm, e, 0.0)
-    tl.store(error_ptr + row * D + c, e, mask=cm)
-    tl.store(squares_ptr + row, tl.sum(e * e, 0))
-    for j in range(0, K, KB):
-        kk = j + tl.arange(0, KB)
-        km = kk < K
-        v = tl.load(values_ptr + row * K + kk, mask=km, other=0.0)
-        i = tl.load(index_ptr + row * K + kk, mask=km, other=0).to(tl.int64)
-        w = tl.load(w_ptr + (member * H + i)[:, None] * D + c[None, :], mask=km[:, None] & cm[None, :], other=0.0)
-        dots = tl.sum(w.to(tl.float32) * e[None, :], 1) * factor
-        tl.store(dots_ptr + row * K + kk, tl.where(v > 0, dots, 0.0), mask=km)
+    j = tl.arange(0, KP)
+    v = tl.load(values_ptr + row * K + j, mask=j < K, other=0.0)
+    on = v > 0
+    i = tl.load(index_ptr + row * K + j, mask=on, other=0).to(tl.int64)
+    w_ptr += (member * H + i) * D
+    scale = tl.load(scale_ptr)
+    dots = tl.zeros([KP], tl.float32)
+    square = tl.zeros([C], tl.float32)
+    for c0 in range(0, D, C):
+        c = c0 + tl.arange(0, C)
+        cm = c < D
+        w = tl.load(w_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0).to(tl.float32)
+        e = tl.sum(v[:, None] * w, 0) + tl.load(bias_ptr + member * D + c, mask=cm, other=0.0)
+        e -= tl.load(x_ptr + n * D + c, mask=cm, other=0.0).to(tl.float32) * scale
+        if KEEP:
+            e *= tl.load(keep_ptr + n)
+        e = tl.where(cm, e, 0.0)
+        tl.store(error_ptr + row * D + c, e, mask=cm)
+        square += e * e
+        dots += tl.sum(w * e[None, :], 1)
+    tl.store(squares_ptr + row, tl.sum(square, 0))
+    tl.store(dots_ptr + row * K + j, tl.where(on, dots * factor, 0.0), mask=j < K)
 
 
 @triton.jit
 def _by_latent(
     order_ptr, start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, g_dec_ptr, g_enc_ptr, g_bias_ptr,
-    fired_ptr, factor, D: tl.constexpr, DP: tl.constexpr, K: tl.constexpr, TB: tl.constexpr,
+    fired_ptr, factor, D: tl.constexpr, K: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One latent: the rows of both matrices' gradients from the tokens on which it was selected."""
+    """One latent: C columns of both matrices' gradients from the tokens on which it was selected."""
     latent = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
     begin = tl.load(start_ptr + latent)
     end = tl.load(start_ptr + latent + 1)
-    c = tl.arange(0, DP)
+    c = tl.program_id(1) * C + tl.arange(0, C)
     cm = c < D
-    dec = tl.zeros([DP], tl.float32)
-    enc = tl.zeros([DP], tl.float32)
+    dec = tl.zeros([C], tl.float32)
+    enc = tl.zeros([C], tl.float32)
     bias = tl.zeros([TB], tl.float32)
     fired = tl.zeros([TB], tl.float32)
     for t0 in range(begin, end, TB):
@@ -79,8 +83,9 @@ def _by_latent(
         fired += (v > 0).to(tl.float32)
     tl.store(g_dec_ptr + latent * D + c, dec * factor, mask=cm)
     tl.store(g_enc_ptr + latent * D + c, enc, mask=cm)
-    tl.store(g_bias_ptr + latent, tl.sum(bias, 0))
-    tl.store(fired_ptr + latent, tl.sum(fired, 0))
+    if tl.program_id(1) == 0:
+        tl.store(g_bias_ptr + latent, tl.sum(bias, 0))
+        tl.store(fired_ptr + latent, tl.sum(fired, 0))
 
 
 @triton.jit
@@ -123,11 +128,11 @@ def decode(
     error = torch.empty(members, n, d, dtype=W_Mhd.dtype, device=values.device)
     dots = torch.empty(rows, k, device=values.device)
     squares = torch.empty(members, n, device=values.device)
-    padded = triton.next_power_of_2(d)
-    at_once = max(1, min(triton.next_power_of_2(k), 4096 // padded))
+    padded = max(16, triton.next_power_of_2(k))
+    columns = min(triton.next_power_of_2(d), max(16, _DECODE_TILE // padded))
     _decode[(rows,)](
         values, index, W_Mhd, b_dec_Md, x_Nd, scale, keep_N, error, dots, squares, n, h, factor,
-        d, keep_N is not None, padded, k, at_once, num_warps=max(1, min(8, padded * at_once // 1024)),
+        d, keep_N is not None, k, padded, columns, num_warps=max(1, min(8, padded * columns // _DECODE_TILE)),
     )  # fmt: skip
     return error, dots, squares
 
@@ -139,18 +144,20 @@ def by_latent(
     members, _, d = error_MNd.shape
     k, device, latents = values.shape[1], values.device, members * h
     key = index.view(members, -1)
-    if members > 1:
-        key = key + torch.arange(0, latents, h, dtype=torch.int32, device=device).unsqueeze(1)
+    if members > 1:  # empty places go behind all latents
+        first = torch.arange(0, latents, h, dtype=torch.int32, device=device).unsqueeze(1)
+        key = torch.where(key < h, key + first, latents)
     ordered, slot = key.reshape(-1).sort(stable=True)
     start = torch.searchsorted(ordered, torch.arange(latents + 1, dtype=torch.int32, device=device), out_int32=True)
     longest_first = start.diff().sort(descending=True).indices
     g_dec = torch.empty(members, h, d, dtype=error_MNd.dtype, device=device)
     g_enc = torch.empty_like(g_dec)
     g_bias, fired = torch.empty(members, h, device=device), torch.empty(members, h, device=device)
-    padded = triton.next_power_of_2(d)
-    at_once = max(4, min(32, 8192 // padded))
-    _by_latent[(latents,)](
+    columns = min(triton.next_power_of_2(d), _LATENT_COLUMNS)
+    at_once = max(4, min(8, 1024 // columns))
+    # all latents' first columns, then all the next: what they read stays in the second-level cache meanwhile
+    _by_latent[(latents, triton.cdiv(d, columns))](
         longest_first, start, slot, values, dots, error_MNd, centred_MNd, g_dec, g_enc, g_bias, fired, factor,
-        d, padded, k, at_once, num_warps=max(1, min(8, padded * at_once // 2048)),
+        d, k, at_once, columns, num_warps=1,
     )  # fmt: skip
     return g_dec, g_enc, g_bias, fired

@@ -83,13 +83,12 @@ class ByLatent:
 
 
 class SparseStack(FusedStack):
-    """topk members on the CPU. Members of one stack have one k."""
+    """topk members on the CPU."""
 
     architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
 
     def _prepare(self) -> None:
         config: Any = self.saes[0].config
-        self.k: int = config.k
         self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
         self.aux_coeff: float = config.aux_coeff
         self.aux_grads: Store = {}
@@ -103,7 +102,7 @@ class SparseStack(FusedStack):
         b_enc_h, b_dec_d = (self.packed.vector(self.packed.weights, n)[member] for n in ("b_enc", "b_dec"))
         dead_h = self.packed.buffers["tokens_since_fired"][member] >= self.options.dead_after_tokens
         centred_Nd = x_Nd - b_dec_d
-        code, dead = self._select(centred_Nd, weights["W_enc"], b_enc_h, dead_h.nonzero().squeeze(-1), keep_N)
+        code, dead = self._select(member, centred_Nd, weights["W_enc"], b_enc_h, dead_h.nonzero().squeeze(-1), keep_N)
         error_Nd = weighted_rows(code, weights["W_dec"]).add_(b_dec_d).sub_(x_Nd)
         if keep_N is not None:
             error_Nd.mul_(keep_N.unsqueeze(-1))
@@ -120,14 +119,15 @@ class SparseStack(FusedStack):
             self._accumulate_aux(member, weights, dead, error_Nd, centred_Nd, keep_N)
 
     def _select(
-        self, centred_Nd: Tensor, W_enc_hd: Tensor, b_enc_h: Tensor, dead: Tensor, keep_N: Tensor | None
+        self, member: int, centred_Nd: Tensor, W_enc_hd: Tensor, b_enc_h: Tensor, dead: Tensor, keep_N: Tensor | None
     ) -> tuple[Code, Code | None]:
         """The code and the code of the dead latents (None where there are none), chunk by chunk."""
+        config: Any = self.saes[member].config
         codes, dead_codes = [], []
         step = max(64, _SELECT_ELEMENTS // self.h)
         for at in range(0, len(centred_Nd), step):
             pre_Nh = torch.addmm(b_enc_h, centred_Nd[at : at + step], W_enc_hd.T)
-            found = [largest(pre_Nh, self.k)]
+            found = [largest(pre_Nh, config.k)]
             if len(dead):
                 of_dead = largest(pre_Nh[:, dead], min(self.aux_k, len(dead)))
                 found.append(Code(of_dead.values_Nk, dead[of_dead.index_Nk]))
