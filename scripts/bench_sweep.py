@@ -171,11 +171,12 @@ def main(
     hooks: Annotated[str, typer.Option(help="Hook points, comma-separated.")] = "blocks.2.hook_resid_pre",
     sae_type: Annotated[str, typer.Option(help="Architecture of the trials.")] = "relu",
     trials: Annotated[
-        int, typer.Option(min=1, help="Trials of the sweep, each with its own learning rate (and λ).")
+        int, typer.Option(min=1, help="Trials of the sweep, each with its own learning rate and λ (or k).")
     ] = 8,
     ratio: Annotated[float, typer.Option(help="Dictionary width / model width.")] = 8.0,
     context: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    batch: Annotated[int, typer.Option(help="Samples per step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
+    accumulation: Annotated[int, typer.Option(min=1, help="Micro-batches per step.")] = 1,
     steps: Annotated[int, typer.Option(help="Steps of each pipeline run.")] = 60,
     repeats: Annotated[int, typer.Option(help="Windows in which the parts alone are timed.")] = 10,
     rounds: Annotated[int, typer.Option(min=1, help="Times that everything is measured in turn; medians.")] = 3,
@@ -192,23 +193,29 @@ def main(
     runtime = Runtime(device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model_dir, tokens = prepare(model, context, min(20_000, batch * (steps + 8)), folder)
+        model_dir, tokens = prepare(model, context, min(20_000, batch * (accumulation * steps + 8)), folder)
         raw: dict[str, Any] = {
             "tlens_model_path": str(model_dir), "save_dir": str(folder / "output"), "performance": {"stack": stack},
             "eval_every_n_samples": None, "log_every_n_grad_steps": max(1, steps // 12),
+            "gradient_accumulation_steps": accumulation,
             "data": {
                 "dataset_name": str(tokens), "streaming": False, "context_length": context, "n_eval_samples": 0,
-                "n_train_samples": batch * steps, "train_batch_size": batch,
+                "n_train_samples": batch * accumulation * steps, "train_batch_size": batch,
             },
         }  # fmt: skip
         configs = {}
         for i in range(trials):
             saes = {"sae_type": sae_type, "sae_positions": hooks.split(","), "dict_size_to_input_ratio": ratio}
-            saes |= {} if sae_type == "topk" else {"sparsity_coeff": 0.5 * 1.3**i}
+            saes |= {"k": 16 * 2 ** (i % 4)} if sae_type == "topk" else {"sparsity_coeff": 0.5 * 1.3**i}
             configs[f"trial{i}"] = validate_run({**raw, "lr": 1e-3 * 1.05**i, "saes": saes}, "bench_sweep")
         numbers = measure(configs, runtime, folder, repeats, rounds, alone, cache)
     numbers |= {"model": model, "hooks": hooks, "sae_type": sae_type, "trials": trials, "ratio": ratio, "batch": batch}
-    numbers |= {"context": context, "device": str(runtime.device), "threads": torch.get_num_threads()}
+    numbers |= {
+        "context": context,
+        "accumulation": accumulation,
+        "device": str(runtime.device),
+        "threads": torch.get_num_threads(),
+    }
     show(numbers)
     if json_path is not None:
         json_path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

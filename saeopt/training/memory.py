@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
-from saeopt.training.stacks.dense import NARROW
+from saeopt.training.stacks.dense import ALONE, NARROW
 
 _PER_PARAMETER = 16
 """GPU: weight and two moments in float32, weight and gradient in bfloat16. CPU: those three and the gradient."""
@@ -19,12 +19,16 @@ _GRADIENT = 2
 _PER_PARAMETER_ACCUMULATED = 4
 """A float32 sum of gradients where a window has several micro-batches."""
 _GPU_PER_CODE = {
-    "relu": (6.0, 4.0), "gated": (10.0, 4.0), "hard_concrete": (12.0, 6.0), "gated_hard_concrete": (10.0, 4.0),
+    "relu": (4.0, 4.0), "gated": (10.0, 4.0), "hard_concrete": (12.0, 6.0), "gated_hard_concrete": (10.0, 4.0),
     "topk": (2.0, 2.0),
 }  # fmt: skip
 """Bytes per token, latent and member of the fused step: behind the code's gradient, and beside the weights' own."""
 _GPU_PER_SELECTED = (48, 24)
 """Bytes per token and selected latent of the topk step, likewise: values, indices, what sorting takes."""
+_GPU_PER_DEAD = 8
+"""Bytes per token, dead latent and topk member: the auxiliary code and its gradient, in and out of the products."""
+_DEAD_SHARE = 0.05
+"""Dead latents that the estimate of a topk stack has room for; how many there will be is not known before."""
 _GPU_PER_WIDTH = 6
 """Bytes per token, input and member: x̄, the reconstruction, its error."""
 _GPU_LIBRARIES = 2 * 2**25
@@ -105,22 +109,28 @@ def _gpu_products(config: RunConfig) -> int:
 def gpu_step(members: list[MemberShape], tokens: int, product_bytes: int = 2) -> int:
     """What the largest stack takes besides its gradients: stacks run one after another and share their memory.
 
-    The step needs most either behind the code's gradient, before there are any of the weights, or at its end. Dead
-    latents are not counted: each per cent of them takes about 0.08 bytes more per token, latent and topk member.
+    The step needs most either behind the code's gradient, before there are any of the weights, or at its end.
+    Members of a topk stack have room for the largest k among them.
     """
     if product_bytes == 0:  # one member after another
         return int(max(tokens * (_OTHER * m.h + 16 * m.d) for m in members)) + _GPU_LIBRARIES
-    stacks: dict[tuple[str, str, int, int], list[float]] = {}
+    stacks: dict[tuple[str, str, int, int], list[MemberShape]] = {}
     for m in members:
-        stack = stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), [0.0, 0.0])
-        per_code = _GPU_PER_CODE.get(m.sae_type, (_OTHER, _OTHER))
-        if m.sae_type == "relu" and m.d <= NARROW and product_bytes == 2:
-            per_code = (0.0, 0.0)  # its kernels keep the code to themselves
-        for i in range(2):
-            dense = (per_code[i] * m.h + _GPU_PER_WIDTH * m.d) * product_bytes / 2
-            stack[i] += tokens * (dense + _GPU_PER_SELECTED[i] * m.k)
-        stack[0] -= _GRADIENT * m.n_parameters
-    return int(max(max(both) for both in stacks.values())) + _GPU_LIBRARIES
+        stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), []).append(m)
+    return max(_gpu_stack(stack, tokens, product_bytes) for stack in stacks.values()) + _GPU_LIBRARIES
+
+
+def _gpu_stack(members: list[MemberShape], tokens: int, product_bytes: int) -> int:
+    first, k = members[0], max(m.k for m in members)
+    per_code = _GPU_PER_CODE.get(first.sae_type, (_OTHER, _OTHER))
+    if first.sae_type == "relu" and first.d <= NARROW and product_bytes == 2:
+        per_code = (0.0, 0.0)  # its kernels keep the code to themselves
+    dead = _GPU_PER_DEAD * _DEAD_SHARE * first.h if k else 0.0
+    dense = [(c * first.h + dead + _GPU_PER_WIDTH * first.d) * product_bytes / 2 for c in per_code]
+    need = [tokens * (d + s * k) for d, s in zip(dense, _GPU_PER_SELECTED, strict=True)]
+    if len(members) > 1 and k == 0 and per_code[0] and tokens * first.h >= ALONE:
+        return int(max(need))  # one member after another, into gradients that are there from the beginning
+    return int(len(members) * max(need[0] - _GRADIENT * first.n_parameters, need[1]))
 
 
 def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int:

@@ -15,6 +15,8 @@ from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
 
+_LARGE = 2**20
+"""Numbers from which a message of its own costs less than copying them into one with others."""
 _DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,11 +82,15 @@ class Runtime:
 
     # ---- ranks
     def reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the ranks in place, one message per dtype."""
+        """Sum tensors over the ranks in place: large ones as they lie, the others in one message per dtype."""
         if self.world == 1:
             return
-        for dtype in sorted({t.dtype for t in tensors}, key=str):
-            group = [t for t in tensors if t.dtype == dtype]
+        large = [t for t in tensors if t.numel() >= _LARGE and t.is_contiguous()]
+        for tensor in large:
+            dist.all_reduce(tensor)
+        rest = [t for t in tensors if t.numel() < _LARGE or not t.is_contiguous()]
+        for dtype in sorted({t.dtype for t in rest}, key=str):
+            group = [t for t in rest if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in group])
             dist.all_reduce(flat)
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):

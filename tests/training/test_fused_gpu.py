@@ -12,6 +12,8 @@ import pytest
 import torch
 from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, train
 
+from saeopt.config.run import PerformanceConfig
+from saeopt.training.stacks import gpu, make_stack
 from saeopt.training.stacks.autograd import AutogradStack
 from saeopt.training.stacks.base import Hyper, StackOptions
 
@@ -58,15 +60,25 @@ def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
         assert a["l0"] == pytest.approx(b["l0"], rel=2e-2, abs=0.1)
 
 
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["sae_type"] != "topk"], ids=name_of)
+def test_large_members_are_computed_one_after_another(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ALONE", 1)
+    expected, found, one, other = both(wide(variant), None, steps=12)
+    for a, b in zip(found[-1], expected[-1], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+    assert_same_modules(other, one, 1e-2, 1e-3)
+
+
+@pytest.mark.parametrize("k", [16, [40, 3, 100]])
 @pytest.mark.parametrize("h", [2048, 8192, 20000])
-def test_topk_of_wide_dictionaries(h: int) -> None:
-    variant = {"sae_type": "topk", "k": 16, "d": 48, "h": h, "aux_k": 64}
+def test_topk_of_wide_dictionaries(h: int, k: int | list[int]) -> None:
+    variant = {"sae_type": "topk", "k": k, "d": 48, "h": h, "aux_k": 64}
     expected, found, _, _ = both(variant, None, steps=12)
     for a, b in zip(found[-1], expected[-1], strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[-3]], ids=name_of)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12], VARIANTS[-1]], ids=name_of)
 def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
@@ -98,3 +110,33 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
     train(stack, data[40:], hyper=HYPER)
     train(again, data[40:], hyper=HYPER)
     assert_same_modules(second, first, 0, 0)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
+def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
+    variant = wide(variant)
+    options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
+    data = batches(60, torch.float32, "cuda", slots=64, d=48)
+    plain, graphed = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
+    for saes, graphs in ((plain, "off"), (graphed, "auto")):
+        stack = make_stack(saes, [1, 2, 3], options, PerformanceConfig(graphs=graphs))
+        found = train(stack, data, 3, HYPER)
+        assert bool(stack.graphs.captured) == (graphs == "auto")
+        assert all(m["finite"] for m in found[-1])
+    assert_same_modules(graphed, plain, 0, 0)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
+def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
+    variant = wide(variant)
+    options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
+    data = batches(40, torch.float32, "cuda", slots=64, d=48)
+    alone, ranked = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
+    train(fused(alone, options, [1, 2, 3]), data, 1, HYPER)
+    stack = fused(ranked, options, [1, 2, 3])
+    for batch in data:
+        stack.accumulate(batch, HYPER)
+        assert all(tensor.is_contiguous() for tensor in stack.sums())
+        stack.apply(HYPER)
+    assert stack.graphs.captured
+    assert_same_modules(ranked, alone, 0, 0)

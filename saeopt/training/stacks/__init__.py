@@ -32,10 +32,11 @@ def make_stack(
         return AutogradStack(saes, seeds, options)
     if saes[0].W_enc.is_cuda:
         from saeopt.training.stacks.gpu import GpuStack
+        from saeopt.training.stacks.gpu_relu import GpuReluStack
         from saeopt.training.stacks.gpu_topk import GpuSparseStack
 
-        on_gpu = GpuSparseStack if saes[0].config.sae_type == "topk" else GpuStack
-        return on_gpu(saes, seeds, options, performance)
+        own = {"relu": GpuReluStack, "topk": GpuSparseStack}
+        return own.get(saes[0].config.sae_type, GpuStack)(saes, seeds, options, performance)
     if "on" in (performance.compile, performance.graphs):
         _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
     on_cpu = SparseStack if saes[0].config.sae_type == "topk" else FusedStack

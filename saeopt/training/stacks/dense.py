@@ -21,6 +21,9 @@ from saeopt.saes.noise import hashed_uniform
 NARROW = 128
 """Up to this d a relu stack on a GPU never writes its code (`kernels_narrow`): above, the tiles outgrow the registers,
 and plain matrix products are the faster way."""
+ALONE = 2**25
+"""Pre-activations of a member (tokens x latents) from which members of a dense stack on a GPU are computed one after
+another: each fills the card by itself, and what lies between the products needs room for one of them only."""
 
 
 class Form(NamedTuple):

@@ -1,7 +1,7 @@
 """Fused stacks on a CUDA device: all members at once, elementwise stages compiled, the step replayed as graphs.
 
-Shape suffixes: M members, N tokens, d model width, h dictionary width, V vectors end to end. A window's first
-micro-batch writes gradients in the dtype of the products; further ones, and ranks, are added in float32. Nothing
+Shape suffixes: M members, N tokens, d model width, h dictionary width, V vectors end to end. A micro-batch gives
+gradients in the dtype of the products; where a window has several, or ranks, they are added up in float32. Nothing
 here waits for the device: numbers of the step travel in `hyper` (M, 5): lr, λ, β, clip norm, first slot.
 """
 
@@ -16,13 +16,14 @@ from torch import Tensor
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
-from saeopt.training.stacks import kernels_narrow, kernels_rows
+from saeopt.training.stacks import kernels_rows
 from saeopt.training.stacks.base import EXTRA, Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
-from saeopt.training.stacks.dense import NARROW, Back, Form, Found, Given, centre, last_sums, relu_sums, run
+from saeopt.training.stacks.dense import ALONE, Found, Given, run
 from saeopt.training.stacks.fused import PULL, FusedStack
 from saeopt.training.stacks.graphs import APPLY, Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
+from saeopt.training.stacks.sums import Sums
 
 
 class GpuStack(FusedStack):
@@ -41,7 +42,8 @@ class GpuStack(FusedStack):
         size = len(self.saes)
         self.graphs.clear()
         self.grads, self.window = {}, {}
-        self.micro_batches, self.rows, self.wide = 0, 0, False
+        self.micro_batches, self.rows = 0, 0
+        self.sums_at: tuple[Sums, Sums] | None = None
         self.replayed: Hashable | None = None
         self.rows_per_window = 0
         self.hyper = torch.zeros(size, 5, dtype=torch.float64, device=self.device)
@@ -94,36 +96,42 @@ class GpuStack(FusedStack):
     def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
         self._refresh_changed()
         self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
+        if self.micro_batches == 1:
+            self._start_sums()
+        first, summed = self.micro_batches == 0, self.sums_at is not None
         x_Nd, keep_N = batch.x_Nd, batch.keep_N
-        key = ("accumulate", tuple(x_Nd.shape), x_Nd.dtype, keep_N is None, batch.n_slots, *self._key())
+        places = self._places()
+        key = ("accumulate", first, summed, tuple(x_Nd.shape), x_Nd.dtype, keep_N is None, batch.n_slots, places)
 
         def run(x_Nd: Tensor, keep_N: Tensor | None) -> tuple[Store, Store]:
-            return self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot)
+            parts = self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot)
+            return self._add_up(parts, first) if summed else parts
 
         self.micro_batches += 1
         self.rows += len(x_Nd)
-        if self.micro_batches == 1:
-            self.grads, self.window = self.graphs(key, run, x_Nd, keep_N)
-            self.replayed = key if self.graphs.is_captured(key) else None
-            return
-        self.graphs.enabled = False  # windows of several micro-batches are summed outside graphs
-        self._widen()
-        grads, window = run(x_Nd, keep_N)
-        for store, new in ((self.grads, grads), (self.window, window)):
-            for name, tensor in new.items():
-                if tensor.is_floating_point():
-                    store[name] += tensor
+        self.grads, self.window = self.graphs(key, run, x_Nd, keep_N)
+        # how the end of the window finds its sums again: always at the same place, or where this graph leaves them
+        self.replayed = ("sums", places) if summed else key if self.graphs.is_captured(key) else None
 
-    def _key(self) -> tuple[int, ...]:
-        return ()
+    def _places(self) -> int:
+        """What shapes depend on besides the batch's."""
+        return 0
 
-    def _widen(self) -> None:
-        """Make sums that others can be added to: in the weights' dtype and in memory of their own."""
-        if self.wide:
-            return
-        self.wide, self.replayed = True, None
-        self.grads = {n: t.to(self.dtype, copy=True) if t.is_floating_point() else t for n, t in self.grads.items()}
-        self.window = {n: t.clone() for n, t in self.window.items()}
+    def _start_sums(self) -> None:
+        """From here on windows are summed: what a second micro-batch or other ranks add to needs to stay."""
+        if self.sums_at is None:
+            self.sums_at = Sums(self.dtype), Sums(self.dtype)
+            self.grads, self.window = self._add_up((self.grads, self.window), True)
+            self.graphs.clear()
+            self.replayed = ("sums", self._places())
+
+    def _add_up(self, parts: tuple[Store, Store], first: bool) -> tuple[Store, Store]:
+        assert self.sums_at is not None
+        fit = [sums.fits(part) for sums, part in zip(self.sums_at, parts, strict=True)]
+        if not all(fit):
+            self.graphs.clear()
+        grads, window = (sums.put(part, first=first) for sums, part in zip(self.sums_at, parts, strict=True))
+        return grads, window
 
     def _gradients(self, x_Nd: Tensor, keep_N: Tensor | None, slots: int, tokens_per_slot: int) -> tuple[Store, Store]:
         keys = None
@@ -134,32 +142,47 @@ class GpuStack(FusedStack):
         x_Nd, keep_N, x_stats, hyper = self._call(start, x_Nd, keep_N, self.packed.buffers["scale"], self.hyper)
         vectors = {name: self.packed.vector(self.packed.weights, name) for name in self.packed.slices}
         given = Given(self.low, vectors, self.norm_Mh, x_Nd, keep_N, None, keys, hyper[:, 1], hyper[:, 2])
-        if self.sae_type == "relu" and self.d <= NARROW and self.low_dtype == torch.bfloat16:
-            grads, found = self._narrow_relu(given)
-        else:
-            found = run(self.sae_type, self.form, given, self._call)
-            grads = {name: torch.bmm(left.mT, right) for name, left, right in found.products}
+        grads, found = self._one_by_one(given) if self._alone(len(x_Nd)) else self._pass(given)
         grads[VECTORS] = torch.cat([found.vectors[name] for name in self.packed.slices], 1)
         if found.pull_Mh is not None:
             grads[PULL] = found.pull_Mh
         return grads, {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "x": x_stats}
 
-    def _narrow_relu(self, given: Given) -> tuple[Store, Found]:
-        """`dense.run` for relu without the code in memory."""
-        low, form, keep_N = given.low, self.form, given.keep_N
-        b_enc, b_dec = given.vectors["b_enc"].contiguous(), given.vectors["b_dec"].contiguous()
-        centred = self._call(centre, given)
-        g_error, squares_MN = kernels_narrow.forward(
-            given.x_Nd, centred, keep_N, low["W_enc"], low["W_dec"], b_enc, b_dec, form.mse
+    def _alone(self, tokens: int) -> bool:
+        """Whether members are computed one after another."""
+        return len(self.saes) > 1 and tokens * self.h >= ALONE
+
+    def _one_by_one(self, given: Given) -> tuple[Store, Found]:
+        """As :meth:`_pass`, in the memory that one member needs."""
+        grads = {name: torch.empty_like(tensor, dtype=self.low_dtype) for name, tensor in self.low.items()}
+        found = []
+        for i in range(len(self.saes)):
+            row = slice(i, i + 1)
+            member = Given(
+                {name: tensor[row] for name, tensor in given.low.items()},
+                {name: tensor[row] for name, tensor in given.vectors.items()},
+                given.norm_Mh[row],
+                given.x_Nd,
+                given.keep_N,
+                None,
+                None if given.keys_2MN is None else given.keys_2MN[:, row],
+                given.sparsity_M[row],
+                given.beta_M[row],
+            )
+            found.append(self._pass(member, {name: tensor[row] for name, tensor in grads.items()})[1])
+        pulls = [one.pull_Mh for one in found if one.pull_Mh is not None]
+        return grads, Found(
+            [],
+            {name: torch.cat([one.vectors[name] for one in found]) for name in found[0].vectors},
+            torch.cat(pulls) if pulls else None,
+            torch.cat([one.totals_M4 for one in found]),
+            torch.cat([one.fired_Mh for one in found]),
         )
-        push_Mh, g_b_dec, squared_M, loss_M = self._call(narrow_sums, form, given, g_error, squares_MN)
-        g_enc, g_dec, sums_3Mh = kernels_narrow.backward(
-            centred, g_error, keep_N, low["W_enc"], low["W_dec"], b_enc, push_Mh
-        )
-        back: Back = self._call(relu_sums, form, given, g_error, *sums_3Mh)
-        g_b_dec, totals_M4 = self._call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
-        found = Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
-        return {"W_dec": g_dec, "W_enc": g_enc}, found
+
+    def _pass(self, given: Given, out: Store | None = None) -> tuple[Store, Found]:
+        """Gradients of the matrices (written to `out` where it is given) and the rest of what a micro-batch gives."""
+        found = run(self.sae_type, self.form, given, self._call)
+        return {name: product(left, right, out, name) for name, left, right in found.products}, found
 
     def _call(self, stage: Callable[..., Any], *arguments: Any) -> Any:
         """A stage, compiled where that is wanted."""
@@ -167,8 +190,7 @@ class GpuStack(FusedStack):
 
     # ---- the end of a window
     def sums(self) -> list[Tensor]:
-        self.graphs.enabled = False
-        self._widen()
+        self._start_sums()
         return [*(tensor for tensor in self.grads.values() if tensor.is_floating_point()), *self.window.values()]
 
     @torch.no_grad()
@@ -179,7 +201,7 @@ class GpuStack(FusedStack):
         else:
             self.graphs((APPLY, self.replayed), self._finish)
         self.grads, self.window, self.replayed = {}, {}, None
-        self.micro_batches, self.wide = 0, False
+        self.micro_batches = 0
         self.rows_per_window, self.rows = max(self.rows_per_window, self.rows), 0
 
     def _finish(self) -> None:
@@ -222,6 +244,11 @@ class GpuStack(FusedStack):
             )
 
 
+def product(left_MNh: Tensor, right_MNd: Tensor, out: Store | None, name: str) -> Tensor:
+    """leftᵀ right, the gradient of a matrix."""
+    return torch.bmm(left_MNh.mT, right_MNd, out=None if out is None else out[name])
+
+
 def start(
     x_Nd: Tensor, keep_N: Tensor | None, scale_M: Tensor, hyper: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -229,13 +256,6 @@ def start(
     x_Nd = x_Nd.to(scale_M.dtype) * scale_M[0]
     keep_N = None if keep_N is None else keep_N.to(scale_M.dtype)
     return x_Nd, keep_N, x_sums(x_Nd, keep_N), hyper.to(scale_M.dtype)
-
-
-def narrow_sums(form: Form, given: Given, g_error: Tensor, squares_MN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """λ‖W_dec‖, Σ over tokens of the error's gradient, ‖error‖² and the reconstruction's loss per member."""
-    squared_M = squares_MN.sum(1)
-    push_Mh = (given.sparsity_M * form.penalty).unsqueeze(-1) * given.norm_Mh
-    return push_Mh, g_error.sum(1, dtype=given.norm_Mh.dtype), squared_M, form.mse * squared_M
 
 
 def x_sums(x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:
