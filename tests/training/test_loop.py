@@ -217,3 +217,12 @@ def test_a_trial_that_keeps_its_saes_stays_as_it_is_beside_one_that_trains(make_
     before, after = weights(tmp_path / "a"), weights(tmp_path / "kept")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert results["kept"].evaluation[HOOK]["fvu"] == pytest.approx(first.evaluation[HOOK]["fvu"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sae_type", [*FOUR, "topk"])
+def test_bf16_products_train_on_the_cpu_as_well(make_config, runtime, tmp_path, sae_type):
+    changes = FOUR.get(sae_type, {"saes.sae_type": "topk", "saes.k": 4})
+    full, half = (make_config(mixed_precision=p, **changes) for p in ("no", "bf16"))
+    wanted, found = (train_pack([plan(c, tmp_path, n)], runtime)[n] for n, c in (("full", full), ("half", half)))
+    assert found.status == "finished"
+    assert found.evaluation[HOOK]["fvu"] == pytest.approx(wanted.evaluation[HOOK]["fvu"], rel=0.02)
