@@ -94,7 +94,10 @@ class ActivationCache:
         groups = max(1, SHARD_BYTES // (per_slot * group_slots))
         self._needed = None if needed is None else -(-needed // group_slots) * group_slots
         self.shard_slots = groups * group_slots if self._needed is None else min(groups * group_slots, self._needed)
-        self.folder = folder / cache_key(config, model, tokens, world, self.dtype, sequences, group_slots)
+        # A wider hook point makes shorter shards: without their length here two sets of hook points would take each
+        # other's shards for damaged and overwrite them for ever.
+        layout = (self.dtype, sequences, group_slots, self.shard_slots)
+        self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
         self._shards: dict[tuple[str, int], Tensor] = {}

@@ -79,6 +79,29 @@ def test_hook_points_are_added_to_a_cache_without_harvesting_the_others_again(fi
     assert all(torch.equal(2 * batch.x["a"], batch.x["b"]) for batch in batches)
 
 
+class OneWideHook(FakeModel):
+    def width(self, hook: str) -> int:
+        return 8 if hook == "b" else 4
+
+    def activations(self, tokens_BT: torch.Tensor, hooks: list[str]) -> dict[str, torch.Tensor]:
+        found = super().activations(tokens_BT, hooks)
+        return {hook: torch.cat([x, x], -1) if hook == "b" else x for hook, x in found.items()}
+
+
+def test_a_wider_hook_point_beside_it_does_not_make_a_shard_look_damaged(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = cached(run_config(file, n_train_samples=40), tmp_path)
+    for again in range(2):
+        for hooks in (["a"], HOOKS):  # shards of ten slots and of five
+            model = OneWideHook()
+            stream = ActivationStream(model, TokenData.load(config.data, model), hooks, config)
+            for batch in take(stream, 20):
+                assert batch.x["a"].shape == (32, 4)
+            assert sum(model.sequences) == (0 if again else 40)
+    assert "other samples" not in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_shard_is_harvested_again(file: Path, tmp_path: Path, damage: str):
     config = cached(run_config(file, n_train_samples=40), tmp_path)
