@@ -111,7 +111,12 @@ class ActivationCache:
         """Slots that may lie on the disk; shards beyond are harvested each time anew."""
         per_slot = cache_bytes(1, self.T, list(self.widths.values()), self.dtype)
         allowed = self.config.activations.cache_max_gb * 2**30
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"'activations.cache': {self.folder} cannot be made: {error.strerror}") from None
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"'activations.cache': {self.folder} cannot be written")
         have = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
         free = have + shutil.disk_usage(self.folder).free / 2
         slots = int(min(allowed, free) // per_slot) // self.shard_slots * self.shard_slots
@@ -165,7 +170,10 @@ class ActivationCache:
             if found is None:
                 found = self._open(hook, number)
             if found is None:
-                self._fill(number)
+                unstored = self._fill(number)
+                self._shards |= {(h, number): x_nTd for h, x_nTd in unstored.items()}
+                found = unstored.get(hook)
+            if found is None:
                 found = self._open(hook, number)
             if found is None:
                 raise UserError(f"{self._path(hook, number)}: cannot be read back right after it was written")
@@ -196,19 +204,28 @@ class ActivationCache:
                 log.warning("%s; it is harvested again", error)
         return None
 
-    def _fill(self, number: int) -> None:
-        """Harvest and write what is missing of a shard; another process may have been faster."""
+    def _fill(self, number: int) -> dict[str, Tensor]:
+        """Harvest and write what is missing of a shard; another process may have been faster.
+
+        Gives what could not be written: no run ends because its cache has found no room.
+        """
         from filelock import FileLock
 
         with FileLock(self.folder / f".{number:06}.lock"):
             missing = [h for h in self.widths if self._open(h, number, tell=True) is None]
             if not missing:
-                return
+                return {}
             first, n = number * self.shard_slots, self._slots(number)
             x = self._harvest(first, n, missing)
-            for hook in missing:
-                metadata = {"hook_point": hook, "slots": [first, n], "model": self.config.model}
-                write_tensors(self._path(hook, number), {"x": x[hook]}, metadata)
+            try:
+                for hook in missing:
+                    metadata = {"hook_point": hook, "slots": [first, n], "model": self.config.model}
+                    write_tensors(self._path(hook, number), {"x": x[hook]}, metadata)
+            except UserError as error:
+                self.limit = min(self.limit, first)
+                log.warning("the activation cache ends at sample %d, the rest is harvested each time: %s", first, error)
+                return x
+        return {}
 
     def _harvest(self, first: int, n: int, hooks: Sequence[str]) -> dict[str, Tensor]:
         """x_nTd of a shard's slots, in passes of the very same shape as without a cache."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from fake_model import FakeModel
+from safetensors.torch import save_file
 from test_stream import HOOKS, file, open_stream, run_config, same, take, way
 
 from saeopt.activations import cache as cache_module
@@ -17,6 +20,7 @@ from saeopt.activations.stream import ActivationStream
 from saeopt.activations.tokens import TokenData
 from saeopt.config.io import validate_run
 from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
 
 __all__ = ["file", "way"]
 PER_SLOT = 16 * 4 * 4  # bytes of one hook point
@@ -112,6 +116,36 @@ def test_a_damaged_shard_is_harvested_again(file: Path, tmp_path: Path, damage: 
     victim.write_bytes(content if damage == "flip" else content[:-50])
     assert all(same(a, b) for a, b in zip(take(open_stream(config), 15), wanted, strict=True))
     assert len(victim.read_bytes()) == len(content)
+
+
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    plain = run_config(file, n_train_samples=40)
+    wanted = take(open_stream(plain), 20)
+    room = [3]  # the first shard of both hook points, and half of the second
+
+    def save(*args: object, **kwargs: object) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    model = FakeModel()
+    got = take(open_stream(cached(plain, tmp_path), model), 20)
+    assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
+    assert sum(model.sequences) <= 40 + 10  # nothing is harvested for both hook points one after the other
+    assert caplog.text.count("the disk is full") == 1
+    assert len(shards(tmp_path)) == 3
+
+
+def test_a_cache_that_cannot_be_made_is_one_line_and_leaves_no_thread(file: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    before = threading.active_count()
+    with pytest.raises(UserError, match=r"'activations\.cache': .*file"):
+        open_stream(cached(run_config(file), tmp_path / "file"))
+    assert threading.active_count() == before
 
 
 def test_other_tokens_and_other_weights_never_share_a_cache(file: Path, tmp_path: Path):
