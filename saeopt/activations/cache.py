@@ -243,8 +243,11 @@ class ActivationCache:
     def _read_tokens(self, slot: int) -> list[Tensor]:
         """The sequences of a group, over all ranks."""
         micro = self.batch * self.world
-        if self._reader is None or self._reader_slot != slot:
-            self._reader = self.tokens.train(slot, micro, cursor=self._cursor)
+        if self._reader is None or self._reader_slot > slot:
+            self._reader, self._reader_slot = self.tokens.train(slot, micro, cursor=self._cursor), slot
+        while self._reader_slot < slot:  # what another process has harvested; to begin anew would cost all before it
+            next(self._reader)
+            self._reader_slot += micro
         parts = [next(self._reader) for _ in range(self.group_slots // micro)]
         self._reader_slot = slot + self.group_slots
         return [p.tokens_bT for p in parts]

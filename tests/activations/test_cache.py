@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,28 @@ def test_several_processes_harvest_once_between_them(file: Path, tmp_path: Path)
     assert [values for _, values in found] == [wanted, wanted]
     assert sum(n for n, _ in found) == 40
     assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_a_writer_goes_on_behind_the_shards_of_another_without_beginning_anew(
+    file: Path, tmp_path: Path, way: bool, monkeypatch: pytest.MonkeyPatch
+):
+    plain = run_config(file, streaming=way, n_train_samples=80)
+    wanted = take(open_stream(plain), 40)
+    one, other = (open_stream(cached(plain, tmp_path)) for _ in range(2))
+    begun: list[int] = []
+    train = TokenData.train
+
+    def counted(self: TokenData, start: int, *args: Any, **kwargs: Any) -> Any:
+        begun.append(start)
+        return train(self, start, *args, **kwargs)
+
+    monkeypatch.setattr(TokenData, "train", counted)
+    for i in range(40):  # they take turns in harvesting a shard
+        pair = (one, other) if i // 5 % 2 else (other, one)
+        assert all(same(next(stream), wanted[i]) for stream in pair)
+    one.close()
+    other.close()
+    assert begun == [0, 10]
 
 
 def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
