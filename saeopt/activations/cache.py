@@ -215,6 +215,9 @@ class ActivationCache:
             missing = [h for h in self.widths if self._open(h, number, tell=True) is None]
             if not missing:
                 return {}
+            for hook in missing:  # under the lock nobody else writes this shard: its writer was killed
+                for leftover in self._path(hook, number).parent.glob(f".{number:06}.safetensors.*.tmp"):
+                    leftover.unlink(missing_ok=True)
             first, n = number * self.shard_slots, self._slots(number)
             x = self._harvest(first, n, missing)
             try:

@@ -242,6 +242,18 @@ def test_a_writer_goes_on_behind_the_shards_of_another_without_beginning_anew(
     assert begun == [0, 10]
 
 
+def test_what_a_killed_writer_left_half_written_goes(file: Path, tmp_path: Path):
+    config = cached(run_config(file, n_train_samples=40), tmp_path)
+    take(open_stream(config), 5)
+    whole = shards(tmp_path)[0]
+    left, others = (whole.with_name(f".{number:06}.safetensors.99-0.tmp") for number in (1, 7))
+    for path in (left, others):
+        path.write_bytes(b"half")
+    take(open_stream(config), 20)
+    assert not left.exists()
+    assert others.exists()  # of a shard that nobody has written yet: its writer may be alive
+
+
 def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
     from saeopt.tensor_file import read_metadata
 
