@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -109,24 +110,34 @@ class ActivationCache:
 
     def _room(self) -> int:
         """Slots that may lie on the disk; shards beyond are harvested each time anew."""
-        per_slot = cache_bytes(1, self.T, list(self.widths.values()), self.dtype)
-        allowed = self.config.activations.cache_max_gb * 2**30
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"'activations.cache': {self.folder} cannot be made: {error.strerror}") from None
         if not os.access(self.folder, os.W_OK):
             raise UserError(f"'activations.cache': {self.folder} cannot be written")
-        have = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
-        free = have + shutil.disk_usage(self.folder).free / 2
-        slots = int(min(allowed, free) // per_slot) // self.shard_slots * self.shard_slots
+        allowed = int(self.config.activations.cache_max_gb * 2**30)
+        have: dict[str, int] = {}  # also of hook points that others have asked for
+        for file in self.folder.glob("*/*.safetensors"):
+            have[file.parent.name] = have.get(file.parent.name, 0) + file.stat().st_size
+        room = max(0, min(allowed - sum(have.values()), shutil.disk_usage(self.folder).free // 2))
+        size = {self._path(h, 0).parent.name: cache_bytes(1, self.T, [w], self.dtype) for h, w in self.widths.items()}
         wanted = self._needed
+        most = allowed // sum(size.values()) if wanted is None else wanted
+
+        def missing(shards: int) -> int:
+            """Bytes still to be written for so many shards."""
+            slots = min(shards * self.shard_slots, most)
+            return sum(max(0, slots * bytes_ - have.get(name, 0)) for name, bytes_ in size.items())
+
+        shards = bisect_right(range(-(-most // self.shard_slots) + 1), room, key=missing) - 1
+        slots = min(shards * self.shard_slots, most)
         if wanted is not None and slots < wanted:
             log.info(
-                "the activation cache holds %d of %d samples (%.1f GB are allowed, %.1f GB would hold all)",
-                slots, wanted, min(allowed, free) / 2**30, wanted * per_slot / 2**30,
+                "the activation cache holds %d of %d samples (room for %.1f GB more, %.1f GB would hold all)",
+                slots, wanted, room / 2**30, wanted * sum(size.values()) / 2**30,
             )  # fmt: skip
-        return slots if wanted is None else min(slots, wanted)
+        return slots if wanted is not None else slots // self.shard_slots * self.shard_slots
 
     def _slots(self, number: int) -> int:
         """Slots of a shard; the last one may be shorter."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +173,31 @@ def test_the_size_is_known_beforehand_and_kept(file: Path, tmp_path: Path, caplo
     stored = sum(p.stat().st_size for p in shards(tmp_path))
     assert 0 < stored <= limit + 1000 * len(shards(tmp_path))
     assert len(shards(tmp_path)) == 2 * 2  # two shards of ten slots, two hook points
+
+
+def test_hook_points_of_several_runs_share_what_is_allowed(file: Path, tmp_path: Path):
+    def read(hooks: list[str], gb: float) -> int:
+        config = cached(run_config(file, n_train_samples=60), tmp_path, cache_max_gb=gb)
+        model = FakeModel()
+        take(ActivationStream(model, TokenData.load(config.data, model), hooks, config), 30)
+        return sum(model.sequences)
+
+    limit = 75 * PER_SLOT / 2**30
+    assert [read(["a"], limit) for _ in range(2)] == [60, 0]
+    assert [read(["b"], limit) for _ in range(2)] == [60, 50]  # one shard of ten fits beside them
+    assert [read(HOOKS, limit) for _ in range(2)] == [50, 50]
+    assert sum(p.stat().st_size for p in shards(tmp_path)) <= 75 * PER_SLOT + 1000 * len(shards(tmp_path))
+    assert read(HOOKS, 1.0) == 50
+
+
+def test_what_others_have_cached_is_no_room_for_this_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = cached(run_config(file, n_train_samples=60), tmp_path)
+    model = FakeModel()
+    take(ActivationStream(model, TokenData.load(config.data, model), ["a"], config), 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=45 * PER_SLOT))
+    stream = ActivationStream(model, TokenData.load(config.data, model), ["b"], config)
+    take(stream, 30)
+    assert len(shards(tmp_path)) == 6 + 2  # half of 45 slots: two shards
 
 
 def test_a_stored_precision_rounds_and_changes_nothing_else(file: Path, tmp_path: Path):
