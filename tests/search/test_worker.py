@@ -125,10 +125,18 @@ def test_a_failing_trial_is_found_in_its_pack_and_fails_alone(store: Store, tmp_
     assert attrs["failures"] == 2
 
 
-def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_path: Path, error: RuntimeError) -> None:
     def before(names: list[str]) -> None:
         if len(names) > 2:
-            raise OutOfMemoryError("CUDA out of memory")
+            raise error
 
     trainer = Trainer(before=before)
     start(store, spec_in(tmp_path, 6), trainer).run()
