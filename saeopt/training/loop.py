@@ -24,7 +24,7 @@ from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
-from saeopt.training.setup import blank_members, calibrate, check_plans, hook_points_of, total_samples
+from saeopt.training.setup import blank_members, calibrate, check_plans, check_schedules, hook_points_of, total_samples
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
@@ -78,6 +78,7 @@ class _Loop:
         self.runtime, self.observer = runtime, observer
         self.config = trials[0].plan.config
         self.total = total_samples(self.config, tokens, runtime.world)
+        check_schedules([trial.plan for trial in trials], self.total)
         if not any(m.sae_config.retrain_saes for t in trials for m in t.members):
             self.total = 0
         self.window = self.config.effective_batch * runtime.world

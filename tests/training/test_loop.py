@@ -243,3 +243,9 @@ def test_ranks_with_slow_windows_agree_on_an_interrupt_in_time(monkeypatch, seco
         clock[0] += seconds
         assert not ranks._interrupted(windows)
     assert agreed[:3] == polls
+
+
+def test_a_warm_up_longer_than_one_pass_is_refused(make_config, runtime, tmp_path):
+    config = make_config(**{"data.n_train_samples": None, "lr_schedule": "constant", "warmup_samples": 100_000})
+    with pytest.raises(UserError, match=r"'warmup_samples' \(100000\) exceeds"):
+        train_pack([plan(config, tmp_path, "a")], runtime)
