@@ -48,6 +48,9 @@ def print_preview(spec: StudySpec) -> None:
         return
     console.print(_packs_table(packs, costs))
     trials = len(cells) + proposed
+    if any(pack[0].config.data.n_train_samples is None for pack in packs):
+        console.print(f"{trials} trials, time: unknown (one pass over the data: 'data.n_train_samples' is not given)")
+        return
     flops = sum(c.flops for c in costs) * trials / max(len(cells), 1)
     device, rate = measured_rate()
     console.print(

@@ -136,13 +136,15 @@ class _Trainer:
         device = self.runtime.device
         if device.type != "cuda":
             return _CPU_PACK
+        from saeopt.activations.language_model import lm_dtype
         from saeopt.training.dry_run import shapes, weightless
         from saeopt.training.memory import estimate
 
         config = space.largest().config
+        lm_bytes = lm_dtype(config.lm_dtype, device).itemsize
         model, lm = weightless(config)
         members = shapes(config, model)
-        one, two = (sum(estimate(config, members * n, lm, 2).values()) for n in (1, 2))
+        one, two = (sum(estimate(config, members * n, lm, lm_bytes).values()) for n in (1, 2))
         free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE
         return max(1, min(_LARGEST_PACK, 1 + int((free - one) / max(two - one, 1))))
 

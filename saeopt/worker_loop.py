@@ -32,7 +32,7 @@ from saeopt.search.reports import Progress, Reports
 from saeopt.search.space import Space
 from saeopt.search.storage import Store, persistently
 from saeopt.search.trial_log import trial_logs
-from saeopt.training.launch import MAY_DIFFER
+from saeopt.training.launch import EXHAUSTED, MAY_DIFFER
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder, resume_point
 
@@ -350,7 +350,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in EXHAUSTED))
     )
 
 

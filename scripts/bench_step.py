@@ -11,6 +11,7 @@ The share of the peak counts the products that the step makes and a bf16 (CPU: f
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -20,10 +21,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from pydantic import ValidationError
 
+from saeopt.config.base import explain
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
 from saeopt.errors import UserError, run_cli
+from saeopt.evaluation.__main__ import choose_device
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.stacks import make_stack
@@ -75,7 +79,11 @@ class Case:
             case = cls(name, d, h, batch, members, int(k) or None, float(dead))
         except ValueError:
             raise UserError(f"--case {text}: must be architecture:d:h:batch:members[:k[:dead share]]") from None
-        get_sae(name)  # a name that nobody knows is told before anything is timed
+        fields = get_sae(name).Config.model_fields  # a name that nobody knows is told before anything is timed
+        if min(d, h, batch, members) < 1 or not 0 <= case.dead <= 1:
+            raise UserError(f"--case {text}: sizes must be above 0, the share of dead latents between 0 and 1")
+        if case.k is not None and ("k" not in fields or not 0 < case.k <= h):
+            raise UserError(f"--case {text}: k is for topk, and at most h")
         return case
 
     @property
@@ -147,7 +155,8 @@ def run(case: Case, stack_kind: str, device: torch.device, performance: dict[str
 
 
 def _step(stack: Stack, x_Nd: torch.Tensor, i: int, case: Case, hyper: list[Hyper]) -> None:
-    stack.accumulate(StackBatch(x_Nd, None, i * 8, 8, case.batch // 8), hyper)
+    slots = math.gcd(case.batch, 8)
+    stack.accumulate(StackBatch(x_Nd, None, i * slots, slots, case.batch // slots), hyper)
     stack.apply(hyper)
 
 
@@ -226,8 +235,12 @@ def main(
 ) -> None:
     """Time the training step."""
     asked = {text: Case.parse(text) for text in case or ()}
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = choose_device(device)
     performance = {"compile": compile, "graphs": graphs}
+    try:
+        PerformanceConfig(**{**performance, "stack": against or "auto"})  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise explain(error, "performance", {}) from None
     peak = peak_tflops(where)
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{name}, torch {torch.__version__}, peak {peak:.1f} TFLOP/s")

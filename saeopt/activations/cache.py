@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -94,7 +95,10 @@ class ActivationCache:
         groups = max(1, SHARD_BYTES // (per_slot * group_slots))
         self._needed = None if needed is None else -(-needed // group_slots) * group_slots
         self.shard_slots = groups * group_slots if self._needed is None else min(groups * group_slots, self._needed)
-        self.folder = folder / cache_key(config, model, tokens, world, self.dtype, sequences, group_slots)
+        # A wider hook point makes shorter shards: without their length here two sets of hook points would take each
+        # other's shards for damaged and overwrite them for ever.
+        layout = (self.dtype, sequences, group_slots, self.shard_slots)
+        self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
         self._shards: dict[tuple[str, int], Tensor] = {}
@@ -106,19 +110,34 @@ class ActivationCache:
 
     def _room(self) -> int:
         """Slots that may lie on the disk; shards beyond are harvested each time anew."""
-        per_slot = cache_bytes(1, self.T, list(self.widths.values()), self.dtype)
-        allowed = self.config.activations.cache_max_gb * 2**30
-        self.folder.mkdir(parents=True, exist_ok=True)
-        have = sum(f.stat().st_size for f in self.folder.rglob("*.safetensors"))
-        free = have + shutil.disk_usage(self.folder).free / 2
-        slots = int(min(allowed, free) // per_slot) // self.shard_slots * self.shard_slots
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"'activations.cache': {self.folder} cannot be made: {error.strerror}") from None
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"'activations.cache': {self.folder} cannot be written")
+        allowed = int(self.config.activations.cache_max_gb * 2**30)
+        have: dict[str, int] = {}  # also of hook points that others have asked for
+        for file in self.folder.glob("*/*.safetensors"):
+            have[file.parent.name] = have.get(file.parent.name, 0) + file.stat().st_size
+        room = max(0, min(allowed - sum(have.values()), shutil.disk_usage(self.folder).free // 2))
+        size = {self._path(h, 0).parent.name: cache_bytes(1, self.T, [w], self.dtype) for h, w in self.widths.items()}
         wanted = self._needed
+        most = allowed // sum(size.values()) if wanted is None else wanted
+
+        def missing(shards: int) -> int:
+            """Bytes still to be written for so many shards."""
+            slots = min(shards * self.shard_slots, most)
+            return sum(max(0, slots * bytes_ - have.get(name, 0)) for name, bytes_ in size.items())
+
+        shards = bisect_right(range(-(-most // self.shard_slots) + 1), room, key=missing) - 1
+        slots = min(shards * self.shard_slots, most)
         if wanted is not None and slots < wanted:
             log.info(
-                "the activation cache holds %d of %d samples (%.1f GB are allowed, %.1f GB would hold all)",
-                slots, wanted, min(allowed, free) / 2**30, wanted * per_slot / 2**30,
+                "the activation cache holds %d of %d samples (room for %.1f GB more, %.1f GB would hold all)",
+                slots, wanted, room / 2**30, wanted * sum(size.values()) / 2**30,
             )  # fmt: skip
-        return slots if wanted is None else min(slots, wanted)
+        return slots if wanted is not None else slots // self.shard_slots * self.shard_slots
 
     def _slots(self, number: int) -> int:
         """Slots of a shard; the last one may be shorter."""
@@ -162,7 +181,10 @@ class ActivationCache:
             if found is None:
                 found = self._open(hook, number)
             if found is None:
-                self._fill(number)
+                unstored = self._fill(number)
+                self._shards |= {(h, number): x_nTd for h, x_nTd in unstored.items()}
+                found = unstored.get(hook)
+            if found is None:
                 found = self._open(hook, number)
             if found is None:
                 raise UserError(f"{self._path(hook, number)}: cannot be read back right after it was written")
@@ -193,19 +215,31 @@ class ActivationCache:
                 log.warning("%s; it is harvested again", error)
         return None
 
-    def _fill(self, number: int) -> None:
-        """Harvest and write what is missing of a shard; another process may have been faster."""
+    def _fill(self, number: int) -> dict[str, Tensor]:
+        """Harvest and write what is missing of a shard; another process may have been faster.
+
+        Gives what could not be written: no run ends because its cache has found no room.
+        """
         from filelock import FileLock
 
         with FileLock(self.folder / f".{number:06}.lock"):
             missing = [h for h in self.widths if self._open(h, number, tell=True) is None]
             if not missing:
-                return
+                return {}
+            for hook in missing:  # under the lock nobody else writes this shard: its writer was killed
+                for leftover in self._path(hook, number).parent.glob(f".{number:06}.safetensors.*.tmp"):
+                    leftover.unlink(missing_ok=True)
             first, n = number * self.shard_slots, self._slots(number)
             x = self._harvest(first, n, missing)
-            for hook in missing:
-                metadata = {"hook_point": hook, "slots": [first, n], "model": self.config.model}
-                write_tensors(self._path(hook, number), {"x": x[hook]}, metadata)
+            try:
+                for hook in missing:
+                    metadata = {"hook_point": hook, "slots": [first, n], "model": self.config.model}
+                    write_tensors(self._path(hook, number), {"x": x[hook]}, metadata)
+            except UserError as error:
+                self.limit = min(self.limit, first)
+                log.warning("the activation cache ends at sample %d, the rest is harvested each time: %s", first, error)
+                return x
+        return {}
 
     def _harvest(self, first: int, n: int, hooks: Sequence[str]) -> dict[str, Tensor]:
         """x_nTd of a shard's slots, in passes of the very same shape as without a cache."""
@@ -223,8 +257,11 @@ class ActivationCache:
     def _read_tokens(self, slot: int) -> list[Tensor]:
         """The sequences of a group, over all ranks."""
         micro = self.batch * self.world
-        if self._reader is None or self._reader_slot != slot:
-            self._reader = self.tokens.train(slot, micro, cursor=self._cursor)
+        if self._reader is None or self._reader_slot > slot:
+            self._reader, self._reader_slot = self.tokens.train(slot, micro, cursor=self._cursor), slot
+        while self._reader_slot < slot:  # what another process has harvested; to begin anew would cost all before it
+            next(self._reader)
+            self._reader_slot += micro
         parts = [next(self._reader) for _ in range(self.group_slots // micro)]
         self._reader_slot = slot + self.group_slots
         return [p.tokens_bT for p in parts]

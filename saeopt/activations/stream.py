@@ -130,12 +130,12 @@ class ActivationStream:
         self._group, self._micro = self.schedule.locate(start)
         first = self.schedule.slot(self._group)
         self._cursor: dict[str, Any] = dict(cursor or {})
-        batches = tokens.train(first, config.data.train_batch_size, rank, world, self._cursor)
-        self._tokens = Prefetch(batches, depth=2 * self.schedule.group)
         sequences = even_share(
             self.schedule.group * config.data.train_batch_size, sequences_per_pass(config, model.device)
         )
-        cache = self._open_cache(model, tokens, hooks, world, sequences)
+        cache = self._open_cache(model, tokens, hooks, world, sequences)  # before a thread runs that nobody would stop
+        batches = tokens.train(first, config.data.train_batch_size, rank, world, self._cursor)
+        self._tokens = Prefetch(batches, depth=2 * self.schedule.group)
         self._harvester = Harvester(model, hooks, config, sequences, cache)
         self._groups = self._harvester.groups(self._read_group)
         self._next_group = self._group

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +44,26 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
         cells = space.grid()
         if not cells:
             raise UserError(f"study {spec.name}: the space has no cells")
+        _check_evaluated(spec, cells)
         return cells, 0
     space.check_corners()
     cells = space.design(n_designed(spec), spec.sampler.seed)
+    _check_evaluated(spec, [*cells, space.middle()])
     return cells, (spec.max_trials or 0) - len(cells)
+
+
+def _check_evaluated(spec: StudySpec, cells: Iterable[Cell]) -> None:
+    """Refuse trials that would be trained to their end and then have no objective."""
+    for cell in cells:
+        if cell.config.data.n_eval_samples == 0:
+            raise UserError(
+                f"study {spec.name}: 'data.n_eval_samples' is 0: objectives are measured on held-out samples"
+            )
+        if cell.config.eval_every_n_samples is None:
+            raise UserError(
+                f"study {spec.name}: 'eval_every_n_samples' is null (never): objectives need an evaluation; 0 means at"
+                " the end"
+            )
 
 
 def create_study(store: Store, spec: StudySpec) -> Created:

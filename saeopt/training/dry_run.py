@@ -68,7 +68,8 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
         written_heads=text.num_attention_heads if written_out else 0,
     )
-    return LanguageModel(model, None, nowhere, config.lm_processing), lm
+    # Widths do not depend on lm_processing, and weights that are not there cannot be folded.
+    return LanguageModel(model, None, nowhere), lm
 
 
 def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:

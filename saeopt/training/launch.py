@@ -23,7 +23,7 @@ MAY_DIFFER = {
 }  # fmt: skip
 """Devices and logging: a resumed run may change these."""
 
-_EXHAUSTED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+EXHAUSTED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What an exhausted host, driver or library says without an error class of its own."""
 
 
@@ -152,7 +152,7 @@ def out_of_memory(config: RunConfig, runtime: Runtime) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not exhausted and not any(words in str(error) for words in _EXHAUSTED):
+        if not exhausted and not any(words in str(error) for words in EXHAUSTED):
             raise
         size, steps = config.data.train_batch_size, config.gradient_accumulation_steps
         raise UserError(

@@ -24,9 +24,10 @@ from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
-from saeopt.training.setup import blank_members, calibrate, check_plans, hook_points_of, total_samples
+from saeopt.training.setup import blank_members, calibrate, check_plans, check_schedules, hook_points_of, total_samples
 
-_INTERRUPT_POLL = 10  # several ranks agree on an interrupt only so often: agreeing synchronises
+_INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
+_POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
 
 
 @dataclass
@@ -77,6 +78,7 @@ class _Loop:
         self.runtime, self.observer = runtime, observer
         self.config = trials[0].plan.config
         self.total = total_samples(self.config, tokens, runtime.world)
+        check_schedules([trial.plan for trial in trials], self.total)
         if not any(m.sae_config.retrain_saes for t in trials for m in t.members):
             self.total = 0
         self.window = self.config.effective_batch * runtime.world
@@ -90,6 +92,7 @@ class _Loop:
                     self.pack.load_state(member, state)
         self.cursor: dict[str, Any] = cursor
         self.stream: ActivationStream | None = None
+        self._next_poll, self._polled = 1, (0, time.perf_counter())
 
     # ---- start
     def _restore(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -176,16 +179,25 @@ class _Loop:
         }
 
     def _interrupted(self, windows: int) -> bool:
-        runtime = self.runtime
-        if runtime.world > 1 and windows % min(_INTERRUPT_POLL, self.config.log_every_n_grad_steps):
-            return False
-        if not runtime.agree(self.observer.should_interrupt()) or self.samples >= self.total:
+        interrupted = self.observer.should_interrupt()
+        if self.runtime.world > 1:
+            if windows < self._next_poll:
+                return False
+            interrupted, self._next_poll = self.runtime.agree((interrupted, windows + self._pause(windows)))
+        if not interrupted or self.samples >= self.total:
             return False
         self._save()
         for trial in self.trials:
             if trial.result is None:
                 self._close(trial, TrialResult("interrupted", self.samples))
         return True
+
+    def _pause(self, windows: int) -> int:
+        """Windows until the ranks agree again: the fewer, the slower they are."""
+        (windows_then, then), now = self._polled, time.perf_counter()
+        self._polled = windows, now
+        in_time = int(_POLL_SECONDS * (windows - windows_then) / max(now - then, 1e-9))
+        return max(1, min(_INTERRUPT_POLL, self.config.log_every_n_grad_steps, in_time))
 
     def _log(self, measured: list[tuple[Member, dict[str, float]]], tokens_per_s: float) -> None:
         for trial in self.trials:

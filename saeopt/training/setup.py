@@ -48,6 +48,18 @@ def total_samples(config: RunConfig, tokens: TokenData, world: int) -> int:
     return total
 
 
+def check_schedules(plans: Sequence[TrialPlan], total: int) -> None:
+    """Refuse a warm-up that is longer than one pass, whose length the config does not know.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for plan in plans:
+        warmup = plan.config.warmup_samples
+        if plan.config.data.n_train_samples is None and warmup > total:
+            raise UserError(f"'warmup_samples' ({warmup}) exceeds the {total} samples of one pass over the data")
+
+
 def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
     """The hook points of each trial.
 

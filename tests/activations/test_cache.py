@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from fake_model import FakeModel
+from safetensors.torch import save_file
 from test_stream import HOOKS, file, open_stream, run_config, same, take, way
 
 from saeopt.activations import cache as cache_module
@@ -17,6 +23,7 @@ from saeopt.activations.stream import ActivationStream
 from saeopt.activations.tokens import TokenData
 from saeopt.config.io import validate_run
 from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
 
 __all__ = ["file", "way"]
 PER_SLOT = 16 * 4 * 4  # bytes of one hook point
@@ -79,6 +86,29 @@ def test_hook_points_are_added_to_a_cache_without_harvesting_the_others_again(fi
     assert all(torch.equal(2 * batch.x["a"], batch.x["b"]) for batch in batches)
 
 
+class OneWideHook(FakeModel):
+    def width(self, hook: str) -> int:
+        return 8 if hook == "b" else 4
+
+    def activations(self, tokens_BT: torch.Tensor, hooks: list[str]) -> dict[str, torch.Tensor]:
+        found = super().activations(tokens_BT, hooks)
+        return {hook: torch.cat([x, x], -1) if hook == "b" else x for hook, x in found.items()}
+
+
+def test_a_wider_hook_point_beside_it_does_not_make_a_shard_look_damaged(
+    file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    config = cached(run_config(file, n_train_samples=40), tmp_path)
+    for again in range(2):
+        for hooks in (["a"], HOOKS):  # shards of ten slots and of five
+            model = OneWideHook()
+            stream = ActivationStream(model, TokenData.load(config.data, model), hooks, config)
+            for batch in take(stream, 20):
+                assert batch.x["a"].shape == (32, 4)
+            assert sum(model.sequences) == (0 if again else 40)
+    assert "other samples" not in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_damaged_shard_is_harvested_again(file: Path, tmp_path: Path, damage: str):
     config = cached(run_config(file, n_train_samples=40), tmp_path)
@@ -89,6 +119,36 @@ def test_a_damaged_shard_is_harvested_again(file: Path, tmp_path: Path, damage: 
     victim.write_bytes(content if damage == "flip" else content[:-50])
     assert all(same(a, b) for a, b in zip(take(open_stream(config), 15), wanted, strict=True))
     assert len(victim.read_bytes()) == len(content)
+
+
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    plain = run_config(file, n_train_samples=40)
+    wanted = take(open_stream(plain), 20)
+    room = [3]  # the first shard of both hook points, and half of the second
+
+    def save(*args: object, **kwargs: object) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(*args, **kwargs)
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    model = FakeModel()
+    got = take(open_stream(cached(plain, tmp_path), model), 20)
+    assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
+    assert sum(model.sequences) <= 40 + 10  # nothing is harvested for both hook points one after the other
+    assert caplog.text.count("the disk is full") == 1
+    assert len(shards(tmp_path)) == 3
+
+
+def test_a_cache_that_cannot_be_made_is_one_line_and_leaves_no_thread(file: Path, tmp_path: Path):
+    (tmp_path / "file").touch()
+    before = threading.active_count()
+    with pytest.raises(UserError, match=r"'activations\.cache': .*file"):
+        open_stream(cached(run_config(file), tmp_path / "file"))
+    assert threading.active_count() == before
 
 
 def test_other_tokens_and_other_weights_never_share_a_cache(file: Path, tmp_path: Path):
@@ -113,6 +173,31 @@ def test_the_size_is_known_beforehand_and_kept(file: Path, tmp_path: Path, caplo
     stored = sum(p.stat().st_size for p in shards(tmp_path))
     assert 0 < stored <= limit + 1000 * len(shards(tmp_path))
     assert len(shards(tmp_path)) == 2 * 2  # two shards of ten slots, two hook points
+
+
+def test_hook_points_of_several_runs_share_what_is_allowed(file: Path, tmp_path: Path):
+    def read(hooks: list[str], gb: float) -> int:
+        config = cached(run_config(file, n_train_samples=60), tmp_path, cache_max_gb=gb)
+        model = FakeModel()
+        take(ActivationStream(model, TokenData.load(config.data, model), hooks, config), 30)
+        return sum(model.sequences)
+
+    limit = 75 * PER_SLOT / 2**30
+    assert [read(["a"], limit) for _ in range(2)] == [60, 0]
+    assert [read(["b"], limit) for _ in range(2)] == [60, 50]  # one shard of ten fits beside them
+    assert [read(HOOKS, limit) for _ in range(2)] == [50, 50]
+    assert sum(p.stat().st_size for p in shards(tmp_path)) <= 75 * PER_SLOT + 1000 * len(shards(tmp_path))
+    assert read(HOOKS, 1.0) == 50
+
+
+def test_what_others_have_cached_is_no_room_for_this_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = cached(run_config(file, n_train_samples=60), tmp_path)
+    model = FakeModel()
+    take(ActivationStream(model, TokenData.load(config.data, model), ["a"], config), 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=45 * PER_SLOT))
+    stream = ActivationStream(model, TokenData.load(config.data, model), ["b"], config)
+    take(stream, 30)
+    assert len(shards(tmp_path)) == 6 + 2  # half of 45 slots: two shards
 
 
 def test_a_stored_precision_rounds_and_changes_nothing_else(file: Path, tmp_path: Path):
@@ -160,6 +245,40 @@ def test_several_processes_harvest_once_between_them(file: Path, tmp_path: Path)
     assert [values for _, values in found] == [wanted, wanted]
     assert sum(n for n, _ in found) == 40
     assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_a_writer_goes_on_behind_the_shards_of_another_without_beginning_anew(
+    file: Path, tmp_path: Path, way: bool, monkeypatch: pytest.MonkeyPatch
+):
+    plain = run_config(file, streaming=way, n_train_samples=80)
+    wanted = take(open_stream(plain), 40)
+    one, other = (open_stream(cached(plain, tmp_path)) for _ in range(2))
+    begun: list[int] = []
+    train = TokenData.train
+
+    def counted(self: TokenData, start: int, *args: Any, **kwargs: Any) -> Any:
+        begun.append(start)
+        return train(self, start, *args, **kwargs)
+
+    monkeypatch.setattr(TokenData, "train", counted)
+    for i in range(40):  # they take turns in harvesting a shard
+        pair = (one, other) if i // 5 % 2 else (other, one)
+        assert all(same(next(stream), wanted[i]) for stream in pair)
+    one.close()
+    other.close()
+    assert begun == [0, 10]
+
+
+def test_what_a_killed_writer_left_half_written_goes(file: Path, tmp_path: Path):
+    config = cached(run_config(file, n_train_samples=40), tmp_path)
+    take(open_stream(config), 5)
+    whole = shards(tmp_path)[0]
+    left, others = (whole.with_name(f".{number:06}.safetensors.99-0.tmp") for number in (1, 7))
+    for path in (left, others):
+        path.write_bytes(b"half")
+    take(open_stream(config), 20)
+    assert not left.exists()
+    assert others.exists()  # of a shard that nobody has written yet: its writer may be alive
 
 
 def test_shards_hold_what_they_say(file: Path, tmp_path: Path):

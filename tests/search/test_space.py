@@ -89,6 +89,16 @@ def test_every_cell_is_validated_at_creation() -> None:
         )
 
 
+@pytest.mark.parametrize("sampler", [{}, {"sampler": "random", "max_trials": 9}])
+def test_a_study_whose_trials_would_never_be_evaluated_is_refused(sampler: dict[str, Any]) -> None:
+    base = grid_spec().base
+    nothing = base | {"data": base["data"] | {"n_eval_samples": 0}}
+    with pytest.raises(UserError, match=r"'data\.n_eval_samples' is 0"):
+        planned_cells(grid_spec(base=nothing, **sampler))
+    with pytest.raises(UserError, match="'eval_every_n_samples' is null"):
+        planned_cells(grid_spec(base=base | {"eval_every_n_samples": None}, **sampler))
+
+
 def test_the_design_of_the_first_trials_fills_the_space() -> None:
     space = {
         "saes.sparsity_coeff": {"low": 0.05, "high": 10, "log": True},

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,10 +126,18 @@ def test_a_failing_trial_is_found_in_its_pack_and_fails_alone(store: Store, tmp_
     assert attrs["failures"] == 2
 
 
-def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_path: Path, error: RuntimeError) -> None:
     def before(names: list[str]) -> None:
         if len(names) > 2:
-            raise OutOfMemoryError("CUDA out of memory")
+            raise error
 
     trainer = Trainer(before=before)
     start(store, spec_in(tmp_path, 6), trainer).run()
@@ -355,6 +364,28 @@ def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: P
     assert sizes[2**20] == 1
     assert 1 < sizes[2**27] < 64
     assert sizes[2**40] == 64
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("auto", 2), ("float32", 4)])
+def test_packs_are_sized_for_the_language_models_precision(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: Any, dtype: str, size: int
+) -> None:
+    import torch
+
+    from saeopt.search.space import Space
+    from saeopt.training import memory
+    from saeopt.worker import _Trainer
+
+    base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir), "lm_dtype": dtype}
+    base["data"] = base["data"] | {"context_length": 16}
+    trainer = _Trainer("cuda")
+    trainer._runtime = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
+    asked = []
+    estimate = memory.estimate
+    monkeypatch.setattr(memory, "estimate", lambda *a, **k: asked.append(a[3]) or estimate(*a, **k))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    trainer.fitting(Space(spec_in(tmp_path, base=base)))
+    assert set(asked) == {size}
 
 
 def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in_seconds(

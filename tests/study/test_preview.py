@@ -31,3 +31,21 @@ def test_a_dry_run_without_the_model_still_shows_cells(cli: Cli, study_file: Pat
     text = cli("create", study_file, "--dry-run").stdout
     assert "6 cells" in text
     assert "memory and time: unknown" in text
+
+
+def test_a_dry_run_folds_no_weights(cli: Cli, study_file: Path, tiny_model_dir: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["base"] |= {"tlens_model_name": None, "tlens_model_path": str(tiny_model_dir), "lm_processing": "compatibility"}
+    study_file.write_text(yaml.safe_dump(raw))
+    assert "GiB" in cli("create", study_file, "--dry-run").stdout
+
+
+def test_the_time_of_one_pass_over_unknown_data_is_unknown(cli: Cli, study_file: Path, tiny_model_dir: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["base"] |= {"tlens_model_name": None, "tlens_model_path": str(tiny_model_dir), "lr_schedule": "constant"}
+    del raw["base"]["data"]["n_train_samples"]
+    study_file.write_text(yaml.safe_dump(raw))
+    text = cli("create", study_file, "--dry-run").stdout
+    assert "GiB" in text
+    assert "time: unknown" in text
+    assert "about 0" not in text

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saeopt.errors import UserError
 from saeopt.evaluation.load import load_run
-from saeopt.training import Observer, TrialPlan, train_pack
+from saeopt.training import Observer, TrialPlan, loop, train_pack
 from saeopt.training.run_folder import RunFolder, resume_point
 from saeopt.training.runtime import Runtime
 
@@ -217,3 +218,34 @@ def test_a_trial_that_keeps_its_saes_stays_as_it_is_beside_one_that_trains(make_
     before, after = weights(tmp_path / "a"), weights(tmp_path / "kept")
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert results["kept"].evaluation[HOOK]["fvu"] == pytest.approx(first.evaluation[HOOK]["fvu"], rel=1e-6)
+
+
+@pytest.mark.parametrize("sae_type", [*FOUR, "topk"])
+def test_bf16_products_train_on_the_cpu_as_well(make_config, runtime, tmp_path, sae_type):
+    changes = FOUR.get(sae_type, {"saes.sae_type": "topk", "saes.k": 4})
+    full, half = (make_config(mixed_precision=p, **changes) for p in ("no", "bf16"))
+    wanted, found = (train_pack([plan(c, tmp_path, n)], runtime)[n] for n, c in (("full", full), ("half", half)))
+    assert found.status == "finished"
+    assert found.evaluation[HOOK]["fvu"] == pytest.approx(wanted.evaluation[HOOK]["fvu"], rel=0.02)
+
+
+@pytest.mark.parametrize(("seconds", "polls"), [(0.0, [1, 11, 21]), (0.5, [1, 3, 5]), (3.0, [1, 2, 3])])
+def test_ranks_with_slow_windows_agree_on_an_interrupt_in_time(monkeypatch, seconds, polls):
+    clock = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    agreed = []
+    observer = SimpleNamespace(should_interrupt=lambda: False)
+    runtime = SimpleNamespace(world=2, agree=lambda value: agreed.append(windows) or value)
+    config = SimpleNamespace(log_every_n_grad_steps=20)
+    ranks = loop._Loop.__new__(loop._Loop)
+    vars(ranks).update(observer=observer, runtime=runtime, config=config, _next_poll=1, _polled=(0, 0.0))
+    for windows in range(1, 25):
+        clock[0] += seconds
+        assert not ranks._interrupted(windows)
+    assert agreed[:3] == polls
+
+
+def test_a_warm_up_longer_than_one_pass_is_refused(make_config, runtime, tmp_path):
+    config = make_config(**{"data.n_train_samples": None, "lr_schedule": "constant", "warmup_samples": 100_000})
+    with pytest.raises(UserError, match=r"'warmup_samples' \(100000\) exceeds"):
+        train_pack([plan(config, tmp_path, "a")], runtime)

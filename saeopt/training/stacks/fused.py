@@ -148,7 +148,8 @@ class FusedStack(Stack):
 
     def _add(self, member: int, found: Found) -> None:
         for name, left_MNh, right_MNd in found.products:
-            self.grads[name][member].addmm_(left_MNh[0].T, right_MNd[0])
+            # sums are in the weights' precision, whatever that of the products (`mixed_precision: bf16`)
+            self.grads[name][member].addmm_(left_MNh[0].T.to(self.dtype), right_MNd[0].to(self.dtype))
         for name, vector_Mx in found.vectors.items():
             self.packed.vector(self.grads, name)[member] += vector_Mx[0]
         if found.pull_Mh is not None:
