@@ -19,6 +19,10 @@ from saeopt.search.space import Cell, Space
 from saeopt.search.status import duration
 
 _SHOWN = 30
+CPU_PACK = 8
+LARGEST_PACK = 64
+MEMORY_SHARE = 0.8
+"""`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
 _EFFICIENCY = 0.3
 """Share of this machine's plain matrix product that training reaches."""
 
@@ -38,9 +42,10 @@ def print_preview(spec: StudySpec) -> None:
     cells, proposed = planned_cells(spec)
     console.print(_space_table(spec))
     console.print(_cells_table(spec, cells, proposed))
-    packs = packs_of(spec, cells)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
+    packs = packs_of(spec, cells, LARGEST_PACK)
     try:
+        packs = packs_of(spec, cells, _largest_pack(spec))
         costs = [cost(pack) for pack in packs]
     except (UserError, OSError, ValueError, ImportError) as error:
         console.print(_packs_table(packs, None))
@@ -60,12 +65,24 @@ def print_preview(spec: StudySpec) -> None:
     )
 
 
-def packs_of(spec: StudySpec, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """The cells in packs as one worker would take them: all of a stream together, or the study's number (`pack`)."""
+def _largest_pack(spec: StudySpec) -> int:
+    """What `pack: auto` is on this machine's GPU; without one, on a GPU on which everything fits."""
+    import torch
+
+    if isinstance(spec.pack, int) or not torch.cuda.is_available():
+        return LARGEST_PACK
+    from saeopt.training.dry_run import fitting
+
+    free = torch.cuda.mem_get_info()[0] * MEMORY_SHARE
+    return fitting(Space(spec).largest().config, free, torch.device("cuda"), LARGEST_PACK)
+
+
+def packs_of(spec: StudySpec, cells: Sequence[Cell], largest: int) -> list[list[Cell]]:
+    """The cells in packs as one worker would take them: of one stream, the study's number (`pack`) or `largest`."""
     streams: dict[str, list[Cell]] = {}
     for cell in cells:
         streams.setdefault(cell.stream, []).append(cell)
-    size = spec.pack if isinstance(spec.pack, int) else max(len(cells), 1)
+    size = spec.pack if isinstance(spec.pack, int) else largest
     return [group[i : i + size] for group in streams.values() for i in range(0, len(group), size)]
 
 

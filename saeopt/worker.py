@@ -16,6 +16,7 @@ import typer
 
 from saeopt.config.settings import settings
 from saeopt.errors import UserError, run_cli
+from saeopt.preview import CPU_PACK, LARGEST_PACK, MEMORY_SHARE
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from saeopt.training.runtime import Runtime
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_CPU_PACK = 8
-_LARGEST_PACK = 64
-_MEMORY_SHARE = 0.8
 _SAME_REQUEST = 1.0
 
 
@@ -135,18 +133,11 @@ class _Trainer:
 
         device = self.runtime.device
         if device.type != "cuda":
-            return _CPU_PACK
-        from saeopt.activations.language_model import lm_dtype
-        from saeopt.training.dry_run import shapes, weightless
-        from saeopt.training.memory import estimate
+            return CPU_PACK
+        from saeopt.training.dry_run import fitting
 
-        config = space.largest().config
-        lm_bytes = lm_dtype(config.lm_dtype, device).itemsize
-        model, lm = weightless(config)
-        members = shapes(config, model)
-        one, two = (sum(estimate(config, members * n, lm, lm_bytes).values()) for n in (1, 2))
-        free = torch.cuda.mem_get_info(device)[0] * _MEMORY_SHARE
-        return max(1, min(_LARGEST_PACK, 1 + int((free - one) / max(two - one, 1))))
+        free = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
+        return fitting(space.largest().config, free, device, LARGEST_PACK)
 
 
 def pack_size(text: str | None) -> int | str | None:

@@ -75,6 +75,7 @@ class Worker:
         self._limit: int | None = None
         self._ended = threading.Event()
         self._progress: dict[str, Progress] = {}
+        self._results: dict[str, TrialResult] = {}
 
     def run(self) -> int:
         """Until the study is done, `max_trials` are told, or a signal comes; returns the number of trials told."""
@@ -157,12 +158,15 @@ class Worker:
                 self._after_error([assignment], error)
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
+        self._results = {}
         by_name = self._progress = {a.name: Progress(a.claim, a.config) for a in pack}
         plans = [TrialPlan(a.name, a.config, a.run_dir, resume=a.start > 0) for a in pack]
         for a in pack:
             monitoring.on_trial_start(self.store, self.study_id, a.claim.trial_id, self.spec, self.me.worker)
         try:
-            return self.train(plans, _Watcher(self, by_name))
+            results = self.train(plans, _Watcher(self, by_name))
+            self._results = {}
+            return results
         finally:
             self.reports.flush(3.0 if self._leaving() else 900.0)
 
@@ -176,7 +180,12 @@ class Worker:
             raise error
         error.__traceback__ = None  # its frames hold the pack's tensors
         free_memory()
-        if len(pack) > 1:
+        together = len(pack) > 1
+        pack = self._tell_ended(pack)
+        if not pack:
+            log.error("%s, after all trials of the pack had ended", reason)
+            return
+        if together:
             half = (len(pack) + 1) // 2 if exhausted else 1
             if exhausted:
                 self._limit = half
@@ -198,6 +207,14 @@ class Worker:
         log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
         if disk_is_full(error):
             self.interrupted.wait(_FULL_DISK_PAUSE)  # else a full disk uses up the retries of a whole study
+
+    def _tell_ended(self, pack: list[Assignment]) -> list[Assignment]:
+        """Tell the trials that had ended before their pack failed; gives the others."""
+        ended = {a.name: result for a in pack if (result := self._results.pop(a.name, None)) is not None}
+        for assignment in pack:
+            if assignment.name in ended:
+                self._tell(assignment, ended[assignment.name])
+        return [a for a in pack if a.name not in ended]
 
     def _again(self, assignment: Assignment) -> Assignment:
         start = start_of(assignment.run_dir, assignment.config)
@@ -300,6 +317,9 @@ class _Watcher(Observer):
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         self.worker.reports.checkpointed(self.by_name[name].claim, samples)
+
+    def on_end(self, name: str, result: TrialResult) -> None:
+        self.worker._results[name] = result
 
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         me = self.worker.me

@@ -196,6 +196,7 @@ def main(
         model_dir, tokens = prepare(model, context, min(20_000, batch * (accumulation * steps + 8)), folder)
         raw: dict[str, Any] = {
             "tlens_model_path": str(model_dir), "save_dir": str(folder / "output"), "performance": {"stack": stack},
+            "activations": {"cache": "off"},
             "eval_every_n_samples": None, "log_every_n_grad_steps": max(1, steps // 12),
             "gradient_accumulation_steps": accumulation,
             "data": {

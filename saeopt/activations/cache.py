@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saeopt.activations.language_model import compiles
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, write_tensors
@@ -101,6 +102,7 @@ class ActivationCache:
         self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
+        self._options = {"compiled": True} if compiles(config, model.device) else {}
         self._shards: dict[tuple[str, int], Tensor] = {}
         self._coming: dict[tuple[str, int], Future[Tensor | None]] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="saeopt-cache")
@@ -242,7 +244,7 @@ class ActivationCache:
         return {}
 
     def _harvest(self, first: int, n: int, hooks: Sequence[str]) -> dict[str, Tensor]:
-        """x_nTd of a shard's slots, in passes of the very same shape as without a cache."""
+        """x_nTd of a shard's slots, in the very same passes as without a cache."""
         x = {h: torch.empty(n, self.T, self.widths[h], dtype=self.dtype) for h in hooks}
         micro = self.batch * self.world
         for group in range(first, first + n, self.group_slots):
@@ -250,7 +252,7 @@ class ActivationCache:
             slots_mrb = torch.arange(self.group_slots).view(self.group_slots // micro, self.world, self.batch)
             for rank in range(self.world):
                 for rows in slots_mrb[:, rank].flatten().split(self.sequences):
-                    for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks)).items():
+                    for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), **self._options).items():
                         x[hook][group - first + rows] = x_bTd.to("cpu", self.dtype)
         return x
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saeopt.activations.language_model import compiles
 from saeopt.activations.masks import keep_tokens
 from saeopt.streams import side_stream
 
@@ -64,7 +65,7 @@ class Harvester:
         self.model, self.hooks, self.config = model, list(hooks), config
         self.sequences = sequences
         self._cuda = model.device.type == "cuda"
-        self._compiled = self._cuda and config.performance.compile != "off"
+        self._options = {"compiled": True} if compiles(config, model.device) else {}
         self._side = side_stream("harvest", model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
         self._passes = 0
@@ -97,8 +98,7 @@ class Harvester:
         """x_Nd per hook point of each pass of the language model."""
         for chunk_bT in tokens_nT.split(self.sequences):
             # Named at every pass: hook points may have left meanwhile.
-            options = {"compiled": True} if self._compiled else {}
-            found = self.model.activations(chunk_bT, list(self.hooks), **options)
+            found = self.model.activations(chunk_bT, list(self.hooks), **self._options)
             yield {hook: x_bTd.flatten(0, 1) for hook, x_bTd in found.items()}
 
     # ---- the CPU

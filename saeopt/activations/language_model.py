@@ -43,6 +43,11 @@ def lm_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether harvesting goes through the compiled model."""
+    return device.type == "cuda" and config.performance.compile != "off"
+
+
 class LanguageModel:
     """A frozen causal language model and its hook points. Build one with :meth:`load`."""
 

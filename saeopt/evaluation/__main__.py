@@ -73,6 +73,8 @@ def choose_device(name: str) -> torch.device:
         found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown device (auto, cpu, cuda, cuda:1, …)") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: must be auto, cpu or cuda (cuda:1, …)")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return found

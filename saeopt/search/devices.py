@@ -27,7 +27,7 @@ def parse_devices(text: str) -> list[str]:
     found = [part.strip() for part in text.split(",") if part.strip()]
     for device in found:
         kind, _, index = device.partition(":")
-        if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
             raise UserError(f"--devices {text}: '{device}' is no device (auto, cpu, cuda:0, …)")
     if not found:
         raise UserError("--devices: the list is empty")

@@ -188,9 +188,9 @@ class Space:
         return self.cell(self._at({p.name: 0.5 for p in self.parameters}))
 
     def largest(self) -> Cell:
-        """The cell with the most latents, the middle otherwise."""
-        size = "saes.dict_size_to_input_ratio"
-        return self.cell(self._at({p.name: 0.999 if p.field == size else 0.5 for p in self.parameters}))
+        """The cell with the most latents and the largest k, the middle otherwise: it needs the most memory."""
+        sizes = ("saes.dict_size_to_input_ratio", "saes.k")
+        return self.cell(self._at({p.name: 0.999 if p.field in sizes else 0.5 for p in self.parameters}))
 
     def check_corners(self) -> None:
         """Each parameter's ends or values once, everything else in the middle; :class:`UserError` if one is invalid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,6 +83,19 @@ def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
         n_parameters = sum(p.numel() for p in sae.parameters())
         found.append(MemberShape(hook, section.sae_type, d, h, n_parameters, getattr(section, "k", 0)))
     return found
+
+
+def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> int:
+    """How many trials like this one fit together into `free` bytes; at least 1, at most `most`."""
+    from saeopt.activations.language_model import lm_dtype
+
+    model, lm = weightless(config)
+    members, lm_bytes = shapes(config, model), lm_dtype(config.lm_dtype, device).itemsize
+
+    def needed(trials: int) -> int:
+        return sum(estimate(config, members * trials, lm, lm_bytes, device.type).values())
+
+    return max(1, bisect_right(range(1, most + 1), free, key=needed))
 
 
 def _members_table(members: list[MemberShape], name: str) -> Table:

@@ -312,6 +312,7 @@ class _Loop:
         for sink in trial.sinks:
             sink.finish(result.status)
         trial.sinks = []
+        self.observer.on_end(trial.plan.name, result)
 
     def close(self) -> None:
         """Stop background work, also after an error."""

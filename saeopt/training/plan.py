@@ -55,6 +55,9 @@ class Observer:
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         """A checkpoint is complete on the disk."""
 
+    def on_end(self, name: str, result: TrialResult) -> None:
+        """A trial has ended, also where others of its pack go on."""
+
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         """The stream has come so far."""
 

@@ -29,6 +29,8 @@ class Runtime:
 
     def __init__(self, device: str | torch.device | None = None, *, weights_dtype: torch.dtype = torch.float32) -> None:
         wanted = None if device is None or str(device) == "auto" else torch.device(device)
+        if wanted is None and torch.backends.mps.is_available():  # no float64 there, which sums are kept in
+            wanted = torch.device("cpu")
         self.accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu")
         if wanted is not None and wanted.type == "cuda":
             wanted = torch.device("cuda", wanted.index or 0)

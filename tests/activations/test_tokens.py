@@ -237,18 +237,22 @@ def test_a_range_of_rows_can_be_asked_for(file: Path, way: str, documents: list[
         assert load(file, split="train[50%:]").engine.tokens_in_all == sum(len(d) + 1 for d in documents[30:] if d)
 
 
-def test_a_small_data_set_is_repeated_with_one_notice(file: Path, way: str, caplog: pytest.LogCaptureFixture):
+def test_a_small_data_set_is_repeated_with_one_notice(
+    file: Path, way: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("saeopt"), "propagate", True)  # first: caplog looks how records get to it
     caplog.set_level(logging.INFO, logger="saeopt")
-    logging.getLogger("saeopt").propagate = True
     tokens = load(file, way, n_train_samples=500)
     flat(tokens, 200)
     flat(tokens, 200)
     assert len([r for r in caplog.records if "repeated" in r.message]) == 1
 
 
-def test_what_does_not_fill_a_sample_is_told(file: Path, caplog: pytest.LogCaptureFixture):
+def test_what_does_not_fill_a_sample_is_told(
+    file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("saeopt"), "propagate", True)  # first: caplog looks how records get to it
     caplog.set_level(logging.INFO, logger="saeopt")
-    logging.getLogger("saeopt").propagate = True
     tokens = load(file)
     rest = tokens.engine.tokens_per_pass - 16 * tokens.n_train_available
     assert 0 < rest < 16

@@ -146,6 +146,23 @@ def test_out_of_memory_halves_the_pack_and_counts_for_nobody(store: Store, tmp_p
     assert all("failures" not in t.user_attrs for t in store.study("s").trials)
 
 
+def test_what_had_ended_before_its_pack_failed_is_told_and_not_trained_again(store: Store, tmp_path: Path) -> None:
+    class Failing(Trainer):
+        def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+            if len(plans) == 1:
+                return super().__call__(plans, observer)
+            self.packs.append([p.name for p in plans])
+            observer.on_start(plans[0].name, 0, TOTAL)
+            observer.on_end(plans[0].name, TrialResult("stopped", 8, "hopeless"))
+            raise RuntimeError("the others")
+
+    trainer = Failing()
+    start(store, spec_in(tmp_path, 3), trainer).run()
+    assert trainer.packs == [["0", "1", "2"], ["1"], ["2"]]
+    assert states(store) == ["PRUNED", "COMPLETE", "COMPLETE"]
+    assert store.study("s").trials[0].user_attrs["reason"] == "hopeless"
+
+
 def test_a_signal_gives_the_trials_back(store: Store, tmp_path: Path) -> None:
     trainer = Trainer()
     worker = start(store, spec_in(tmp_path), trainer)
@@ -373,7 +390,7 @@ def test_packs_are_sized_for_the_language_models_precision(
     import torch
 
     from saeopt.search.space import Space
-    from saeopt.training import memory
+    from saeopt.training import dry_run
     from saeopt.worker import _Trainer
 
     base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir), "lm_dtype": dtype}
@@ -381,8 +398,8 @@ def test_packs_are_sized_for_the_language_models_precision(
     trainer = _Trainer("cuda")
     trainer._runtime = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
     asked = []
-    estimate = memory.estimate
-    monkeypatch.setattr(memory, "estimate", lambda *a, **k: asked.append(a[3]) or estimate(*a, **k))
+    estimate = dry_run.estimate
+    monkeypatch.setattr(dry_run, "estimate", lambda *a, **k: asked.append(a[3]) or estimate(*a, **k))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     trainer.fitting(Space(spec_in(tmp_path, base=base)))
     assert set(asked) == {size}

@@ -9,6 +9,10 @@ from typing import Any
 
 import yaml
 
+from saeopt.config.study import load_study_spec
+from saeopt.preview import LARGEST_PACK, packs_of
+from saeopt.search.create import planned_cells
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -31,6 +35,16 @@ def test_a_dry_run_without_the_model_still_shows_cells(cli: Cli, study_file: Pat
     text = cli("create", study_file, "--dry-run").stdout
     assert "6 cells" in text
     assert "memory and time: unknown" in text
+
+
+def test_a_pack_is_never_larger_than_a_worker_takes(study_file: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["space"] = {"lr": [1e-3 * 1.01**i for i in range(70)]}
+    study_file.write_text(yaml.safe_dump(raw))
+    spec = load_study_spec(study_file)
+    cells, _ = planned_cells(spec)
+    assert [len(pack) for pack in packs_of(spec, cells, LARGEST_PACK)] == [64, 6]
+    assert [len(pack) for pack in packs_of(spec.model_copy(update={"pack": 40}), cells, LARGEST_PACK)] == [40, 30]
 
 
 def test_a_dry_run_folds_no_weights(cli: Cli, study_file: Path, tiny_model_dir: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
-from saeopt.training.launch import check_processes, out_of_memory
+from saeopt.training.launch import check_processes, make_runtime, out_of_memory
 from saeopt.training.memory import MemberShape, ModelShape, estimate, gpu_step
+from saeopt.training.runtime import Runtime
 
 LM = ModelShape(parameters=10, vocabulary=100)
 SEED = Path(__file__).resolve().parents[1] / "config" / "seed" / "relu.yaml"
@@ -119,3 +120,10 @@ def test_a_narrow_relu_code_counts_where_the_fast_kernels_do_not_run() -> None:
     code = 16 * 512 * 3200
     assert need["float32"] - need["bf16"] > 7 * code
     assert need["fp16"] - need["bf16"] > 40 * code
+
+
+def test_an_apple_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert Runtime().device == torch.device("cpu")
+    with pytest.raises(UserError, match="--device mps: must be auto, cpu or cuda"):
+        make_runtime("mps")

@@ -191,7 +191,12 @@ def test_nan_in_one_member_stops_it_with_a_reason_and_leaves_the_other_untouched
 def test_an_observer_stops_one_trial_and_the_other_goes_on(make_config, runtime, tmp_path):
     config = make_config(eval_every_n_samples=64)
 
+    ended = []
+
     class StopFirst(Observer):
+        def on_end(self, name, result):
+            ended.append((name, result.status))
+
         def on_eval(self, name, samples, metrics):
             return "not worth it" if name == "first" and samples == 128 else None
 
@@ -201,6 +206,7 @@ def test_an_observer_stops_one_trial_and_the_other_goes_on(make_config, runtime,
     assert results["first"].reason == "not worth it"
     assert results["second"].status == "finished"
     assert RunFolder(tmp_path / "first").weights()[0] == 128
+    assert ended == [("first", "stopped"), ("second", "finished")]
 
 
 def test_pretrained_saes_are_evaluated_as_they_are(make_config, runtime, tmp_path):
