@@ -50,6 +50,8 @@ class _Group:
 
     stack: Stack
     members: list[Member]
+    numbers: tuple[int, list[Hyper]] = (-1, [])
+    """The members' numbers for the window that ends at so many samples."""
 
 
 class Pack:
@@ -120,7 +122,9 @@ class Pack:
             group.stack.apply(self._hyper(group, samples_after))
 
     def _hyper(self, group: _Group, samples: int) -> list[Hyper]:
-        return [hyper(m.config, m.sae_config, samples, self.total) for m in group.members]
+        if group.numbers[0] != samples:
+            group.numbers = samples, [hyper(m.config, m.sae_config, samples, self.total) for m in group.members]
+        return group.numbers[1]
 
     def metrics(self, samples: int) -> list[tuple[Member, dict[str, float]]]:
         """Training metrics of every active member since the last call, with its learning rate (synchronises)."""
@@ -146,6 +150,7 @@ class Pack:
                     member.sae = detached(member.sae)
                     group.stack.remove(index)
                     group.members.remove(member)
+                    group.numbers = (-1, [])
                     for other, sae in zip(group.members, group.stack.saes, strict=True):
                         other.sae = sae
             self.groups = [group for group in self.groups if group.members]

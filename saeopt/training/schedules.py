@@ -31,6 +31,8 @@ def lr_factor(config: RunConfig, samples: int, total: int) -> float:
 
 def beta(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> float:
     """β of the hard-concrete gates: constant during the warm-up, then exponential from initial to final."""
+    if "initial_beta" not in type(sae).model_fields:  # to ask a model for what it lacks takes long, and this every step
+        return 1.0
     initial: float = getattr(sae, "initial_beta", 1.0)
     final: float | None = getattr(sae, "final_beta", None)
     if not getattr(sae, "beta_annealing", False) or final is None:

@@ -77,7 +77,7 @@ class FusedStack(Stack):
 
     def _refresh(self, rows: slice = slice(None)) -> None:
         """Copies of some members' weights that the passes read, from the weights."""
-        self._seen[rows] = [self.packed.version(sae) for sae in self.saes[rows]]
+        self._seen[rows] = [self.packed.version(i) for i in range(len(self.saes))[rows]]
         W_dec = self.packed.weights["W_dec"][rows]
         if self.directions or not self.form.unit:
             torch.linalg.vector_norm(W_dec, dim=-1, out=self.norm_Mh[rows])
@@ -89,8 +89,8 @@ class FusedStack(Stack):
 
     def _refresh_changed(self) -> None:
         """What was written to from outside."""
-        for i, (sae, seen) in enumerate(zip(self.saes, self._seen, strict=True)):
-            if self.packed.version(sae) != seen:
+        for i, seen in enumerate(self._seen):
+            if self.packed.version(i) != seen:
                 self._refresh(slice(i, i + 1))
 
     def _row_factor(self) -> Tensor:

@@ -63,6 +63,7 @@ class Packed:
 
     def attach(self, saes: Sequence[SAE]) -> None:
         """Make the modules' parameters and buffers views of the stack's tensors."""
+        self.parameters = [tuple(sae.parameters()) for sae in saes]
         for i, sae in enumerate(saes):
             for name, parameter in sae.named_parameters():
                 parameter.data = self.member_view(self.weights, name, i)
@@ -81,7 +82,6 @@ class Packed:
                 store[name] = store[name][keep]
         self.attach([saes[i] for i in keep])
 
-    @staticmethod
-    def version(sae: SAE) -> int:
+    def version(self, member: int) -> int:
         """Grows when a module's parameter is written to (a checkpoint is loaded), not when the stack steps."""
-        return sum(parameter._version for parameter in sae.parameters())
+        return sum(parameter._version for parameter in self.parameters[member])
