@@ -1,6 +1,6 @@
 """What a pack needs on its device, from shapes alone.
 
-The numbers per element were read off an H200 with the fused stacks (torch.cuda.max_memory_allocated over the
+The numbers per element were read off H100s and H200s with the fused stacks (torch.cuda.max_memory_allocated over the
 sizes of scripts/bench_step.py); `scripts/bench_sweep.py` prints the estimate beside what a whole pipeline took.
 """
 

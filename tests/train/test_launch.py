@@ -68,26 +68,29 @@ def test_several_micro_batches_per_window_need_a_sum_of_gradients_on_a_gpu() -> 
 @pytest.mark.parametrize(
     ("sae_type", "d", "h", "tokens", "members", "measured_gb"),
     [
-        ("relu", 768, 24576, 4096, 1, 1.1),
-        ("relu", 768, 24576, 32768, 1, 4.3),
-        ("relu", 2304, 65536, 8192, 1, 7.4),
-        ("gated", 768, 24576, 4096, 1, 1.673),
-        ("hard_concrete", 768, 24576, 4096, 1, 2.126),
-        ("gated_hard_concrete", 768, 24576, 4096, 1, 1.673),
-        ("topk", 768, 24576, 4096, 1, 0.918),
-        ("topk", 768, 24576, 32768, 1, 2.635),
-        ("topk", 2304, 65536, 8192, 1, 6.215),
+        ("relu", 768, 24576, 4096, 1, 1.132),
+        ("relu", 768, 24576, 32768, 1, 4.336),
+        ("relu", 2304, 65536, 8192, 1, 7.379),
+        ("gated", 768, 24576, 4096, 1, 1.722),
+        ("hard_concrete", 768, 24576, 4096, 1, 2.174),
+        ("gated_hard_concrete", 768, 24576, 4096, 1, 1.721),
+        ("topk", 768, 24576, 4096, 1, 0.963),
+        ("topk", 768, 24576, 32768, 1, 2.671),
+        ("topk", 2304, 65536, 8192, 1, 6.258),
         ("relu", 768, 24576, 4096, 8, 5.4),
-        ("topk", 768, 24576, 4096, 8, 6.704),
+        ("topk", 768, 24576, 4096, 8, 6.751),
         ("relu", 64, 2048, 4096, 8, 0.134),
         ("relu", 64, 2048, 4096, 32, 0.242),
-        ("topk", 64, 2048, 4096, 32, 1.164),
+        ("topk", 64, 2048, 4096, 32, 1.199),
     ],
 )
-def test_the_step_needs_what_was_measured_on_an_h200(
+def test_the_step_needs_what_was_measured(
     sae_type: str, d: int, h: int, tokens: int, members: int, measured_gb: float
 ) -> None:
-    """Peaks that scripts/bench_step.py measured with torch 2.11; it has three batches of bf16 inputs."""
+    """Peaks that scripts/bench_step.py measured with torch 2.11 on an H100; it has three batches of bf16 inputs.
+
+    Those of the narrow relu stacks, which a library's workspace from a case before would outweigh, are from an H200.
+    """
     n_parameters = (3 if sae_type == "hard_concrete" else 2) * d * h
     one = MemberShape("a", sae_type, d, h, n_parameters, 64 if sae_type == "topk" else 0)
     config = load_run_config(SEED, ["gradient_accumulation_steps=1"])

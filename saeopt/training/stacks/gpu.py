@@ -182,7 +182,8 @@ class GpuStack(FusedStack):
     def _pass(self, given: Given, out: Store | None = None) -> tuple[Store, Found]:
         """Gradients of the matrices (written to `out` where it is given) and the rest of what a micro-batch gives."""
         found = run(self.sae_type, self.form, given, self._call)
-        return {name: product(left, right, out, name) for name, left, right in found.products}, found
+        grads = {name: product(left, right, out, name) for name, left, right in found.products}
+        return grads, found._replace(products=[])  # their memory is the next member's
 
     def _call(self, stage: Callable[..., Any], *arguments: Any) -> Any:
         """A stage, compiled where that is wanted."""
