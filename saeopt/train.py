@@ -116,6 +116,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
     code = _close(plan, result, runtime)
     if interrupt.signum is not None and result.status == "interrupted":
         leave(128 + interrupt.signum)
+    runtime.leave()
     return code
 
 

@@ -117,6 +117,11 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """Part from the other ranks at the end of all work; NCCL warns of a process that just ends."""
+        if self.world > 1:
+            self.accelerator.state.destroy_process_group()
+
     def free(self) -> None:
         """Forget the kept parts and give memory back to the device."""
         self._kept.clear()
