@@ -145,7 +145,9 @@ def _cells_table(spec: StudySpec, cells: Sequence[Cell], proposed: int) -> Table
 
 
 def _packs_table(packs: Sequence[Sequence[Cell]], costs: Sequence[Cost] | None) -> Table:
-    table = Table(title=f"{len(packs)} packs: the language model runs once for each", title_justify="left")
+    table = Table(
+        title=f"{len(packs)} pack{'s'[: len(packs) != 1]}: the language model runs once for each", title_justify="left"
+    )
     for name in ("pack", "trials", "SAEs", "samples", "estimated memory"):
         table.add_column(name, justify="right")
     for i, pack in enumerate(packs[:_SHOWN]):

@@ -10,6 +10,7 @@ Suffixes: B batch, T positions, d width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from saeopt.config.run import RunConfig
+
+
+_NOT_OF_THE_MODEL = {"transformers_version", "dtype", "torch_dtype"}
+"""What a configuration holds of the library that wrote it, and of how it was loaded."""
 
 
 def lm_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -146,8 +151,11 @@ class LanguageModel:
         return {h: found[h] for h in hooks}
 
     def fingerprint(self) -> str:
-        """Changes when the weights change: some values of every parameter."""
-        digest = hashlib.sha256()
+        """Changes when the model changes: its configuration, and some values of every parameter."""
+        config = getattr(self._model, "config", None)
+        settings = {} if config is None else config.to_dict()
+        told = {k: v for k, v in settings.items() if not k.startswith("_") and k not in _NOT_OF_THE_MODEL}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
         for name, parameter in self._model.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.flatten()[:8].tolist()}".encode())
         return digest.hexdigest()[:16]

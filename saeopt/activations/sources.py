@@ -112,6 +112,13 @@ def local_files(name: str) -> list[Path]:
     return found
 
 
+def file_states(name: str) -> list[tuple[int, int]]:
+    """Size and time of change (ns) of the local files that a name means; none where it means a hub's data set."""
+    folder = Path(name)
+    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else local_files(name)
+    return [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
+
+
 def _read_texts(files: list[Path], unit: str) -> list[str]:
     documents: list[str] = []
     for file in files:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saeopt.activations.documents import DocumentTable, Tokeniser, check_column
 from saeopt.activations.packing import Engine, Position, Reader, Separator, StreamEngine, TableEngine
-from saeopt.activations.sources import ListTable, open_rows
+from saeopt.activations.sources import ListTable, file_states, open_rows
 from saeopt.console import log
 from saeopt.errors import UserError
 
@@ -141,8 +141,9 @@ class TokenData:
         yield from tokens_nT.split(batch) if n else ()
 
     def fingerprint(self) -> str:
-        """Changes when the documents or their order change: by held-out tokens, first samples and number of tokens."""
-        parts = (self.calibration(4).numpy(), self.engine.held_out, np.array(self.engine.tokens_per_pass or 0))
+        """Changes when documents or their order change: held-out tokens, first samples, token count, local files."""
+        parts = [self.calibration(4).numpy(), self.engine.held_out, np.array(self.engine.tokens_per_pass or 0)]
+        parts += [np.array(state) for state in file_states(self.data.dataset_name)]
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
     def _sequences(self, reader: Reader, n: int) -> Tensor:

@@ -288,3 +288,13 @@ def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
     take(open_stream(config), 13)
     slots = [json.dumps(read_metadata(p)["slots"]) for p in shards(tmp_path) if p.parent.name == "a"]
     assert slots == ["[0, 10]", "[10, 10]", "[20, 6]"]
+
+
+def test_a_file_that_has_changed_has_a_cache_of_its_own(file: Path, way: bool):
+    config = run_config(file, streaming=way, n_train_samples=20)
+    before = TokenData.load(config.data, FakeModel()).fingerprint()
+    assert TokenData.load(config.data, FakeModel()).fingerprint() == before
+    lines = file.read_text().splitlines()
+    assert len(lines) > 30
+    file.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")  # neither its length nor its beginning
+    assert TokenData.load(config.data, FakeModel()).fingerprint() != before

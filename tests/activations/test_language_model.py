@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,17 @@ def test_stories_from_its_folder_predicts_stories(stories: Path, tinystories: li
     assert torch.nn.functional.cross_entropy(logits, tokens_BT[0, 1:]) < 2.2
     hidden = lm._model(tokens_BT, output_hidden_states=True).hidden_states
     assert torch.equal(lm.activations(tokens_BT, ["blocks.2.hook_resid_pre"])["blocks.2.hook_resid_pre"], hidden[2])
+
+
+def test_the_fingerprint_follows_weights_and_configuration(tiny_model_dir: Path, tmp_path: Path):
+    def fingerprint(folder: Path) -> str:
+        return LanguageModel.load(run_config(folder, ["blocks.0.hook_resid_pre"])).fingerprint()
+
+    before = fingerprint(tiny_model_dir)
+    assert fingerprint(tiny_model_dir) == before
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    assert fingerprint(other) == before
+    settings = json.loads((other / "config.json").read_text())
+    settings["layer_norm_epsilon" if "layer_norm_epsilon" in settings else "rms_norm_eps"] = 0.5
+    (other / "config.json").write_text(json.dumps(settings))
+    assert fingerprint(other) != before
