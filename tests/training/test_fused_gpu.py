@@ -13,7 +13,7 @@ import torch
 from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, train
 
 from saeopt.config.run import PerformanceConfig
-from saeopt.training.stacks import gpu, make_stack
+from saeopt.training.stacks import make_stack
 from saeopt.training.stacks.autograd import AutogradStack
 from saeopt.training.stacks.base import Hyper, StackOptions
 
@@ -62,7 +62,7 @@ def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v["sae_type"] != "topk"], ids=name_of)
 def test_large_members_are_computed_one_after_another(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "ALONE", 1)
+    monkeypatch.setattr("saeopt.training.stacks.gpu.ALONE", 1)
     expected, found, one, other = both(wide(variant), None, steps=12)
     for a, b in zip(found[-1], expected[-1], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
