@@ -15,7 +15,7 @@ from saeopt.console import log
 APPLY = "apply"
 """Keys (APPLY, key) belong to functions that read the outputs of the graph with that key."""
 _WARM_CALLS = 2
-_MOST = 9
+_MOST = 6
 """Graphs of one owner: each keeps its outputs, and a key may depend on a number that drifts."""
 _retired: list[torch.cuda.CUDAGraph] = []
 """Graphs that are not replayed any more. Some versions of torch free a graph's workspaces with it although other
