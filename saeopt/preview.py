@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from saeopt.config.run import RunConfig
-from saeopt.config.study import StudySpec
+from saeopt.config.study import LARGEST_PACK, MEMORY_SHARE, StudySpec
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.search.create import planned_cells
@@ -19,10 +19,6 @@ from saeopt.search.space import Cell, Space
 from saeopt.search.status import duration
 
 _SHOWN = 30
-CPU_PACK = 8
-LARGEST_PACK = 64
-MEMORY_SHARE = 0.8
-"""`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
 _EFFICIENCY = 0.3
 """Share of this machine's plain matrix product that training reaches."""
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeopt.config.settings import settings
+from saeopt.config.study import CPU_PACK, LARGEST_PACK, MEMORY_SHARE
 from saeopt.errors import UserError, run_cli
-from saeopt.preview import CPU_PACK, LARGEST_PACK, MEMORY_SHARE
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec

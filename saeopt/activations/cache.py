@@ -102,7 +102,7 @@ class ActivationCache:
         self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
-        self._options = {"compiled": True} if compiles(config, model.device) else {}
+        self._compiled = compiles(config, model.device)
         self._shards: dict[tuple[str, int], Tensor] = {}
         self._coming: dict[tuple[str, int], Future[Tensor | None]] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="saeopt-cache")
@@ -252,7 +252,7 @@ class ActivationCache:
             slots_mrb = torch.arange(self.group_slots).view(self.group_slots // micro, self.world, self.batch)
             for rank in range(self.world):
                 for rows in slots_mrb[:, rank].flatten().split(self.sequences):
-                    for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), **self._options).items():
+                    for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), self._compiled).items():
                         x[hook][group - first + rows] = x_bTd.to("cpu", self.dtype)
         return x
 

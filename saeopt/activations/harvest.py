@@ -42,12 +42,11 @@ ReadGroup = Callable[[], GroupTokens]
 
 @dataclass
 class Group:
-    """The activations of a group: x_Nd per hook point, and which tokens count, on the device and on the host."""
+    """The activations of a group: x_Nd per hook point, and which tokens count."""
 
     parts: list[TokenBatch]
     x: dict[str, Tensor]
     keep_N: Tensor
-    host_keep_N: Tensor
 
 
 class Harvester:
@@ -65,7 +64,7 @@ class Harvester:
         self.model, self.hooks, self.config = model, list(hooks), config
         self.sequences = sequences
         self._cuda = model.device.type == "cuda"
-        self._options = {"compiled": True} if compiles(config, model.device) else {}
+        self._compiled = compiles(config, model.device)
         self._side = side_stream("harvest", model.device) if self._cuda else None
         self._ahead: Iterator[None] = iter(())
         self._passes = 0
@@ -98,7 +97,7 @@ class Harvester:
         """x_Nd per hook point of each pass of the language model."""
         for chunk_bT in tokens_nT.split(self.sequences):
             # Named at every pass: hook points may have left meanwhile.
-            found = self.model.activations(chunk_bT, list(self.hooks), **self._options)
+            found = self.model.activations(chunk_bT, list(self.hooks), self._compiled)
             yield {hook: x_bTd.flatten(0, 1) for hook, x_bTd in found.items()}
 
     # ---- the CPU
@@ -115,7 +114,7 @@ class Harvester:
             x = {hook: p[0] if len(p) == 1 else torch.cat(p) for hook, p in pieces.items()}
             if order_N is not None:
                 x, keep_N = {hook: x_Nd[order_N] for hook, x_Nd in x.items()}, keep_N[order_N]
-            yield Group(given.parts, x, keep_N, keep_N)
+            yield Group(given.parts, x, keep_N)
 
     # ---- a GPU
     def _overlapped(self, read: ReadGroup) -> Iterator[Group]:
@@ -149,10 +148,10 @@ class Harvester:
         device = self.model.device
         order_N = _order(tokens_nT.numel(), given.seed)
         keep_N = keep_tokens(tokens_nT, self.model.special_ids, self.config.data).flatten()
-        host_keep_N = keep_N if order_N is None else keep_N[order_N]
+        keep_N = keep_N if order_N is None else keep_N[order_N]
         with self._on_side():
             pieces = self._fresh(_to(tokens_nT, device)) if cached is None else cached
-            buffer.group = Group(given.parts, buffer.x, buffer.keep(len(keep_N), device), host_keep_N)
+            buffer.group = Group(given.parts, buffer.x, buffer.keep(len(keep_N), device))
             rows_N = None if order_N is None else _to(torch.argsort(order_N), device)
         done = 0
         while done < tokens_nT.numel():
@@ -160,7 +159,7 @@ class Harvester:
                 found = {hook: x_Nd if x_Nd.is_cuda else _to(x_Nd, device) for hook, x_Nd in next(pieces).items()}
                 if done == 0:  # the buffer may be overwritten once it was consumed; the pass need not wait for that
                     torch.cuda.current_stream(device).wait_event(buffer.consumed)
-                    buffer.group.keep_N.copy_(host_keep_N.pin_memory(), non_blocking=True)
+                    buffer.group.keep_N.copy_(keep_N.pin_memory(), non_blocking=True)
                 n = len(next(iter(found.values())))
                 for hook, x_Nd in found.items():
                     buffer.put(hook, x_Nd, slice(done, done + n), rows_N, tokens_nT.numel())

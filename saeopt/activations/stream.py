@@ -36,14 +36,13 @@ TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
 class Batch:
     """One micro-batch of one rank, on the device of the language model; valid until the next one is asked for.
 
-    `keep_N` and `n_keep` follow from the token ids alone, so that no synchronisation is needed to know them;
-    :meth:`keep` adds the norm outliers of a hook point where the config asks for that. With a shuffle buffer the
-    rows are tokens of the whole buffer, and the slots number the rows and nothing else.
+    `keep_N` follows from the token ids alone; :meth:`keep` adds the norm outliers of a hook point where the config
+    asks for that. With a shuffle buffer the rows are tokens of the whole buffer, and the slots number the rows and
+    nothing else.
     """
 
     x: dict[str, Tensor]
     keep_N: Tensor
-    n_keep: int
     first_slot: int
     n_slots: int
     tokens_per_slot: int
@@ -186,7 +185,6 @@ class ActivationStream:
         return Batch(
             x={hook: x_Nd[span] for hook, x_Nd in group.x.items()},
             keep_N=group.keep_N[span],
-            n_keep=int(group.host_keep_N[span].sum()),
             first_slot=part.first_slot,
             n_slots=len(part.tokens_bT),
             tokens_per_slot=data.context_length,

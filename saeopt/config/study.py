@@ -18,6 +18,8 @@ METRICS = [
 ]  # fmt: skip
 """Scalars of an evaluation that can be objectives."""
 
+CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
+"""`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
 _UP = {"explained_variance", "cosine", "fraction_alive", "ce_recovered"}
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(gt=0)]

@@ -43,7 +43,7 @@ class FakeModel:
     def fingerprint(self) -> str:
         return str(self.table.sum().item())
 
-    def activations(self, tokens_BT: torch.Tensor, hooks: list[str]) -> dict[str, torch.Tensor]:
+    def activations(self, tokens_BT: torch.Tensor, hooks: list[str], compiled: bool = False) -> dict[str, torch.Tensor]:
         self.sequences.append(len(tokens_BT))
         x_BTd = self.table[tokens_BT].cumsum(1)
         return {hook: x_BTd * (ord(hook[-1]) - ord("a") + 1) for hook in hooks}

@@ -80,7 +80,7 @@ def test_hook_points_are_added_to_a_cache_without_harvesting_the_others_again(fi
     take(ActivationStream(model, TokenData.load(config.data, model), ["a"], config), 10)
     asked: list[list[str]] = []
     plain = model.activations
-    model.activations = lambda tokens, hooks: asked.append(hooks) or plain(tokens, hooks)  # type: ignore[method-assign]
+    model.activations = lambda tokens, hooks, compiled: asked.append(hooks) or plain(tokens, hooks)  # type: ignore[method-assign]
     batches = take(ActivationStream(model, TokenData.load(config.data, model), HOOKS, config), 10)
     assert {tuple(hooks) for hooks in asked} == {("b",)}
     assert all(torch.equal(2 * batch.x["a"], batch.x["b"]) for batch in batches)
@@ -90,7 +90,7 @@ class OneWideHook(FakeModel):
     def width(self, hook: str) -> int:
         return 8 if hook == "b" else 4
 
-    def activations(self, tokens_BT: torch.Tensor, hooks: list[str]) -> dict[str, torch.Tensor]:
+    def activations(self, tokens_BT: torch.Tensor, hooks: list[str], compiled: bool = False) -> dict:
         found = super().activations(tokens_BT, hooks)
         return {hook: torch.cat([x, x], -1) if hook == "b" else x for hook, x in found.items()}
 

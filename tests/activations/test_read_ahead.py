@@ -49,7 +49,7 @@ def test_the_reader_never_uses_the_model(file: Path, tmp_path: Path):
     model, threads = FakeModel(), set()
     plain = model.activations
     model.activations = (  # type: ignore[method-assign]
-        lambda tokens, hooks: threads.add(threading.current_thread().name) or plain(tokens, hooks)
+        lambda tokens, hooks, compiled: threads.add(threading.current_thread().name) or plain(tokens, hooks)
     )
     take(open_stream(config, model), 35)
     assert threads == {CONSUMER}

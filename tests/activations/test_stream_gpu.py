@@ -64,7 +64,7 @@ def test_a_slow_consumer_sees_the_right_activations(
         batch = next(stream)
         for _ in range(20):
             weight = (weight @ weight).clamp_(-1, 1)
-        found.append(({h: x.clone() for h, x in batch.x.items()}, batch.keep_N.clone(), batch.n_keep))
+        found.append(({h: x.clone() for h, x in batch.x.items()}, batch.keep_N.clone()))
     torch.cuda.set_sync_debug_mode("default")
     stream.close()
     group = stream.schedule.group
@@ -74,8 +74,8 @@ def test_a_slow_consumer_sees_the_right_activations(
         seed = derived_seed("activation shuffle", 0, first // group, 0) if shuffle else None
         order_N = torch.arange(rows_nT.numel()) if seed is None else _order(rows_nT.numel(), seed)
         for hook in HOOKS:
-            x_Nd = torch.cat([x[hook] for x, _, _ in found[first : first + group]])
+            x_Nd = torch.cat([x[hook] for x, _ in found[first : first + group]])
             torch.testing.assert_close(x_Nd, wanted[hook].flatten(0, 1)[order_N.cuda()], rtol=1e-4, atol=1e-5)
-        keep_N = torch.cat([keep for _, keep, _ in found[first : first + group]])
+        keep_N = torch.cat([keep for _, keep in found[first : first + group]])
         assert torch.equal(keep_N.cpu(), (rows_nT != 0).flatten()[order_N])
     assert all(n == int(keep.sum()) for _, keep, n in found)

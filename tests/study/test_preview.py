@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from saeopt.config.study import load_study_spec
-from saeopt.preview import LARGEST_PACK, packs_of
+from saeopt.config.study import LARGEST_PACK, load_study_spec
+from saeopt.preview import packs_of
 from saeopt.search.create import planned_cells
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]

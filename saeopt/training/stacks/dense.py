@@ -71,6 +71,19 @@ class Given(NamedTuple):
     sparsity_M: Tensor
     beta_M: Tensor
 
+    def member(self, i: int) -> Given:
+        """What the pass of one member alone reads."""
+        row = slice(i, i + 1)
+        return self._replace(
+            low={name: tensor[row] for name, tensor in self.low.items()},
+            vectors={name: tensor[row] for name, tensor in self.vectors.items()},
+            norm_Mh=self.norm_Mh[row],
+            u_MNh=None if self.u_MNh is None else self.u_MNh[row],
+            keys_2MN=None if self.keys_2MN is None else self.keys_2MN[:, row],
+            sparsity_M=self.sparsity_M[row],
+            beta_M=self.beta_M[row],
+        )
+
 
 class Found(NamedTuple):
     """What a pass gives, summed over tokens.
@@ -84,6 +97,18 @@ class Found(NamedTuple):
     pull_Mh: Tensor | None
     totals_M4: Tensor
     fired_Mh: Tensor
+
+    @classmethod
+    def of(cls, members: list[Found]) -> Found:
+        """Of several members what their passes gave, but for the products."""
+        pulls = [one.pull_Mh for one in members if one.pull_Mh is not None]
+        return cls(
+            [],
+            {name: torch.cat([one.vectors[name] for one in members]) for name in members[0].vectors},
+            torch.cat(pulls) if pulls else None,
+            torch.cat([one.totals_M4 for one in members]),
+            torch.cat([one.fired_Mh for one in members]),
+        )
 
 
 class Back(NamedTuple):

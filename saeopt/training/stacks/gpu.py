@@ -127,8 +127,8 @@ class GpuStack(FusedStack):
 
     def _add_up(self, parts: tuple[Store, Store], first: bool) -> tuple[Store, Store]:
         assert self.sums_at is not None
-        fit = [sums.fits(part) for sums, part in zip(self.sums_at, parts, strict=True)]
-        if not all(fit):
+        moved = [sums.make_room(part) for sums, part in zip(self.sums_at, parts, strict=True)]
+        if any(moved):
             self.graphs.clear()
         grads, window = (sums.put(part, first=first) for sums, part in zip(self.sums_at, parts, strict=True))
         return grads, window
@@ -157,27 +157,9 @@ class GpuStack(FusedStack):
         grads = {name: torch.empty_like(tensor, dtype=self.low_dtype) for name, tensor in self.low.items()}
         found = []
         for i in range(len(self.saes)):
-            row = slice(i, i + 1)
-            member = Given(
-                {name: tensor[row] for name, tensor in given.low.items()},
-                {name: tensor[row] for name, tensor in given.vectors.items()},
-                given.norm_Mh[row],
-                given.x_Nd,
-                given.keep_N,
-                None,
-                None if given.keys_2MN is None else given.keys_2MN[:, row],
-                given.sparsity_M[row],
-                given.beta_M[row],
-            )
-            found.append(self._pass(member, {name: tensor[row] for name, tensor in grads.items()})[1])
-        pulls = [one.pull_Mh for one in found if one.pull_Mh is not None]
-        return grads, Found(
-            [],
-            {name: torch.cat([one.vectors[name] for one in found]) for name in found[0].vectors},
-            torch.cat(pulls) if pulls else None,
-            torch.cat([one.totals_M4 for one in found]),
-            torch.cat([one.fired_Mh for one in found]),
-        )
+            out = {name: tensor[i : i + 1] for name, tensor in grads.items()}
+            found.append(self._pass(given.member(i), out)[1])
+        return grads, Found.of(found)
 
     def _pass(self, given: Given, out: Store | None = None) -> tuple[Store, Found]:
         """Gradients of the matrices (written to `out` where it is given) and the rest of what a micro-batch gives."""

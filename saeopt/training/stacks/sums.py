@@ -19,14 +19,14 @@ class Sums:
         self.dtype = dtype
         self.memory: dict[str, Tensor] = {}
 
-    def fits(self, parts: Store) -> bool:
-        """Whether all parts have their place; makes place for those that have none."""
+    def make_room(self, parts: Store) -> bool:
+        """Have memory for all parts; True if some has moved."""
         small = [n for n, part in parts.items() if n not in self.memory or self.memory[n].numel() < part.numel()]
         for name in small:
             part = parts[name]
             size = part.numel() if name not in self.memory else 2 * part.numel()
             self.memory[name] = torch.empty(size, dtype=self._dtype(part), device=part.device)
-        return not small
+        return bool(small)
 
     def _dtype(self, part: Tensor) -> torch.dtype:
         return torch.promote_types(part.dtype, self.dtype) if part.is_floating_point() else part.dtype
