@@ -10,8 +10,8 @@ from rich.logging import RichHandler
 
 from saeopt.config.settings import redact
 
-console = Console(highlight=False)
-error_console = Console(stderr=True, highlight=False)
+console = Console(highlight=False, emoji=False)  # ":100:" is a size
+error_console = Console(stderr=True, highlight=False, emoji=False)
 log = logging.getLogger("saeopt")
 
 

@@ -73,11 +73,12 @@ def create(
 
         print_preview(spec)
         return
-    from saeopt.search.create import create_study
+    from saeopt.search.create import create_study, planned_cells
     from saeopt.search.monitoring import dashboard_command, on_study_created
 
+    planned = planned_cells(spec)  # an invalid cell is told before there is a store
     store = _open(storage, create=True)
-    made = create_study(store, spec)
+    made = create_study(store, spec, planned)
     if made.is_new:
         on_study_created(store, made.study_id, spec)
     what = "created with" if made.is_new else "is there already, with"

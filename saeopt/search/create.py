@@ -66,8 +66,8 @@ def _check_evaluated(spec: StudySpec, cells: Iterable[Cell]) -> None:
             )
 
 
-def create_study(store: Store, spec: StudySpec) -> Created:
-    """Create the study and its queue; the same spec again changes nothing.
+def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] | None = None) -> Created:
+    """Create the study and its queue; the same spec again changes nothing. `planned`: its :func:`planned_cells`.
 
     Raises:
         UserError: another study has this name, or a cell is invalid.
@@ -75,7 +75,7 @@ def create_study(store: Store, spec: StudySpec) -> Created:
     found = _existing(store, spec)
     if found is not None:
         return found
-    cells, proposed = planned_cells(spec)
+    cells, proposed = planned or planned_cells(spec)
     rows = _rows(spec, cells, proposed)
     names = objective_names(spec)
     with store.lock(f"study-{spec.name}"):

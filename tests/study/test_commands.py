@@ -41,6 +41,11 @@ def test_create_twice_makes_no_new_cells_and_another_spec_is_refused(cli: Cli, s
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_refused_study_leaves_no_store(cli: Cli, study_file: Path) -> None:
+    assert "n_eval_samples" in cli("create", study_file, "--set", "data.n_eval_samples=0", code=2).stderr
+    assert "no such store" in cli("list", code=2).stderr
+
+
 def test_status_shows_states_and_the_best(cli: Cli, study: str) -> None:
     text = cli("status", study).stdout
     assert "waiting" in text

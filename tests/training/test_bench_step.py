@@ -18,6 +18,7 @@ def test_it_times_both_stacks_and_writes_json(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), *cases, "--device", "cpu", "--steps", "2", "--against", "reference"]
     done = subprocess.run([*command, "--json", str(out)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+    assert "relu:16:64:64:2 " in done.stdout
     found = json.loads(out.read_text())
     assert [case["sae_type"] for case in found["cases"]] == ["relu", "topk"]
     assert all(case["ms"] > 0 and case["ratio"] > 0 and case["finite"] == 1.0 for case in found["cases"])
@@ -55,3 +56,4 @@ def test_any_number_of_tokens_can_be_a_batch(batch: int) -> None:
     command = [sys.executable, str(SCRIPT), "--case", f"hard_concrete:16:64:{batch}:1", "--steps", "1"]
     done = subprocess.run([*command, "--device", "cpu"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert f":{batch}:1 " in done.stdout  # no sign for a hundred points
