@@ -220,3 +220,16 @@ def test_two_ranks_sum_to_one() -> None:
         stacks[0].apply(HYPER[:2])
         stacks[1].apply(HYPER[:2])
         assert_same_modules(left, whole, 1e-10, 1e-12)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3], VARIANTS[6]], ids=name_of)
+def test_weights_that_are_written_to_from_outside_are_seen(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(4, torch.float64)
+    first, second = (make_members(variant, 2, torch.float64, seed=s) for s in (0, 1))
+    stack = fused(first, options, [1, 2])
+    for mine, theirs in zip(first, second, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    train(stack, data, hyper=HYPER[:2])
+    train(fused(second, options, [1, 2]), data, hyper=HYPER[:2])
+    assert_same_modules(first, second, 0, 0)

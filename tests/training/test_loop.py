@@ -10,7 +10,9 @@ import torch
 
 from saeopt.errors import UserError
 from saeopt.evaluation.load import load_run
+from saeopt.saes.registry import get_sae
 from saeopt.training import Observer, TrialPlan, loop, train_pack
+from saeopt.training.pack import Member, Pack
 from saeopt.training.run_folder import RunFolder, resume_point
 from saeopt.training.runtime import Runtime
 
@@ -255,3 +257,13 @@ def test_a_warm_up_longer_than_one_pass_is_refused(make_config, runtime, tmp_pat
     config = make_config(**{"data.n_train_samples": None, "lr_schedule": "constant", "warmup_samples": 100_000})
     with pytest.raises(UserError, match=r"'warmup_samples' \(100000\) exceeds"):
         train_pack([plan(config, tmp_path, "a")], runtime)
+
+
+def test_numbers_of_a_window_follow_the_members_that_are_left(make_config, runtime):
+    saes = [get_sae("relu")(4, 8, make_config().saes, dtype=torch.float64) for _ in range(3)]
+    configs = [make_config(lr=rate) for rate in (1e-3, 2e-3, 3e-3)]
+    members = [Member(str(i), HOOK, c, sae) for i, (c, sae) in enumerate(zip(configs, saes, strict=True))]
+    pack = Pack(members, runtime, total_samples=100)
+    before = [row["lr"] for _, row in pack.metrics(50)]
+    pack.drop(members[:1], "pruned")
+    assert [row["lr"] for _, row in pack.metrics(50)] == before[1:]
