@@ -88,6 +88,19 @@ def start(store: Store, spec: StudySpec, trainer: Trainer, pack: int = 4, **opti
     return Worker(store, spec.name, settings, trainer, lambda space: pack, threading.Event())
 
 
+def run_in_step(store: Store, spec: StudySpec, measure: Measure) -> None:
+    """One trial after another, each step after the verdict on the one before: verdicts come from a thread."""
+    trainer = Trainer()
+    worker = start(store, spec, trainer, pack=1)
+
+    def after_reports(plan: TrialPlan, samples: int) -> dict[str, float]:
+        worker.reports.flush(30.0)
+        return measure(plan, samples)
+
+    trainer.measure = after_reports
+    worker.run()
+
+
 def spec_in(folder: Path, n: int = 6, **fields: Any) -> StudySpec:
     return grid_spec(n, output_dir=str(folder / "out"), heartbeat=0.2, grace=1.0, **fields)
 
@@ -200,7 +213,7 @@ def test_a_bad_trial_of_a_single_objective_is_pruned(store: Store, tmp_path: Pat
         return {"l0": 20.0, "fvu": 0.9 if plan.name == "7" else 0.1 + 0.01 * int(plan.name)}
 
     spec = spec_in(tmp_path, 8, objectives=["fvu"], early_stopping={"type": rule, "n_startup_trials": 3})
-    start(store, spec, Trainer(measure), pack=1).run()
+    run_in_step(store, spec, measure)
     trials = store.study("s").trials
     assert trials[0].state.name == "COMPLETE"
     if rule != "hyperband":  # its brackets may put the bad trial where nothing is compared
@@ -215,7 +228,7 @@ def test_a_trial_that_is_worse_in_every_objective_is_stopped(store: Store, tmp_p
         return {"l0": 60.0 if worse else 20.0, "fvu": 0.6 if worse else 0.2}
 
     spec = spec_in(tmp_path, 6, early_stopping={"type": "pareto", "n_startup_trials": 3})
-    start(store, spec, Trainer(measure), pack=1).run()
+    run_in_step(store, spec, measure)
     trials = store.study("s").trials
     assert [t.state.name for t in trials] == ["COMPLETE"] * 5 + ["PRUNED"]
     assert "better in every objective" in trials[5].user_attrs["reason"]
