@@ -118,7 +118,7 @@ class Harvester:
 
     # ---- a GPU
     def _overlapped(self, read: ReadGroup) -> Iterator[Group]:
-        buffers = [_Buffer(), _Buffer()]
+        buffers = [_Buffer(self.model.device), _Buffer(self.model.device)]
         turn = 0
         self._begin(read, buffers[turn])
         while True:
@@ -151,12 +151,12 @@ class Harvester:
         keep_N = keep_N if order_N is None else keep_N[order_N]
         with self._on_side():
             pieces = self._fresh(_to(tokens_nT, device)) if cached is None else cached
-            buffer.group = Group(given.parts, buffer.x, buffer.keep(len(keep_N), device))
+            buffer.group = Group(given.parts, buffer.x, buffer.keep(len(keep_N)))
             rows_N = None if order_N is None else _to(torch.argsort(order_N), device)
         done = 0
         while done < tokens_nT.numel():
             with self._on_side():
-                found = {hook: x_Nd if x_Nd.is_cuda else _to(x_Nd, device) for hook, x_Nd in next(pieces).items()}
+                found = next(pieces)
                 if done == 0:  # the buffer may be overwritten once it was consumed; the pass need not wait for that
                     torch.cuda.current_stream(device).wait_event(buffer.consumed)
                     buffer.group.keep_N.copy_(keep_N.pin_memory(), non_blocking=True)
@@ -175,26 +175,28 @@ class Harvester:
 class _Buffer:
     """Memory for one group, and the events that say when it is full and when it may be filled again."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.x: dict[str, Tensor] = {}
         self._keep_N: Tensor | None = None
         self.group: Group | None = None
         self.filled, self.consumed = torch.cuda.Event(), torch.cuda.Event()
 
-    def keep(self, n: int, device: torch.device) -> Tensor:
+    def keep(self, n: int) -> Tensor:
         """Memory for the mask. What was allocated on the side stream must not be given back under a slow consumer."""
         if self._keep_N is None:
-            self._keep_N = torch.empty(n, dtype=torch.bool, device=device)
+            self._keep_N = torch.empty(n, dtype=torch.bool, device=self.device)
         return self._keep_N
 
     def put(self, hook: str, x_Nd: Tensor, rows: slice, rows_N: Tensor | None, n: int) -> None:
-        """Copy the rows of one pass to their places."""
+        """Copy the rows of one pass, or of the cache, to their places."""
         if hook not in self.x:
-            self.x[hook] = torch.empty(n, x_Nd.shape[1], dtype=x_Nd.dtype, device=x_Nd.device)
+            self.x[hook] = torch.empty(n, x_Nd.shape[1], dtype=x_Nd.dtype, device=self.device)
+        source_Nd = x_Nd if x_Nd.is_cuda else x_Nd.pin_memory()
         if rows_N is None:
-            self.x[hook][rows].copy_(x_Nd)
+            self.x[hook][rows].copy_(source_Nd, non_blocking=True)
         else:
-            self.x[hook].index_copy_(0, rows_N[rows], x_Nd)
+            self.x[hook].index_copy_(0, rows_N[rows], source_Nd.to(self.device, non_blocking=True))
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
