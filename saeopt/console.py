@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -44,3 +45,5 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.addHandler(handler)
     log.setLevel(level if int(os.environ.get("RANK") or 0) == 0 else logging.ERROR)
     log.propagate = False
+    # torch.compile's advice: what runs in float32 here is meant to
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
