@@ -26,7 +26,8 @@ def model() -> LanguageModel:
 
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=1000, n_embd=64, n_layer=4, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    return LanguageModel(GPT2LMHeadModel(config).cuda(), None, torch.device("cuda"))
+    network: torch.nn.Module = GPT2LMHeadModel(config)
+    return LanguageModel(network.cuda(), None, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def model() -> LanguageModel:
 )
 def test_a_slow_consumer_sees_the_right_activations(
     model: LanguageModel, tmp_path: Path, settings: dict[str, object], shuffle: int
-):
+) -> None:
     rng = random.Random(0)
     rows = [[rng.randrange(1, 1000) for _ in range(rng.randrange(20, 200))] for _ in range(2000)]
     (tmp_path / "ids.json").write_text(json.dumps(rows))
@@ -72,10 +73,10 @@ def test_a_slow_consumer_sees_the_right_activations(
         rows_nT = tokens.calibration(8 * 30)[first * 8 : (first + group) * 8]
         wanted = model.activations(rows_nT, HOOKS)
         seed = derived_seed("activation shuffle", 0, first // group, 0) if shuffle else None
-        order_N = torch.arange(rows_nT.numel()) if seed is None else _order(rows_nT.numel(), seed)
+        shuffled_N = _order(rows_nT.numel(), seed)
+        order_N = torch.arange(rows_nT.numel()) if shuffled_N is None else shuffled_N
         for hook in HOOKS:
             x_Nd = torch.cat([x[hook] for x, _ in found[first : first + group]])
             torch.testing.assert_close(x_Nd, wanted[hook].flatten(0, 1)[order_N.cuda()], rtol=1e-4, atol=1e-5)
         keep_N = torch.cat([keep for _, keep in found[first : first + group]])
         assert torch.equal(keep_N.cpu(), (rows_nT != 0).flatten()[order_N])
-    assert all(n == int(keep.sum()) for _, keep, n in found)

@@ -114,20 +114,25 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
+    from saeopt.training.stacks.gpu import GpuStack  # needs Triton
+
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
     data = batches(60, torch.float32, "cuda", slots=64, d=48)
     plain, graphed = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
-    for saes, graphs in ((plain, "off"), (graphed, "auto")):
-        stack = make_stack(saes, [1, 2, 3], options, PerformanceConfig(graphs=graphs))
+    for saes, performance in ((plain, PerformanceConfig(graphs="off")), (graphed, PerformanceConfig())):
+        stack = make_stack(saes, [1, 2, 3], options, performance)
         found = train(stack, data, 3, HYPER)
-        assert bool(stack.graphs.captured) == (graphs == "auto")
+        assert isinstance(stack, GpuStack)
+        assert bool(stack.graphs.captured) == (performance.graphs == "auto")
         assert all(m["finite"] for m in found[-1])
     assert_same_modules(graphed, plain, 0, 0)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
+    from saeopt.training.stacks.gpu import GpuStack  # needs Triton
+
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
     data = batches(40, torch.float32, "cuda", slots=64, d=48)
@@ -138,5 +143,6 @@ def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict
         stack.accumulate(batch, HYPER)
         assert all(tensor.is_contiguous() for tensor in stack.sums())
         stack.apply(HYPER)
+    assert isinstance(stack, GpuStack)
     assert stack.graphs.captured
     assert_same_modules(ranked, alone, 0, 0)

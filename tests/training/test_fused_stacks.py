@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "topk", "k": 4, "legacy": True, "mse_coeff": 0.5},
     {"sae_type": "topk", "k": [3, 1, 5]},
 ]
+Step = list[dict[str, float]]  # the members' metrics
 HYPER = [Hyper(3e-3, 0.3, 0.5, 1.0), Hyper(1e-2, 0.05, 0.7, 1e9), Hyper(1e-3, 0.0, 0.4, 0.1)]
 
 
@@ -86,7 +88,7 @@ def fused(saes: list[SAE], options: StackOptions, seeds: list[int] | None = None
     return stack
 
 
-def train(stack: Stack, data: list[StackBatch], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[dict]:
+def train(stack: Stack, data: list[StackBatch], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[Step]:
     logged = []
     for start in range(0, len(data), accumulation):
         for batch in data[start : start + accumulation]:
@@ -96,13 +98,18 @@ def train(stack: Stack, data: list[StackBatch], accumulation: int = 1, hyper: li
     return logged
 
 
+def about(name: str) -> Callable[[str], str]:
+    """A failed comparison says which tensor it was."""
+    return lambda message: f"{name}: {message}"
+
+
 def assert_same_modules(one: list[SAE], other: list[SAE], rtol: float, atol: float) -> None:
     for a, b in zip(one, other, strict=True):
         for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
-            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=about(name))
 
 
-def assert_same_metrics(one: list[list[dict]], other: list[list[dict]], rel: float) -> None:
+def assert_same_metrics(one: list[Step], other: list[Step], rel: float) -> None:
     for a_step, b_step in zip(one, other, strict=True):
         for a, b in zip(a_step, b_step, strict=True):
             assert a == pytest.approx(b, rel=rel, abs=rel, nan_ok=True)
@@ -132,7 +139,7 @@ def test_gradients_and_sums_equal_autograd(variant: dict[str, Any]) -> None:
         expected, found = reference.state(i), stack.state(i)
         assert set(expected) == set(found)
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-13, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-13, msg=about(name))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
