@@ -107,7 +107,7 @@ def test_a_service_that_hangs_does_not_hold_up_training(
     sink = TrackerSink("slow service", hang)
     sink.log(1, {"h": {"loss": 1.0}})
     sink.finish("interrupted")
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 15
     assert "does not answer" in caplog.text
 
 
