@@ -111,8 +111,6 @@ class _Loop:
         return (first.samples, first.cursor, states) if first else (0, {}, {})
 
     def run(self) -> dict[str, TrialResult]:
-        for trial in self.trials:
-            self._open(trial)
         if self.samples < self.total and self.pack.groups:
             self.stream = ActivationStream(
                 self.model,
@@ -124,6 +122,9 @@ class _Loop:
                 start=self.samples,
                 cursor=self.cursor,
             )
+        for trial in self.trials:  # after the stream: a cache that cannot be made leaves no run folders
+            self._open(trial)
+        if self.stream is not None:
             self._train()
         for trial in self.trials:
             if trial.result is None:

@@ -267,3 +267,11 @@ def test_numbers_of_a_window_follow_the_members_that_are_left(make_config, runti
     before = [row["lr"] for _, row in pack.metrics(50)]
     pack.drop(members[:1], "pruned")
     assert [row["lr"] for _, row in pack.metrics(50)] == before[1:]
+
+
+def test_a_cache_that_cannot_be_made_leaves_no_run_folder(make_config, runtime, tmp_path):
+    (tmp_path / "file").touch()
+    config = make_config(activations={"cache": str(tmp_path / "file" / "cache")})
+    with pytest.raises(UserError, match=r"'activations\.cache'.*cannot be made"):
+        train_pack([plan(config, tmp_path, "a")], runtime)
+    assert not (tmp_path / "a").exists()
