@@ -78,12 +78,13 @@ class ActivationCache:
     Args:
         folder: the cache's root; the stream gets a folder of its own in it.
         group_slots: slots over all ranks that are harvested together (a shard holds whole groups).
-        group_rows: sequences of one rank in such a group; `sequences` of them go through the model at once.
+        sequences: of a rank's sequences in such a group so many go through the model at once.
+        end: slots of the whole run where its last group is cut there; None: groups are whole.
     """
 
     def __init__(
         self, folder: Path, config: RunConfig, model: LanguageModel, tokens: TokenData, hooks: Sequence[str],
-        *, world: int, group_slots: int, sequences: int,
+        *, world: int, group_slots: int, sequences: int, end: int | None = None,
     ):  # fmt: skip
         self.model, self.tokens, self.config, self.world = model, tokens, config, world
         self.sequences = sequences
@@ -94,11 +95,11 @@ class ActivationCache:
         per_slot = cache_bytes(1, self.T, [max(self.widths.values())], self.dtype)
         needed = config.data.n_train_samples or tokens.n_train_available
         groups = max(1, SHARD_BYTES // (per_slot * group_slots))
-        self._needed = None if needed is None else -(-needed // group_slots) * group_slots
+        self._needed = end if needed is None or end is not None else -(-needed // group_slots) * group_slots
         self.shard_slots = groups * group_slots if self._needed is None else min(groups * group_slots, self._needed)
         # A wider hook point makes shorter shards: without their length here two sets of hook points would take each
         # other's shards for damaged and overwrite them for ever.
-        layout = (self.dtype, sequences, group_slots, self.shard_slots)
+        layout = (self.dtype, sequences, group_slots, self.shard_slots, *([] if end is None else [end]))
         self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
@@ -148,7 +149,12 @@ class ActivationCache:
 
     def covers(self, slot: int) -> bool:
         """Whether the group that begins at a slot may be cached."""
-        return slot % self.group_slots == 0 and slot + self.group_slots <= self.limit
+        n = self._group(slot)
+        return slot % self.group_slots == 0 and n > 0 and slot + n <= self.limit
+
+    def _group(self, slot: int) -> int:
+        """Slots of the group that begins at a slot; the last one may be cut."""
+        return self.group_slots if self._needed is None else min(self.group_slots, self._needed - slot)
 
     def note(self, cursor: Mapping[str, Any]) -> None:
         """A place from which a streamed data set can be read on, should shards behind it be missing."""
@@ -248,22 +254,23 @@ class ActivationCache:
         x = {h: torch.empty(n, self.T, self.widths[h], dtype=self.dtype) for h in hooks}
         micro = self.batch * self.world
         for group in range(first, first + n, self.group_slots):
-            tokens_nT = torch.cat(self._read_tokens(group))
-            slots_mrb = torch.arange(self.group_slots).view(self.group_slots // micro, self.world, self.batch)
+            size = self._group(group)
+            tokens_nT = torch.cat(self._read_tokens(group, size))
+            slots_mrb = torch.arange(size).view(size // micro, self.world, self.batch)
             for rank in range(self.world):
                 for rows in slots_mrb[:, rank].flatten().split(self.sequences):
                     for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), self._compiled).items():
                         x[hook][group - first + rows] = x_bTd.to("cpu", self.dtype)
         return x
 
-    def _read_tokens(self, slot: int) -> list[Tensor]:
-        """The sequences of a group, over all ranks."""
+    def _read_tokens(self, slot: int, n: int) -> list[Tensor]:
+        """The n sequences of a group, over all ranks."""
         micro = self.batch * self.world
         if self._reader is None or self._reader_slot > slot:
             self._reader, self._reader_slot = self.tokens.train(slot, micro, cursor=self._cursor), slot
         while self._reader_slot < slot:  # what another process has harvested; to begin anew would cost all before it
             next(self._reader)
             self._reader_slot += micro
-        parts = [next(self._reader) for _ in range(self.group_slots // micro)]
-        self._reader_slot = slot + self.group_slots
+        parts = [next(self._reader) for _ in range(n // micro)]
+        self._reader_slot = slot + n
         return [p.tokens_bT for p in parts]

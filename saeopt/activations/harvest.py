@@ -37,7 +37,8 @@ class GroupTokens:
     seed: int | None
 
 
-ReadGroup = Callable[[], GroupTokens]
+ReadGroup = Callable[[], GroupTokens | None]
+"""The next group; None at the end of the run."""
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Harvester:
         self._owed = 0.0
 
     def groups(self, read: ReadGroup) -> Iterator[Group]:
-        """Groups without end; on a GPU one is always being harvested ahead."""
+        """The groups in their order; on a GPU one is always being harvested ahead."""
         return self._overlapped(read) if self._cuda else self._plain(read)
 
     def work_ahead(self, share: float) -> None:
@@ -102,8 +103,7 @@ class Harvester:
 
     # ---- the CPU
     def _plain(self, read: ReadGroup) -> Iterator[Group]:
-        while True:
-            given = read()
+        while (given := read()) is not None:
             tokens_nT = torch.cat([p.tokens_bT for p in given.parts])
             order_N = _order(tokens_nT.numel(), given.seed)
             keep_N = keep_tokens(tokens_nT, self.model.special_ids, self.config.data).flatten()
@@ -120,26 +120,30 @@ class Harvester:
     def _overlapped(self, read: ReadGroup) -> Iterator[Group]:
         buffers = [_Buffer(self.model.device), _Buffer(self.model.device)]
         turn = 0
-        self._begin(read, buffers[turn])
-        while True:
+        more = self._begin(read, buffers[turn])
+        while more:
             for _ in self._ahead:
                 pass
             buffer = buffers[turn]
             main = torch.cuda.current_stream(self.model.device)
             main.wait_event(buffer.filled)
             turn = 1 - turn
-            self._begin(read, buffers[turn])
+            more = self._begin(read, buffers[turn])
             assert buffer.group is not None
             yield buffer.group
             buffer.consumed.record(torch.cuda.current_stream(self.model.device))
 
-    def _begin(self, read: ReadGroup, buffer: _Buffer) -> None:
+    def _begin(self, read: ReadGroup, buffer: _Buffer) -> bool:
+        """Get ready to fill a buffer with the next group, if there is one."""
         given = read()
+        if given is None:
+            return False
         tokens_nT = torch.cat([p.tokens_bT for p in given.parts])
         cached = self._cached(given)
         self._passes = math.ceil(len(tokens_nT) / self.sequences) if cached is None else len(given.parts)
         self._owed = 0.0
         self._ahead = self._fill(given, tokens_nT, cached, buffer)
+        return True
 
     def _fill(
         self, given: GroupTokens, tokens_nT: Tensor, cached: Iterator[dict[str, Tensor]] | None, buffer: _Buffer
@@ -186,7 +190,7 @@ class _Buffer:
         """Memory for the mask. What was allocated on the side stream must not be given back under a slow consumer."""
         if self._keep_N is None:
             self._keep_N = torch.empty(n, dtype=torch.bool, device=self.device)
-        return self._keep_N
+        return self._keep_N[:n]  # the last group may be shorter
 
     def put(self, hook: str, x_Nd: Tensor, rows: slice, rows_N: Tensor | None, n: int) -> None:
         """Copy the rows of one pass, or of the cache, to their places."""

@@ -2,7 +2,8 @@
 
 Tokens are read ahead by a thread. Micro-batches are harvested in groups at fixed slot numbers, so that a run that
 resumes inside a group harvests it again and sees the same bits. A group is as many micro-batches as one
-pass of the language model takes, or, with `data.shuffle_buffer_tokens`, as many as the shuffle buffer holds.
+pass of the language model takes, or, with `data.shuffle_buffer_tokens`, as many as the shuffle buffer holds; the last
+shuffled group ends with the run, which would not train on all of its tokens otherwise.
 On a GPU the next group is harvested on a side stream while the present one is trained on.
 
 Suffixes: b sequences of a micro-batch, T positions, N = tokens, d width.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,9 +69,13 @@ class Schedule:
     group: int
     """Micro-batches of a group."""
     origin: int = 0
+    end: int | None = None
+    """Slots of the whole run; None: without end."""
+    whole: bool = True
+    """Whether the last group is a whole one, and reaches past the end."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: torch.device, world: int, start: int) -> Schedule:
+    def of(cls, config: RunConfig, device: torch.device, world: int, start: int, end: int | None = None) -> Schedule:
         """The groups of a run."""
         data = config.data
         samples = data.train_batch_size * world
@@ -79,7 +85,7 @@ class Schedule:
             group = sequences_per_pass(config, device) // data.train_batch_size
         else:
             group = 1
-        return cls(samples, max(1, group), start % samples)
+        return cls(samples, max(1, group), start % samples, end, whole=not data.shuffle_buffer_tokens)
 
     def locate(self, slot: int) -> tuple[int, int]:
         """The group of a slot, and the number of its micro-batch in the group."""
@@ -88,6 +94,18 @@ class Schedule:
     def slot(self, group: int) -> int:
         """The first slot of a group."""
         return self.origin + group * self.group * self.samples
+
+    def left(self, group: int) -> int | None:
+        """Micro-batches from a group on; None: without end."""
+        if self.end is None:
+            return None
+        left = max(0, -(-(self.end - self.slot(group)) // self.samples))
+        return -(-left // self.group) * self.group if self.whole else left
+
+    def size(self, group: int) -> int:
+        """Micro-batches of a group; 0 behind the end of the run."""
+        left = self.left(group)
+        return self.group if left is None else min(self.group, left)
 
 
 def sequences_per_pass(config: RunConfig, device: torch.device) -> int:
@@ -103,12 +121,13 @@ def even_share(total: int, most: int) -> int:
 
 
 class ActivationStream:
-    """Batches of activations without end, from sample `start` on; iterate over it, and close it at the end.
+    """Batches of activations from sample `start` on; iterate over it, and close it at the end.
 
     Args:
         hooks: hook points, resolved.
         rank, world: which part of each micro-batch is this process's.
         start: samples consumed before, over all ranks.
+        end: samples of the whole run; None: no end.
         cursor: what :meth:`cursor` gave when `start` samples had been consumed.
     """
 
@@ -122,10 +141,11 @@ class ActivationStream:
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        end: int | None = None,
         cursor: Mapping[str, Any] | None = None,
     ):
         self.config, self.rank = config, rank
-        self.schedule = Schedule.of(config, model.device, world, start)
+        self.schedule = Schedule.of(config, model.device, world, start, end)
         self._group, self._micro = self.schedule.locate(start)
         first = self.schedule.slot(self._group)
         self._cursor: dict[str, Any] = dict(cursor or {})
@@ -134,7 +154,7 @@ class ActivationStream:
         )
         cache = self._open_cache(model, tokens, hooks, world, sequences)  # before a thread runs that nobody would stop
         batches = tokens.train(first, config.data.train_batch_size, rank, world, self._cursor)
-        self._tokens = Prefetch(batches, depth=2 * self.schedule.group)
+        self._tokens = Prefetch(islice(batches, self.schedule.left(self._group)), depth=2 * self.schedule.group)
         self._harvester = Harvester(model, hooks, config, sequences, cache)
         self._groups = self._harvester.groups(self._read_group)
         self._next_group = self._group
@@ -148,16 +168,18 @@ class ActivationStream:
         folder = cache_folder(self.config)
         if folder is None:
             return None
-        slots = self.schedule.group * self.schedule.samples
+        slots, end = self.schedule.group * self.schedule.samples, None if self.schedule.whole else self.schedule.end
         cache = ActivationCache(
-            folder, self.config, model, tokens, hooks, world=world, group_slots=slots, sequences=sequences
+            folder, self.config, model, tokens, hooks, world=world, group_slots=slots, sequences=sequences, end=end
         )
         cache.note(self._cursor)
         return cache
 
-    def _read_group(self) -> GroupTokens:
-        parts = [next(self._tokens) for _ in range(self.schedule.group)]
+    def _read_group(self) -> GroupTokens | None:
         number, self._next_group = self._next_group, self._next_group + 1
+        parts = [next(self._tokens) for _ in range(self.schedule.size(number))]
+        if not parts:
+            return None
         seed = None
         if self.config.data.shuffle_buffer_tokens:
             seed = derived_seed("activation shuffle", self.config.data_seed, number, self.rank)
@@ -167,15 +189,15 @@ class ActivationStream:
         return self
 
     def __next__(self) -> Batch:
-        if self._now is None or self._micro == self.schedule.group:
+        if self._now is None or self._micro == len(self._now.parts):
             if self._now is not None:
                 self._group, self._micro = self._group + 1, 0
             self._now = next(self._groups)
         batch = self._batch(self._now, self._micro)
         self._micro += 1
-        if self._micro == self.schedule.group:
+        if self._micro == len(self._now.parts):
             self._cursor = self._now.parts[-1].cursor
-        self._harvester.work_ahead(1 / self.schedule.group)
+        self._harvester.work_ahead(1 / len(self._now.parts))
         return batch
 
     def _batch(self, group: Group, micro: int) -> Batch:

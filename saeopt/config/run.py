@@ -55,7 +55,8 @@ class DataConfig(StrictModel):
     shuffle_documents: bool = True
     """Shuffle the order of documents (streaming: within a buffer)."""
     shuffle_buffer_tokens: Annotated[Int, Field(ge=0)] = 0
-    """Size of the activation shuffle buffer; 0: samples keep their order."""
+    """Size of each process's activation shuffle buffer (a run trains on the tokens of its own samples and no others);
+    0: samples keep their order."""
     mask_special_tokens: bool = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
     mask_norm_outliers: Annotated[Float, Field(gt=1)] | None = None

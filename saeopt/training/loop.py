@@ -120,6 +120,7 @@ class _Loop:
                 rank=self.runtime.rank,
                 world=self.runtime.world,
                 start=self.samples,
+                end=self.total,
                 cursor=self.cursor,
             )
         for trial in self.trials:  # after the stream: a cache that cannot be made leaves no run folders

@@ -117,6 +117,47 @@ def test_the_shuffle_buffer_holds_the_same_tokens_in_another_order(file: Path):
         assert torch.equal(x[keep].sort(0).values, y[kept].sort(0).values)  # the mask moves with its tokens
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("world", "buffer"), [(1, 150), (1, 10_000), (2, 150), (2, 10_000)])
+def test_a_shuffled_run_trains_on_each_of_its_own_tokens_once(
+    file: Path, way: bool, tmp_path: Path, world: int, buffer: int, cached: bool
+):
+    """18 micro-batches, of which the groups hold 5 or all; also when it is resumed inside the last group."""
+    end = 18 * 2 * world
+    plain = run_config(file, streaming=way, n_train_samples=end)
+    config = run_config(file, streaming=way, n_train_samples=end, shuffle_buffer_tokens=buffer)
+    if cached:
+        config = config.model_copy(
+            update={"activations": plain.activations.model_copy(update={"cache": str(tmp_path)})}
+        )
+    wanted, found, through = [], [], 0
+    for rank in range(world):
+        wanted += take(open_stream(plain, rank=rank, world=world, end=end), 18)
+        model, where = FakeModel(), {"rank": rank, "world": world, "end": end}
+        stream = open_stream(config, model, **where)
+        batches = list(stream)
+        found += batches
+        through += sum(model.sequences)
+        stream.close()
+        resumed = open_stream(config, start=16 * 2 * world, cursor={}, **where)
+        assert all(same(a, b) for a, b in zip(resumed, batches[16:], strict=True))
+        resumed.close()
+    rows, own = (torch.cat([b.x["a"][b.keep_N] for b in batches]) for batches in (found, wanted))
+    assert sorted(rows.tolist()) == sorted(own.tolist())
+    assert not torch.equal(rows, own)
+    assert through == end
+
+
+def test_a_run_that_ends_does_not_read_the_next_pass_ahead(file: Path, caplog: pytest.LogCaptureFixture):
+    data = TokenData.load(run_config(file).data, FakeModel())
+    end = (data.n_train_available or 0) // 2 * 2
+    caplog.set_level("INFO")
+    stream = open_stream(run_config(file, lm_batch_size=4), end=end)
+    assert len(list(stream)) - end // 2 in (0, 1)  # whole passes of the language model
+    stream.close()
+    assert "repeated" not in caplog.text
+
+
 def test_norm_outliers_are_masked_at_their_hook_point_alone(file: Path):
     stream = open_stream(run_config(file, mask_norm_outliers=1.5))
     batch = take(stream, 1)[0]
