@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from saeopt.errors import UserError
 
@@ -88,6 +89,25 @@ def jsonable(value: object) -> object:
     if isinstance(value, list | tuple):
         return [jsonable(v) for v in value]
     return value
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a line cut short by a crash is left out, a missing file is empty."""
+    file = Path(path)
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "samples" in row and "hook_point" in row:
+            rows.append(row)
+    return rows
+
+
+def is_evaluation(row: Mapping[str, object]) -> bool:
+    """Whether a line of `metrics.jsonl` is one of an evaluation, and not of a log step."""
+    return any(name.startswith("eval_") for name in row)
 
 
 def remove_temporaries(folder: str | Path) -> None:

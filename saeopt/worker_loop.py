@@ -33,7 +33,7 @@ from saeopt.search.space import Space
 from saeopt.search.storage import Store, persistently
 from saeopt.search.trial_log import trial_logs
 from saeopt.training.launch import EXHAUSTED, MAY_DIFFER
-from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.plan import LOST, Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder, resume_point
 
 LEAVE_SECONDS = 9.0
@@ -312,7 +312,7 @@ class _Watcher(Observer):
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
         progress = self.by_name[name]
         if self.worker.heart.has_lost(progress.claim):
-            return "its claim was lost: another worker trains it"
+            return LOST
         return self.worker.reports.measured(progress, samples, metrics, evaluated=evaluated)
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:

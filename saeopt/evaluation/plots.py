@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.pareto import Point, pareto_front
-from saeopt.files import atomic_write
+from saeopt.files import atomic_write, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,20 +44,6 @@ _NAMES = {
     "fvu": "FVU (share of variance unexplained)",
     "ce_recovered": "cross-entropy recovered",
 }
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a line cut short by a crash is left out, a missing file is empty."""
-    file = Path(path)
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "samples" in row and "hook_point" in row:
-            rows.append(row)
-    return rows
 
 
 def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.0) -> tuple[Figure, list[Axes]]:

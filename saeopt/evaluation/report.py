@@ -16,7 +16,8 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.evaluation.load import list_checkpoints
 from saeopt.evaluation.pareto import L0_RANGES, Point, best_in_ranges
-from saeopt.evaluation.plots import CURVES, DENSITY, read_metrics
+from saeopt.evaluation.plots import CURVES, DENSITY
+from saeopt.files import read_metrics
 
 Row = Mapping[str, Any]
 

@@ -80,7 +80,8 @@ def on_trial_start(store: Store, study_id: int, trial_id: int, spec: StudySpec, 
 @harmless
 def on_trial_end(store: Store, study_id: int, trial_id: int, spec: StudySpec, outcome: str = "trained") -> None:
     """Training curves as an artifact, the note with the outcome. Before the tell: a told trial takes no artifacts."""
-    from saeopt.evaluation.plots import CURVES, read_metrics, training_curves
+    from saeopt.evaluation.plots import CURVES, training_curves
+    from saeopt.files import read_metrics
 
     trial = store.optuna.get_trial(trial_id)
     run_dir = spec.run_dir(trial.number)

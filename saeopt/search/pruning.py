@@ -43,6 +43,25 @@ def make_pruner(rule: EarlyStopping, warmup: int, total: int) -> BasePruner:
             return NopPruner()
 
 
+class Patience:
+    """Counts reports of a collapse in a row; what stands at one number of samples (log step, evaluation) is one report.
+
+    A trial that changes hands counts on: its earlier reports are given again.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._before, self._samples = 0, 0, -1
+
+    def report(self, samples: int, collapsed: bool) -> int:
+        """The count after another report: one is enough to say that the SAEs have not collapsed."""
+        if samples != self._samples:
+            self._samples, self._before = samples, self.count
+            self.count = self._before + 1 if collapsed else 0
+        elif not collapsed:
+            self.count = 0
+        return self.count
+
+
 def is_due(before: int, samples: int, total: int) -> bool:
     """Whether a report falls between two numbers of samples, at most `MAX_REPORTS` over a trial."""
     return total > 0 and samples * MAX_REPORTS // total > before * MAX_REPORTS // total

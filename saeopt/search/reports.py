@@ -6,18 +6,20 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from saeopt.config.run import RunConfig
 from saeopt.config.settings import redact
 from saeopt.config.study import StudySpec
 from saeopt.console import log
+from saeopt.files import is_evaluation, read_metrics
 from saeopt.search import claims, pruning
 from saeopt.search import internals as db
 from saeopt.search.claims import Claim
 from saeopt.search.objectives import Evaluation, collapse_reason, expanded, metric_of, objective_values
-from saeopt.search.pruning import CURVE, Curve, Stopper
+from saeopt.search.pruning import CURVE, Curve, Patience, Stopper
 from saeopt.search.storage import Store, persistently
 
 
@@ -29,7 +31,7 @@ class Progress:
     config: RunConfig
     total: int = 0
     reported: int = 0
-    collapsed: int = 0
+    patience: Patience = field(default_factory=Patience)
     curve: Curve = field(default_factory=dict)
     verdict: str | None = None
 
@@ -68,21 +70,19 @@ class Reports(threading.Thread):
 
     # ---- from the training loop
     def started(self, progress: Progress, samples: int, total: int) -> None:
-        """A trial starts, perhaps in the middle: its earlier curve is read back."""
-        progress.total, progress.reported = total, samples
+        """A trial starts, perhaps in the middle: its earlier curve is read back, and its reports are counted again."""
+        progress.total, progress.reported, progress.patience = total, samples, Patience()
         if samples > 0:
+            for then, evaluated, metrics in earlier_reports(self.spec.run_dir(progress.claim.number), samples):
+                self._collapse(progress, then, metrics)
+                if evaluated == self.from_evaluations:
+                    progress.reported = then
             self._queue.put(lambda: self._read_curve(progress))
 
     def measured(self, progress: Progress, samples: int, metrics: Evaluation, *, evaluated: bool) -> str | None:
         """Metrics of a log step or of an evaluation; returns why the trial should stop, if it should."""
-        rule = self.spec.early_stopping.collapse
-        warmup = pruning.warmup_samples(self.spec.early_stopping, progress.config, progress.total)
-        if rule is not None and samples >= warmup and (found := collapse_reason(rule, metrics)):
-            progress.collapsed += 1
-            if progress.collapsed >= rule.patience:
-                return f"{found} (after {samples} samples)"
-        else:
-            progress.collapsed = 0
+        if found := self._collapse(progress, samples, metrics):
+            return found
         if evaluated != self.from_evaluations:
             return progress.verdict
         if evaluated or pruning.is_due(progress.reported, samples, progress.total):
@@ -90,22 +90,36 @@ class Reports(threading.Thread):
             values = objective_values(self.spec, metrics)
             shown = values[0] if values is not None else self._stand_in(metrics)
             if shown is not None:
-                self._queue.put(lambda: self._send(progress, samples, shown, values, warmup))
+                self._queue.put(lambda: self._send(progress, samples, shown, values))
                 if evaluated:
                     self.flush(3.0)
         return progress.verdict
+
+    def _collapse(self, progress: Progress, samples: int, metrics: Evaluation) -> str | None:
+        """Why the trial has collapsed, once enough reports in a row have said so."""
+        rule = self.spec.early_stopping.collapse
+        if rule is None:
+            return None
+        found = collapse_reason(rule, metrics) if samples >= self._warmup(progress) else None
+        if progress.patience.report(samples, found is not None) >= rule.patience:
+            return f"{found} (after {samples} samples)"
+        return None
+
+    def _warmup(self, progress: Progress) -> int:
+        return pruning.warmup_samples(self.spec.early_stopping, progress.config, progress.total)
 
     def checkpointed(self, claim: Claim, samples: int) -> None:
         """The trial can go on from here."""
         self._queue.put(lambda: _drop_result(claims.checkpointed(self.store, claim, samples)))
 
     # ---- in the thread
-    def _send(self, progress: Progress, samples: int, shown: float, values: list[float] | None, warmup: int) -> None:
+    def _send(self, progress: Progress, samples: int, shown: float, values: list[float] | None) -> None:
         if values is not None:
             progress.curve[samples] = values
         attrs: Mapping[str, object] = {CURVE: progress.curve} if progress.curve else {}
         if claims.report(self.store, progress.claim, samples, shown, attrs):
             trial_id = progress.claim.trial_id
+            warmup = self._warmup(progress)
             progress.verdict = self.stopper.reason(trial_id, samples, values, warmup, progress.total)
 
     def _read_curve(self, progress: Progress) -> None:
@@ -121,6 +135,17 @@ class Reports(threading.Thread):
         if not found or any(v is None or not math.isfinite(v) for v in found):
             return None
         return math.fsum(v for v in found if v is not None) / len(found)
+
+
+def earlier_reports(run_dir: Path, samples: int) -> Iterator[tuple[int, bool, Evaluation]]:
+    """Samples, whether it is an evaluation, and metrics of what a run had reported up to a number of samples."""
+    found: dict[tuple[int, bool], dict[str, dict[str, float]]] = {}
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        if row["samples"] <= samples:
+            values = {k.removeprefix("eval_"): math.nan if v is None else v for k, v in row.items()}
+            found.setdefault((row["samples"], is_evaluation(row)), {})[row["hook_point"]] = values
+    for (then, evaluated), metrics in found.items():
+        yield then, evaluated, metrics
 
 
 def _drop_result(_done: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,46 @@ from saeopt.errors import UserError
 from saeopt.evaluation.load import save_weights
 from saeopt.tensor_file import read_metadata, read_tensors, write_tensors
 from saeopt.training.pack import Member, Pack
+from saeopt.training.plan import TrialResult
 from saeopt.training.run_folder import RunFolder
 
 
 @dataclass
 class Restored:
-    """What a checkpoint gives back: samples consumed, the stream's cursor, each hook point's optimiser state."""
+    """What a checkpoint gives back: samples consumed, the stream's cursor, each hook point's optimiser state.
+
+    `ended`: how the trial ended here, if it was given up or diverged.
+    """
 
     samples: int
     cursor: dict[str, Any]
     states: dict[str, dict[str, Tensor]]
+    ended: TrialResult | None = None
 
 
-def save(folder: RunFolder, members: Sequence[Member], pack: Pack, samples: int, cursor: dict[str, Any]) -> Path:
-    """Write state and weights of one trial; returns the weights file.
+def save(
+    folder: RunFolder,
+    members: Sequence[Member],
+    pack: Pack,
+    samples: int,
+    cursor: dict[str, Any],
+    ended: TrialResult | None = None,
+) -> Path:
+    """Write state and weights of one trial, and how it ended if it goes no further; returns the weights file.
 
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
     """
     tensors = {f"{m.hook_point}/{name}": t for m in members for name, t in pack.state(m).items()}
-    metadata = {
+    metadata: dict[str, Any] = {
         "samples": samples,
         "cursor": cursor,
         "threads": torch.get_num_threads(),
         "world": pack.runtime.world,
         "stopped": {m.hook_point: m.reason for m in members if m.reason is not None},
     }
+    if ended is not None:
+        metadata["ended"] = asdict(ended) | {"checkpoint": None}
     write_tensors(folder.state_path(samples), tensors, metadata)
     save_weights(folder.weights_path(samples), members[0].config, {m.hook_point: m.sae for m in members}, samples)
     folder.prune(members[0].config.keep_checkpoints)
@@ -74,7 +88,8 @@ def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restore
                 metadata["world"],
             )
         states = {m.hook_point: _of(state, m.hook_point) for m in members}
-        return Restored(samples, metadata["cursor"], states)
+        ended = metadata.get("ended")
+        return Restored(samples, metadata["cursor"], states, None if ended is None else TrialResult(**ended))
     log.warning("%s holds no usable checkpoint: starting over", folder.path)
     return None
 

@@ -17,11 +17,11 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.plots import plot_run
-from saeopt.files import write_json
+from saeopt.files import is_evaluation, write_json
 from saeopt.training import checkpoint
 from saeopt.training.loggers import Sink, open_sinks
 from saeopt.training.pack import Member, Pack
-from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.plan import LOST, Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
 from saeopt.training.setup import blank_members, calibrate, check_plans, check_schedules, hook_points_of, total_samples
@@ -38,6 +38,10 @@ class _Trial:
     folder: RunFolder
     members: list[Member]
     sinks: list[Sink] = field(default_factory=list)
+    ended: TrialResult | None = None
+    """How it had ended before, where it starts at its end: nothing is left to do and nothing is written."""
+    written: set[tuple[str, bool]] = field(default_factory=set)
+    """Rows that its metrics hold already at the samples at which it starts: hook point, whether an evaluation."""
     result: TrialResult | None = None
 
     @property
@@ -82,8 +86,9 @@ class _Loop:
         if not any(m.sae_config.retrain_saes for t in trials for m in t.members):
             self.total = 0
         self.window = self.config.effective_batch * runtime.world
+        self.last_save: int | None = None
         self.samples, cursor, states = self._restore()
-        self.last_save = self.samples
+        self.start = self.samples
         learning = [m for t in trials for m in t.members if m.sae_config.retrain_saes]
         self.pack = Pack(learning, runtime, total_samples=self.total)
         for trial in trials:
@@ -107,8 +112,26 @@ class _Loop:
             raise ValueError("the trials of a pack must resume from the same sample")
         calibrate([m for t in fresh for m in t.members], self.model, self.tokens, self.config, self.runtime)
         first = next(iter(restored.values()), None)
+        self.last_save = first.samples if first and not fresh else None
+        for trial in self.trials:
+            if found := restored.get(trial.plan.name):
+                trial.ended = self.runtime.agree(self._ended(trial.folder, found) if self.runtime.is_main else None)
         states = {name: found.states for name, found in restored.items()}
         return (first.samples, first.cursor, states) if first else (0, {}, {})
+
+    def _ended(self, folder: RunFolder, found: checkpoint.Restored) -> TrialResult | None:
+        """How a trial ended at this very checkpoint, all its files written; None where something is left to do."""
+        status = folder.status()
+        if found.ended is not None or found.samples < self.total or status.get("status") != "finished":
+            return found.ended
+        evaluation = folder.evaluation() if self._evaluates else {}
+        if evaluation is None:
+            return None
+        return TrialResult("finished", found.samples, status.get("reason"), evaluation)
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.eval_every_n_samples is not None and self.config.data.n_eval_samples > 0
 
     def run(self) -> dict[str, TrialResult]:
         if self.samples < self.total and self.pack.groups:
@@ -133,13 +156,16 @@ class _Loop:
         return {t.plan.name: t.result for t in self.trials if t.result is not None}
 
     def _open(self, trial: _Trial) -> None:
-        if self.runtime.is_main:
+        if self.runtime.is_main and trial.ended is None:
             trial.folder.path.mkdir(parents=True, exist_ok=True)
             trial.folder.write_config(trial.plan.config)
             trial.folder.rewind(self.samples)
+            trial.written = trial.folder.rows_at(self.samples)
             trial.folder.write_status("running", self.samples, None)
             trial.sinks = open_sinks(trial.plan.config, trial.plan.run_dir, trial.plan.run_dir.name)
         self.observer.on_start(trial.plan.name, self.samples, self.total)
+        if trial.ended is not None:
+            self._close(trial, trial.ended)
 
     # ---- the loop
     def _train(self) -> None:
@@ -227,15 +253,15 @@ class _Loop:
         found = self._measure(running)
         for trial in running:
             metrics = found.get(trial.plan.name, {})
-            self._write(trial, {hook: {f"eval_{k}": v for k, v in row.items()} for hook, row in metrics.items()})
+            self._write(trial, _named(metrics))
             if reason := self.runtime.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason, metrics)
 
     def _measure(self, trials: Sequence[_Trial]) -> dict[str, Metrics]:
         """Held-out metrics of trials: one language-model pass for all of them."""
-        data = self.config.data
-        if self.config.eval_every_n_samples is None or data.n_eval_samples == 0 or not trials:
+        if not self._evaluates or not trials:
             return {}
+        data = self.config.data
         saes = {(t.plan.name, m.hook_point): (m.hook_point, m.sae) for t in trials for m in t.members}
         batches = islice(self.tokens.eval_batches(data.eval_batch_size), self.runtime.rank, None, self.runtime.world)
         reduce = self.runtime.reduce if self.runtime.world > 1 else None
@@ -247,6 +273,8 @@ class _Loop:
 
     # ---- writing
     def _write(self, trial: _Trial, metrics: Metrics) -> None:
+        if self.samples == self.start:  # a run that was killed between its last rows and its end
+            metrics = {h: row for h, row in metrics.items() if (h, is_evaluation(row)) not in trial.written}
         if not self.runtime.is_main or not metrics:
             return
         trial.folder.append_metrics(
@@ -256,7 +284,7 @@ class _Loop:
             sink.log(self.samples, {hook: _scalars(row) for hook, row in metrics.items()})
 
     def _save(self) -> None:
-        if self.last_save == self.samples and self.samples > 0:
+        if self.last_save == self.samples:
             return
         if self.stream is not None:
             self.cursor = self.stream.cursor()
@@ -265,12 +293,12 @@ class _Loop:
                 self._checkpoint(trial)
         self.last_save = self.samples
 
-    def _checkpoint(self, trial: _Trial) -> None:
+    def _checkpoint(self, trial: _Trial, ended: TrialResult | None = None) -> None:
         """Rank 0 writes; the others wait for it, and fail as it does."""
         failed: UserError | None = None
         if self.runtime.is_main:
             try:
-                path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor)
+                path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor, ended)
                 self.observer.on_checkpoint(trial.plan.name, self.samples, path)
             except UserError as error:
                 failed = error
@@ -281,9 +309,11 @@ class _Loop:
     def _stop(self, trial: _Trial, status: Any, reason: str, evaluation: Metrics | None = None) -> None:
         if self.stream is not None:
             self.cursor = self.stream.cursor()
-        self._checkpoint(trial)
+        result = TrialResult(status, self.samples, reason, evaluation or {})
         self._drop(trial.active, reason)
-        self._close(trial, TrialResult(status, self.samples, reason, evaluation or {}))
+        if reason != LOST:
+            self._checkpoint(trial, result)  # says how it ended: who goes on from here has nothing more to do
+        self._close(trial, result)
 
     def _drop(self, members: list[Member], reason: str) -> None:
         self.pack.drop(members, reason)
@@ -299,7 +329,7 @@ class _Loop:
             metrics = found.get(other.plan.name, {})
             if self.runtime.is_main and metrics:
                 write_json(other.folder.evaluation_path, metrics)
-            self._write(other, {hook: {f"eval_{k}": v for k, v in row.items()} for hook, row in metrics.items()})
+            self._write(other, _named(metrics))
             lost = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
             self._close(other, TrialResult("finished", self.samples, "; ".join(lost) or None, metrics))
 
@@ -307,9 +337,9 @@ class _Loop:
         weights = trial.folder.weights_path(self.samples)
         result.checkpoint = weights if weights.exists() else None
         trial.result = result
-        if self.runtime.is_main:
-            trial.folder.write_status(result.status, result.samples, result.reason)
-            if result.status != "interrupted":
+        if self.runtime.is_main and result.reason != LOST:
+            news = trial.folder.write_status(result.status, result.samples, result.reason)
+            if news and result.status != "interrupted":
                 plot_run(trial.folder.path)
         for sink in trial.sinks:
             sink.finish(result.status)
@@ -323,6 +353,11 @@ class _Loop:
         for trial in self.trials:
             for sink in trial.sinks:
                 sink.finish("failed")
+
+
+def _named(metrics: Metrics) -> Metrics:
+    """Held-out metrics under the names that they have beside those of training."""
+    return {hook: {f"eval_{name}": value for name, value in row.items()} for hook, row in metrics.items()}
 
 
 def _scalars(row: dict[str, Any]) -> dict[str, float]:

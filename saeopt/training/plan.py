@@ -11,6 +11,9 @@ from saeopt.config.run import RunConfig
 Metrics = dict[str, dict[str, float]]
 """Hook point → metric → value."""
 
+LOST = "its claim was lost: another worker trains it"
+"""The reason of an observer for a trial that is no longer its own: nothing of this end may be stored in its folder."""
+
 
 @dataclass(frozen=True)
 class TrialPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +13,15 @@ from typing import Any
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
-from saeopt.files import atomic_write, jsonable, remove_temporaries, write_error, write_json
+from saeopt.files import (
+    atomic_write,
+    is_evaluation,
+    jsonable,
+    read_metrics,
+    remove_temporaries,
+    write_error,
+    write_json,
+)
 from saeopt.tensor_file import verify
 
 _WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
@@ -99,14 +108,31 @@ class RunFolder:
         if not self.metrics_path.exists():
             return
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+        text = self.metrics_path.read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             try:
                 if json.loads(line)["samples"] <= samples:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        with atomic_write(self.metrics_path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+        if "".join(kept) != text:
+            with atomic_write(self.metrics_path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+
+    def rows_at(self, samples: int) -> set[tuple[str, bool]]:
+        """Hook point and whether it is an evaluation, of each line of `metrics.jsonl` at a number of samples."""
+        found = [row for row in read_metrics(self.metrics_path) if row["samples"] == samples]
+        return {(row["hook_point"], is_evaluation(row)) for row in found}
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What the run itself wrote into `evaluation.json`; None where another command has written it, or nobody."""
+        try:
+            found: dict[str, Any] = json.loads(self.evaluation_path.read_text(encoding="utf-8"))
+            if any("samples" in row for row in found.values()):
+                return None
+            return {h: {k: math.nan if v is None else v for k, v in row.items()} for h, row in found.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return None
 
     def status(self) -> dict[str, Any]:
         """The content of `status.json`; empty where there is none."""
@@ -116,9 +142,13 @@ class RunFolder:
             return {}
         return found
 
-    def write_status(self, status: str, samples: int, reason: str | None) -> None:
-        """Write `status.json`."""
-        write_json(self.status_path, {"status": status, "samples": samples, "reason": reason})
+    def write_status(self, status: str, samples: int, reason: str | None) -> bool:
+        """Write `status.json`; False if it says so already."""
+        wanted = {"status": status, "samples": samples, "reason": reason}
+        if self.status() == wanted:
+            return False
+        write_json(self.status_path, wanted)
+        return True
 
     def prune(self, keep_checkpoints: int | None) -> None:
         """Delete states beyond the last two, and weights beyond `keep_checkpoints` (never those of a kept state)."""

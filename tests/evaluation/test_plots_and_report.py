@@ -16,7 +16,8 @@ from rich.console import Console
 from saeopt.errors import UserError
 from saeopt.evaluation import report
 from saeopt.evaluation.pareto import Point, best_in_ranges, pareto_front
-from saeopt.evaluation.plots import CURVES, DENSITY, pareto_plot, plot_run, read_metrics, training_curves
+from saeopt.evaluation.plots import CURVES, DENSITY, pareto_plot, plot_run, training_curves
+from saeopt.files import read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -13,6 +13,7 @@ from saeopt.evaluation.load import load_run
 from saeopt.saes.registry import get_sae
 from saeopt.training import Observer, TrialPlan, loop, train_pack
 from saeopt.training.pack import Member, Pack
+from saeopt.training.plan import LOST
 from saeopt.training.run_folder import RunFolder, resume_point
 from saeopt.training.runtime import Runtime
 
@@ -275,3 +276,66 @@ def test_a_cache_that_cannot_be_made_leaves_no_run_folder(make_config, runtime, 
     with pytest.raises(UserError, match=r"'activations\.cache'.*cannot be made"):
         train_pack([plan(config, tmp_path, "a")], runtime)
     assert not (tmp_path / "a").exists()
+
+
+def content(folder):
+    return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_finished_run_that_is_resumed_gives_its_result_and_writes_nothing(make_config, runtime, tmp_path):
+    first = train_pack([plan(make_config(), tmp_path, "a")], runtime)["a"]
+    before = content(tmp_path / "a")
+    again = train_pack([plan(make_config(), tmp_path, "a", resume=True)], runtime)["a"]
+    assert content(tmp_path / "a") == before
+    assert again == first
+
+
+@pytest.mark.parametrize("written", ["checkpoint", "evaluation", "a row", "rows"])
+def test_a_run_that_was_killed_within_its_end_has_each_row_once(make_config, runtime, tmp_path, written):
+    hooks = ["blocks.0.hook_resid_pre", HOOK]
+    config = make_config(trackers="tensorboard", **{"saes.sae_positions": hooks})
+    whole = train_pack([plan(config, tmp_path, "a")], runtime)["a"]
+    folder = RunFolder(tmp_path / "a")
+    rows, evaluation = folder.metrics_path.read_text(), folder.evaluation_path.read_text()
+    lines = rows.splitlines(keepends=True)
+    folder.write_status("running", 0, None)
+    if written in ("checkpoint", "evaluation", "a row"):
+        folder.metrics_path.write_text("".join(lines[: -1 if written == "a row" else -2]))
+    if written == "checkpoint":
+        folder.evaluation_path.unlink()
+    again = train_pack([plan(config, tmp_path, "a", resume=True)], runtime)["a"]
+    assert folder.metrics_path.read_text() == rows
+    assert folder.evaluation_path.read_text() == evaluation
+    assert (folder.status()["status"], again.evaluation) == ("finished", whole.evaluation)
+
+
+@pytest.mark.parametrize("kind", ["log", "eval", "diverged"])
+def test_a_trial_that_was_killed_after_its_stop_is_still_stopped(make_config, runtime, tmp_path, kind):
+    class Stop(Observer):
+        def on_log(self, name, samples, metrics):
+            return "hopeless" if kind == "log" and samples >= 128 else None
+
+        def on_eval(self, name, samples, metrics):
+            return "hopeless" if kind == "eval" and samples >= 128 else None
+
+    changes = {"lr": 1e30, "max_grad_norm": None} if kind == "diverged" else {}
+    config = make_config(eval_every_n_samples=96, **changes)
+    first = train_pack([plan(config, tmp_path, "a")], runtime, Stop())["a"]
+    assert first.status == ("diverged" if kind == "diverged" else "stopped")
+    before = content(tmp_path / "a")
+    assert train_pack([plan(config, tmp_path, "a", resume=True)], runtime)["a"] == first
+    assert content(tmp_path / "a") == before
+    RunFolder(tmp_path / "a").write_status("running", 0, None)
+    assert train_pack([plan(config, tmp_path, "a", resume=True)], runtime)["a"] == first
+    assert RunFolder(tmp_path / "a").status()["reason"] == first.reason
+
+
+def test_a_trial_that_is_no_longer_its_own_leaves_no_end_in_its_folder(make_config, runtime, tmp_path):
+    class Lose(Observer):
+        def on_log(self, name, samples, metrics):
+            return LOST if samples == 128 else None
+
+    config = make_config(save_every_n_samples=96)
+    train_pack([plan(config, tmp_path, "a")], runtime, Lose())
+    assert RunFolder(tmp_path / "a").weights() == [96]
+    assert RunFolder(tmp_path / "a").status()["status"] == "running"
