@@ -5,6 +5,7 @@ Suffixes: b sequences, T positions, N = b·T tokens, d width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -19,18 +20,28 @@ def keep_tokens(tokens_bT: Tensor, special_ids: Iterable[int], data: DataConfig 
     return ~torch.isin(tokens_bT, torch.tensor(special, dtype=tokens_bT.dtype, device=tokens_bT.device))
 
 
-def keep_norms(x_Nd: Tensor, keep_N: Tensor, limit: float) -> Tensor:
-    """keep_N without attention sinks: tokens whose norm exceeds `limit` medians of the kept tokens' norms.
+def norm_limit(x_Nd: Tensor, keep_N: Tensor, medians: float | None) -> float:
+    """The norm above which a token counts as an attention sink: so many medians of the kept tokens' norms.
 
-    The median is that of the tokens given (one micro-batch of one process); nothing is synchronised.
+    inf where `medians` is None, or no token is kept. Measured once, on the beginning of the stream, and stored: a
+    median of each micro-batch would make results depend on batch sizes and on the number of processes.
     """
-    norm_N = x_Nd.float().norm(dim=-1)
-    median = norm_N.where(keep_N, torch.nan).nanmedian()
-    return keep_N & ~(norm_N > limit * median)
+    if medians is None or not keep_N.any():
+        return math.inf
+    return medians * x_Nd[keep_N].float().norm(dim=-1).median().item()
+
+
+def keep_norms(x_Nd: Tensor, keep_N: Tensor, limit: float) -> Tensor:
+    """keep_N without tokens whose norm exceeds `limit`; nothing is synchronised."""
+    return keep_N if limit == math.inf else keep_N & ~(x_Nd.float().norm(dim=-1) > limit)
 
 
 def keep_mask(
-    tokens_bT: Tensor, special_ids: Iterable[int], data: DataConfig | None = None, x_Nd: Tensor | None = None
+    tokens_bT: Tensor,
+    special_ids: Iterable[int],
+    data: DataConfig | None = None,
+    x_Nd: Tensor | None = None,
+    limit: float = math.inf,
 ) -> Tensor:
     """keep_N (bool): the tokens that count, on the device of `x_Nd`, or of the tokens if there is none.
 
@@ -39,10 +50,10 @@ def keep_mask(
         special_ids: BOS, EOS and padding.
         data: the config's section; None: special tokens are left out and norms are not looked at.
         x_Nd: raw activations, needed for `data.mask_norm_outliers`.
+        limit: the hook point's :func:`norm_limit`.
     """
     keep_N = keep_tokens(tokens_bT, special_ids, data).flatten()
     if x_Nd is None:
         return keep_N
-    keep_N = keep_N.to(x_Nd.device)
-    limit = None if data is None else data.mask_norm_outliers
-    return keep_N if limit is None else keep_norms(x_Nd, keep_N, limit)
+    outliers = data is not None and data.mask_norm_outliers is not None
+    return keep_norms(x_Nd, keep_N.to(x_Nd.device), limit if outliers else math.inf)

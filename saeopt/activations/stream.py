@@ -38,9 +38,8 @@ TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
 class Batch:
     """One micro-batch of one rank, on the device of the language model; valid until the next one is asked for.
 
-    `keep_N` follows from the token ids alone; :meth:`keep` adds the norm outliers of a hook point where the config
-    asks for that. With a shuffle buffer the rows are tokens of the whole buffer, and the slots number the rows and
-    nothing else.
+    `keep_N` follows from the token ids alone; :meth:`keep` leaves out the norm outliers of a hook point too. With a
+    shuffle buffer the rows are tokens of the whole buffer, and the slots number the rows and nothing else.
     """
 
     x: dict[str, Tensor]
@@ -48,16 +47,14 @@ class Batch:
     first_slot: int
     n_slots: int
     tokens_per_slot: int
-    outlier_norm: float | None = None
-    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[str, float], Tensor] = field(default_factory=dict, repr=False)
 
-    def keep(self, hook: str) -> Tensor:
-        """keep_N (bool) at one hook point."""
-        if self.outlier_norm is None:
-            return self.keep_N
-        if hook not in self._kept:
-            self._kept[hook] = keep_norms(self.x[hook], self.keep_N, self.outlier_norm)
-        return self._kept[hook]
+    def keep(self, hook: str, norm_limit: float) -> Tensor:
+        """keep_N (bool) at one hook point, without tokens of a larger norm."""
+        key = (hook, norm_limit)
+        if key not in self._kept:
+            self._kept[key] = keep_norms(self.x[hook], self.keep_N, norm_limit)
+        return self._kept[key]
 
 
 @dataclass(frozen=True)
@@ -210,7 +207,6 @@ class ActivationStream:
             first_slot=part.first_slot,
             n_slots=len(part.tokens_bT),
             tokens_per_slot=data.context_length,
-            outlier_norm=data.mask_norm_outliers,
         )
 
     def cursor(self) -> dict[str, Any]:

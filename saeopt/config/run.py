@@ -60,7 +60,8 @@ class DataConfig(StrictModel):
     mask_special_tokens: bool = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
     mask_norm_outliers: Annotated[Float, Field(gt=1)] | None = None
-    """Also leave out tokens whose activation norm exceeds so many medians (attention sinks); null: keep them."""
+    """Also leave out tokens whose activation norm exceeds so many medians (attention sinks). The median is that of the
+    first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
 
 
 class ActivationsConfig(StrictModel):

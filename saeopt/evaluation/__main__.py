@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from saeopt.activations.language_model import LanguageModel
+    from saeopt.activations.tokens import TokenData
     from saeopt.evaluation.load import Checkpoint
     from saeopt.evaluation.metrics import Metrics
 
@@ -119,6 +122,7 @@ def measure(
         if lm.width(hook) != sae.d:
             raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
     tokens = TokenData.load(config.data, lm)
+    _set_norm_limits(loaded, config, lm, tokens)
     with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=n)
         try:
@@ -136,6 +140,17 @@ def measure(
                 "out of GPU memory: lower it with --set data.eval_batch_size=1 or use --device cpu"
             ) from None
     return {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+
+
+def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel, tokens: TokenData) -> None:
+    """Measure the limits of norm outliers where the checkpoint has none, or `--set` asks for others."""
+    from saeopt.activations.calibration import calibration
+
+    wanted, had = config.data.mask_norm_outliers, loaded.config.data.mask_norm_outliers
+    lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
+    if lacking:
+        for hook, measured in calibration(lacking, lm, tokens, config).items():
+            loaded.saes[hook].norm_limit = measured.norm_limit
 
 
 def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:

@@ -49,6 +49,11 @@ class _Member:
     sums: Accumulator
     cross_entropy: CrossEntropy
 
+    @property
+    def place(self) -> tuple[str, float]:
+        """What says which tokens count: the hook point and its limit for outliers."""
+        return self.hook, self.sae.norm_limit
+
 
 @torch.no_grad()
 def reconstruct(
@@ -67,11 +72,12 @@ def reconstruct(
     return torch.cat(out)
 
 
-def keep_rule(lm: SplicingModel, data: DataConfig | None) -> Keep:
+def keep_rule(lm: SplicingModel, data: DataConfig | None, norm_limit: float) -> Keep:
     """Which positions count in a run: the rule of training, special tokens and norm outliers left out."""
 
     def keep(tokens_BT: Tensor, x_BTd: Tensor) -> Tensor:
-        return keep_mask(tokens_BT, lm.special_ids, data, x_BTd.flatten(0, 1)).view(tokens_BT.shape)
+        keep_N = keep_mask(tokens_BT, lm.special_ids, data, x_BTd.flatten(0, 1), norm_limit)
+        return keep_N.view(tokens_BT.shape)
 
     return keep
 
@@ -100,24 +106,24 @@ def evaluate(
         return {}
     first = next(iter(saes.values()))
     device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
-    keep = keep or keep_rule(lm, data)
     members = {key: _member(key, value) for key, value in saes.items()}
     hooks = list(dict.fromkeys(member.hook for member in members.values()))
+    places = list(dict.fromkeys(member.place for member in members.values()))
+    rules = {place: keep or keep_rule(lm, data, place[1]) for place in places}
     rows = 1  # sequences whose logits are held at once; more from when the size of the vocabulary is known
     for batch in tokens:
         tokens_BT = batch.to(device)
         x = lm.activations(tokens_BT, hooks)
-        # on the whole batch: an outlier is one among its tokens, whatever the memory for logits
-        kept = {hook: keep(tokens_BT, x[hook]) for hook in hooks}
+        kept = {place: rules[place](tokens_BT, x[place[0]]) for place in places}
         rows = rows if cross_entropy else max(1, len(batch))
         start = 0
         while start < len(batch):
             part = slice(start, start + rows)
             start += rows
             clean_BTV = lm.logits(tokens_BT[part]) if cross_entropy else None
-            for hook in hooks:
-                at_hook = [member for member in members.values() if member.hook == hook]
-                _evaluate_hook(at_hook, lm, tokens_BT[part], x[hook][part], kept[hook][part], clean_BTV)
+            for place in places:
+                here = [member for member in members.values() if member.place == place]
+                _evaluate_hook(here, lm, tokens_BT[part], x[place[0]][part], kept[place][part], clean_BTV)
             if clean_BTV is not None:
                 rows = sequences_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
         if progress is not None:

@@ -5,6 +5,7 @@ Importing this module imports no torch, so that looking for checkpoints stays ch
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,10 +53,15 @@ def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], s
     described = {
         "config": config.model_dump(mode="json"),
         "samples": samples,
-        "hook_points": {hook: {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type} for hook, sae in saes.items()},
+        "hook_points": {hook: _description(sae, config) for hook, sae in saes.items()},
     }
     tensors = {f"{hook}/{name}": t for hook, sae in saes.items() for name, t in sae.state_dict().items()}
     write_tensors(Path(path), tensors, described)
+
+
+def _description(sae: SAE, config: RunConfig) -> dict[str, int | float | str]:
+    found: dict[str, int | float | str] = {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type}
+    return found if sae.norm_limit == math.inf else {**found, "norm_limit": sae.norm_limit}
 
 
 def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -79,7 +85,7 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
 
 
 def _build(
-    path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, int | str], tensors: dict[str, Tensor]
+    path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, int | float | str], tensors: dict[str, Tensor]
 ) -> SAE:
     from saeopt.saes.registry import get_sae
 
@@ -97,6 +103,7 @@ def _build(
         sae.load_state_dict(tensors)
     except RuntimeError as error:
         raise CorruptCheckpoint(f"{path}: the tensors of '{hook}' do not fit its config: {error}") from None
+    sae.norm_limit = float(shape.get("norm_limit", math.inf))
     return sae.requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ Everything but :meth:`SAE.forward` works on normalised activations x · scale.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Self
 
@@ -102,6 +103,8 @@ class SAE(nn.Module):
         super().__init__()
         self.d, self.h, self.config, self.legacy_scaling = d, h, config, legacy_scaling
         self.dtype, self.device = dtype, device
+        self.norm_limit = math.inf
+        """Raw norm above which a token is left out at its hook point (`data.mask_norm_outliers`)."""
         self.W_enc = self.parameter(d, h)
         self.W_dec = self.parameter(h, d)
         for name in self.latent_vectors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,8 +69,10 @@ def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restore
             metadata: Any = read_metadata(folder.state_path(samples))
             state = read_tensors(folder.state_path(samples))
             weights = read_tensors(folder.weights_path(samples))
+            described: Any = read_metadata(folder.weights_path(samples))["hook_points"]
             for member in members:
                 member.sae.load_state_dict(_of(weights, member.hook_point))
+                member.sae.norm_limit = described[member.hook_point].get("norm_limit", math.inf)
         except (UserError, KeyError, RuntimeError) as error:
             log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
             continue

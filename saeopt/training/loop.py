@@ -24,7 +24,15 @@ from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import LOST, Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
-from saeopt.training.setup import blank_members, calibrate, check_plans, check_schedules, hook_points_of, total_samples
+from saeopt.training.setup import (
+    blank_members,
+    calibrate,
+    check_plans,
+    check_schedules,
+    hook_points_of,
+    measure_norm_limits,
+    total_samples,
+)
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
@@ -110,7 +118,9 @@ class _Loop:
         fresh = [t for t in self.trials if t.plan.name not in restored]
         if len(starts | ({0} if fresh else set())) > 1:
             raise ValueError("the trials of a pack must resume from the same sample")
-        calibrate([m for t in fresh for m in t.members], self.model, self.tokens, self.config, self.runtime)
+        where = (self.model, self.tokens, self.config, self.runtime)
+        calibrate([m for t in fresh for m in t.members], *where)
+        measure_norm_limits([m for t in self.trials if t not in fresh for m in t.members], *where)
         first = next(iter(restored.values()), None)
         self.last_save = first.samples if first and not fresh else None
         for trial in self.trials:

@@ -53,6 +53,10 @@ class _Group:
     numbers: tuple[int, list[Hyper]] = (-1, [])
     """The members' numbers for the window that ends at so many samples."""
 
+    def keep_N(self, batch: Batch) -> Tensor:
+        """Which tokens of a batch count for these members."""
+        return batch.keep(self.members[0].hook_point, self.members[0].sae.norm_limit)
+
 
 class Pack:
     """Trains its members on whatever batches it is given. Members never influence each other."""
@@ -85,6 +89,7 @@ class Pack:
         static = sae.config.model_dump_json(exclude=set(sae.stack_fields))
         return (
             member.hook_point,
+            sae.norm_limit,
             type(sae),
             sae.d,
             sae.h,
@@ -109,8 +114,8 @@ class Pack:
     def accumulate(self, batch: Batch, samples_after: int) -> None:
         """One micro-batch of the window that ends at `samples_after`."""
         for group in self.groups:
-            hook = group.members[0].hook_point
-            rows = StackBatch(batch.x[hook], batch.keep(hook), batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+            hook, keep_N = group.members[0].hook_point, group.keep_N(batch)
+            rows = StackBatch(batch.x[hook], keep_N, batch.first_slot, batch.n_slots, batch.tokens_per_slot)
             group.stack.accumulate(rows, self._hyper(group, samples_after))
 
     def apply(self, samples_after: int) -> None:
@@ -176,4 +181,5 @@ def detached(sae: SAE) -> SAE:
     )
     with torch.no_grad():
         copied.load_state_dict(sae.state_dict())
+    copied.norm_limit = sae.norm_limit
     return copied

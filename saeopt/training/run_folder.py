@@ -108,16 +108,14 @@ class RunFolder:
         if not self.metrics_path.exists():
             return
         kept = []
-        text = self.metrics_path.read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["samples"] <= samples:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        if "".join(kept) != text:
-            with atomic_write(self.metrics_path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+        with atomic_write(self.metrics_path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
 
     def rows_at(self, samples: int) -> set[tuple[str, bool]]:
         """Hook point and whether it is an evaluation, of each line of `metrics.jsonl` at a number of samples."""

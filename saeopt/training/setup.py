@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saeopt.activations.calibration import calibration
 from saeopt.activations.language_model import LanguageModel
-from saeopt.activations.masks import keep_mask
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig, stream_key
 from saeopt.console import log
@@ -22,9 +22,6 @@ from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member
 from saeopt.training.plan import TrialPlan
 from saeopt.training.runtime import Runtime
-
-CALIBRATION_TOKENS = 8192
-"""Tokens of the stream's beginning that fix normalisation, bias and initial scale; the same on every rank."""
 
 
 def check_plans(plans: Sequence[TrialPlan]) -> RunConfig:
@@ -108,9 +105,11 @@ def calibrate(
     """
     if not members:
         return
-    x = calibration_activations(sorted({m.hook_point for m in members}), model, tokens, config)
+    found = calibration(sorted({m.hook_point for m in members}), model, tokens, config)
+    limits = runtime.agree({hook: measured.norm_limit for hook, measured in found.items()})
     for member in members:
-        sae, x_Nd = member.sae, x[member.hook_point].to(runtime.weights_dtype)
+        sae, x_Nd = member.sae, found[member.hook_point].x_Nd.to(runtime.weights_dtype)
+        sae.norm_limit = limits[member.hook_point]
         mean_norm = _mean_norm(member.hook_point, x_Nd)
         if member.config.saes.pretrained_sae_paths:
             load_pretrained(member)
@@ -131,19 +130,16 @@ def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
     return norm
 
 
-def calibration_activations(
-    hooks: Sequence[str], model: LanguageModel, tokens: TokenData, config: RunConfig
-) -> dict[str, Tensor]:
-    """Unmasked activations x_Nd (float32, CPU) of the first samples at each hook point."""
-    sample_BT = tokens.calibration(math.ceil(CALIBRATION_TOKENS / config.data.context_length))
-    kept: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    for part_bT in sample_BT.split(config.data.train_batch_size):
-        x = model.activations(part_bT, list(hooks))
-        for hook in hooks:
-            x_Nd = x[hook].flatten(0, 1).float().cpu()
-            keep_N = keep_mask(part_bT, model.special_ids, config.data, x_Nd).cpu()
-            kept[hook].append(x_Nd[keep_N])
-    return {hook: torch.cat(parts) for hook, parts in kept.items()}
+def measure_norm_limits(
+    members: Sequence[Member], model: LanguageModel, tokens: TokenData, config: RunConfig, runtime: Runtime
+) -> None:
+    """Measure what was not stored, by a version that measured in each micro-batch."""
+    lacking = [m for m in members if config.data.mask_norm_outliers is not None and m.sae.norm_limit == math.inf]
+    if lacking:
+        found = calibration(sorted({m.hook_point for m in lacking}), model, tokens, config)
+        limits = runtime.agree({hook: measured.norm_limit for hook, measured in found.items()})
+        for member in lacking:
+            member.sae.norm_limit = limits[member.hook_point]
 
 
 def load_pretrained(member: Member) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from fake_model import BOS, EOS, FakeModel, data_config
 
 from saeopt.activations import packing, sources
-from saeopt.activations.masks import keep_mask
+from saeopt.activations.masks import keep_mask, norm_limit
 from saeopt.activations.stream import ActivationStream, Batch
 from saeopt.activations.tokens import TokenData
 from saeopt.config.io import validate_run
@@ -159,13 +160,12 @@ def test_a_run_that_ends_does_not_read_the_next_pass_ahead(file: Path, caplog: p
 
 
 def test_norm_outliers_are_masked_at_their_hook_point_alone(file: Path):
-    stream = open_stream(run_config(file, mask_norm_outliers=1.5))
-    batch = take(stream, 1)[0]
+    batch = take(open_stream(run_config(file)), 1)[0]
     batch.x["b"][3] *= 100
-    assert not batch.keep("b")[3]
-    assert batch.keep("a")[3] == (
-        batch.keep_N[3] and batch.x["a"][3].norm() <= 1.5 * batch.x["a"][batch.keep_N].norm(dim=1).median()
-    )
+    limit = batch.x["a"].norm(dim=1).max().item()
+    assert not batch.keep("b", 3 * limit)[3]
+    assert torch.equal(batch.keep("a", limit), batch.keep_N)
+    assert torch.equal(batch.keep("b", math.inf), batch.keep_N)
 
 
 def test_one_rule_says_which_tokens_count():
@@ -178,9 +178,13 @@ def test_one_rule_says_which_tokens_count():
     x_Nd = torch.ones(8, 2)
     x_Nd[0], x_Nd[5] = 1000.0, 10.0
     outliers = data_config("x", mask_norm_outliers=5)
-    assert keep_mask(tokens_bT, {BOS, EOS}, outliers, x_Nd).tolist() == [*keep[:5], False, *keep[6:]]
+    limit = norm_limit(x_Nd, torch.tensor(keep), outliers.mask_norm_outliers)
+    assert limit == pytest.approx(5 * 2**0.5)
+    assert keep_mask(tokens_bT, {BOS, EOS}, outliers, x_Nd, limit).tolist() == [*keep[:5], False, *keep[6:]]
+    assert keep_mask(tokens_bT, {BOS, EOS}, data, x_Nd, limit).tolist() == keep
     x_Nd[5] = 4.9
-    assert keep_mask(tokens_bT, {BOS, EOS}, outliers, x_Nd).tolist() == keep
+    assert keep_mask(tokens_bT, {BOS, EOS}, outliers, x_Nd, limit).tolist() == keep
+    assert norm_limit(x_Nd, torch.tensor(keep), None) == math.inf
 
 
 def test_errors_of_the_reading_thread_come_out_and_closing_stops_it(file: Path, tmp_path: Path, way: bool):

@@ -10,7 +10,7 @@ import torch
 from plain_model import PlainModel
 from torch import Tensor
 
-from saeopt.activations.masks import keep_mask
+from saeopt.activations.masks import keep_mask, norm_limit
 from saeopt.config import DataConfig
 from saeopt.evaluation import cross_entropy
 from saeopt.evaluation.evaluate import evaluate, reconstruct
@@ -146,15 +146,20 @@ def test_special_tokens_are_left_out_unless_the_config_keeps_them(
     assert evaluate(saes, model, [tokens])[HOOK]["n_tokens"] == tokens.numel() - special
 
 
-def test_norm_outliers_are_those_of_the_batch_whatever_the_memory_for_logits(
+def test_norm_outliers_are_those_of_the_sae_whatever_the_batch_and_the_memory_for_logits(
     make_sae: MakeSAE, model: PlainModel, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = DataConfig(dataset_name="tiny", mask_norm_outliers=1.05)
     x_Nd = model.activations(tokens, [HOOK])[HOOK].flatten(0, 1)
-    expected = int(keep_mask(tokens, {0, 1}, data, x_Nd).sum())
+    sae = make_sae(16, 32)
+    sae.norm_limit = norm_limit(x_Nd, (tokens > 1).flatten(), 1.05)
+    expected = int(keep_mask(tokens, {0, 1}, data, x_Nd, sae.norm_limit).sum())
     assert 0 < expected < int((tokens > 1).sum())
     monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", {"cpu": 1})
-    assert evaluate({HOOK: make_sae(16, 32)}, model, [tokens], data=data)[HOOK]["n_tokens"] == expected
+    for size in (1, 3, len(tokens)):
+        found = evaluate({HOOK: sae, "other": (HOOK, make_sae(16, 32))}, model, tokens.split(size), data=data)
+        assert found[HOOK]["n_tokens"] == expected
+        assert found["other"]["n_tokens"] == int((tokens > 1).sum())
 
 
 def test_with_everything_masked_but_one_position_only_that_position_counts(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_run
+from saeopt.evaluation.load import load_checkpoint, load_run, load_weights
 from saeopt.saes.registry import get_sae
-from saeopt.training import Observer, TrialPlan, loop, train_pack
+from saeopt.training import Observer, TrialPlan, loop, setup, train_pack
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import LOST
 from saeopt.training.run_folder import RunFolder, resume_point
@@ -339,3 +340,39 @@ def test_a_trial_that_is_no_longer_its_own_leaves_no_end_in_its_folder(make_conf
     train_pack([plan(config, tmp_path, "a")], runtime, Lose())
     assert RunFolder(tmp_path / "a").weights() == [96]
     assert RunFolder(tmp_path / "a").status()["status"] == "running"
+
+
+def test_norm_outliers_have_one_limit_that_is_stored_with_the_weights(make_config, runtime, tmp_path):
+    from saeopt.evaluation.__main__ import measure
+
+    config = make_config(**{"data.mask_norm_outliers": 1.1, "data.eval_batch_size": 3})
+    result = train_pack([plan(config, tmp_path, "a")], runtime)["a"]
+    plain = train_pack([plan(make_config(), tmp_path, "plain")], runtime)["plain"]
+    assert 0 < result.evaluation[HOOK]["n_tokens"] < plain.evaluation[HOOK]["n_tokens"]
+    loaded = load_checkpoint(tmp_path / "a")
+    limit = loaded.saes[HOOK].norm_limit
+    assert math.isfinite(limit)
+    assert load_checkpoint(tmp_path / "plain").saes[HOOK].norm_limit == math.inf
+    other = make_config(**{"data.mask_norm_outliers": 1.1, "data.eval_batch_size": 20})
+    again = measure(loaded, other, torch.device("cpu"), None, True)[HOOK]
+    for name in ("n_tokens", "fvu", "ce_degradation"):
+        assert again[name] == pytest.approx(result.evaluation[HOOK][name], rel=1e-4)
+    loaded.saes[HOOK].norm_limit = math.inf  # as a version stored it that had no limit
+    measure(loaded, other, torch.device("cpu"), None, False)
+    assert loaded.saes[HOOK].norm_limit == limit
+    measure(loaded, make_config(**{"data.mask_norm_outliers": 1.2}), torch.device("cpu"), None, False)
+    assert loaded.saes[HOOK].norm_limit == pytest.approx(limit * 1.2 / 1.1)
+
+
+def test_a_resumed_run_keeps_its_stored_limit_for_norm_outliers(make_config, runtime, tmp_path, monkeypatch):
+    config = make_config(**{"data.mask_norm_outliers": 1.1})
+
+    class Interrupt(Observer):
+        def should_interrupt(self) -> bool:
+            return True
+
+    train_pack([plan(config, tmp_path, "a")], runtime, Interrupt())
+    monkeypatch.setattr(setup, "calibration", None)
+    train_pack([plan(config, tmp_path, "a", resume=True)], runtime)
+    states = [load_weights(RunFolder(tmp_path / "a").weights_path(n)).saes[HOOK].norm_limit for n in (16, 256)]
+    assert states[0] == states[1] < math.inf
