@@ -44,6 +44,10 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
         sys.exit(130)
     except UserError as error:
         fail(redact(str(error)))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(redact(f"{error.filename}: {error.strerror}"))  # permissions, a full disk, a file system that went away
     except Exception as error:
         if not isinstance(error, _USAGE_ERROR):
             raise

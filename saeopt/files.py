@@ -31,6 +31,11 @@ def write_error(path: str | Path, error: BaseException) -> UserError:
     return UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
+def read_error(path: str | Path, error: BaseException) -> UserError:
+    """What a failed read means for a person: the content is not known, so that nothing may be put in its place."""
+    return UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power loss (where the system can)."""
     with suppress(OSError):
@@ -45,13 +50,19 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed, on failure it is removed.
 
-    The folder is made where it is missing. An :class:`OSError` becomes a :class:`UserError` that names the file.
+    The folder is made where it is missing. Permissions are those of any new file there (umask), also where a library
+    puts a file of its own in place of the temporary one. An :class:`OSError` becomes a :class:`UserError` that names
+    the file.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode & 0o7777)
         # append mode: a library may have made the file, and fsync needs a descriptor open for writing
         with temporary.open("ab") as file:
             os.fsync(file.fileno())

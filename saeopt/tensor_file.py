@@ -1,26 +1,48 @@
-"""Safetensors files that know when they are damaged: every tensor's CRC-32 stands in the metadata."""
+"""Safetensors files that know when they are damaged: every tensor's CRC-32 stands in the metadata.
+
+The metadata have one key: the format's library writes several in a random order, and equal weights would give different
+files. Files of older versions, whose checksums have a key of their own, are read as well.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.errors import UserError
-from saeopt.files import atomic_write, write_error
+from saeopt.files import atomic_write, read_error, write_error
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 METADATA_KEY = "saeopt"
+_SUMS = "crc32"
 _CHUNK = 1 << 24
 
 
 class CorruptCheckpoint(UserError):
-    """The file is truncated, damaged or not one of ours."""
+    """The file is truncated, damaged or not one of ours. Of a file that cannot be read nobody knows that."""
+
+
+class MissingFile(UserError):
+    """There is no such file."""
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the system refuses is told as that, and never as damage: an intact file would be replaced."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise MissingFile(f"{path}: no such file") from None
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -36,7 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     # copies: members of a stack are views of shared storage, which the format refuses
     cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     sums = {name: zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) for name, t in cpu.items()}
-    header = {METADATA_KEY: json.dumps(metadata), "crc32": json.dumps(sums)}
+    header = {METADATA_KEY: json.dumps({**metadata, _SUMS: sums})}
     try:
         with atomic_write(path) as temporary:
             save_file(cpu, temporary, metadata=header)
@@ -49,13 +71,14 @@ def read_metadata(path: Path) -> dict[str, object]:
 
     Raises:
         CorruptCheckpoint: truncated, or no file of this system.
-        UserError: no such file.
+        UserError: no such file, or one that cannot be read.
     """
     metadata, _, _ = _header(path)
     try:
-        found: dict[str, object] = json.loads(metadata[METADATA_KEY])
+        found: dict[str, object] = dict(json.loads(metadata[METADATA_KEY]))
     except (KeyError, ValueError, TypeError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a file of this system") from None
+    found.pop(_SUMS, None)
     return found
 
 
@@ -64,9 +87,10 @@ def verify(path: Path) -> None:
 
     Raises:
         CorruptCheckpoint: names the tensor whose bytes differ.
+        UserError: the file cannot be read.
     """
     sums, tensors, start = _sums(path)
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         for name, expected in sums.items():
             begin, end = tensors[name]["data_offsets"]
             file.seek(start + begin)
@@ -94,7 +118,7 @@ def read_tensor(path: Path, name: str, dtype: torch.dtype, pin: bool = False) ->
     begin, end = tensors[name]["data_offsets"]
     raw = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pin)
     into = raw.numpy().data
-    with path.open("rb", buffering=0) as file:
+    with _reading(path), path.open("rb", buffering=0) as file:
         file.seek(start + begin)
         done = 0
         while done < len(into):
@@ -121,8 +145,11 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
 
     verify(path)
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        with _reading(path):
+            tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, KeyError, ValueError) as error:
+        if "(os error " in str(error):
+            raise read_error(path, error) from None
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -131,7 +158,8 @@ def _sums(path: Path) -> tuple[dict[str, int], dict[str, Any], int]:
     """The checksums, the tensors' entries of the header, and where their bytes begin."""
     metadata, tensors, start = _header(path)
     try:
-        sums: dict[str, int] = json.loads(metadata.get("crc32", "{}"))
+        own = json.loads(metadata.get(METADATA_KEY, "{}"))
+        sums: dict[str, int] = json.loads(metadata[_SUMS]) if _SUMS in metadata else own.get(_SUMS, {})
         places = [tensors[name]["data_offsets"] for name in sums]
         if any(not 0 <= begin <= end for begin, end in places):
             raise ValueError
@@ -141,18 +169,16 @@ def _sums(path: Path) -> tuple[dict[str, int], dict[str, Any], int]:
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with _reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > size:
                 raise ValueError("truncated")
             header = json.loads(file.read(length))
         metadata = header.pop("__metadata__")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     if size != 8 + length + end:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {size} bytes instead of {8 + length + end}")

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from saeopt.config import RunConfig, load_run_config
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.files import read_error
 from saeopt.search import claims, monitoring
 from saeopt.search.attributes import REASON, evaluation_attributes
 from saeopt.search.claims import Claim
@@ -335,8 +336,12 @@ def start_of(run_dir: Path, config: RunConfig) -> int:
     A folder that holds a run of another config (an older study of the same name) is moved aside.
     """
     saved = RunFolder(run_dir).config_path
-    if not saved.exists():
+    try:
+        saved.read_bytes()
+    except FileNotFoundError:
         return 0
+    except OSError as error:
+        raise read_error(saved, error) from error
     kept = set(config.model_dump()) - MAY_DIFFER
     try:
         before = load_run_config(saved).model_dump(mode="json", include=kept)

@@ -26,7 +26,7 @@ from torch import Tensor
 from saeopt.activations.language_model import compiles
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, write_tensors
+from saeopt.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, read_tensor, write_tensors
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
@@ -210,17 +210,23 @@ class ActivationCache:
                 self._coming[key] = self._pool.submit(self._open, *key)
 
     def _open(self, hook: str, number: int, *, tell: bool = False) -> Tensor | None:
-        """A shard, read and verified; None where it is missing or, with a warning if asked for, damaged."""
+        """A shard, read and verified; None where it is missing or, with a warning if asked for, damaged.
+
+        Raises:
+            UserError: it is there and cannot be read; replacing it would take it from those who can.
+        """
         path = self._path(hook, number)
-        if not path.is_file():
-            return None
         try:
             if read_metadata(path).get("slots") != [number * self.shard_slots, self._slots(number)]:
                 raise CorruptCheckpoint(f"{path}: holds other samples")
             return read_tensor(path, "x", self.dtype, self._pin)
-        except (UserError, FileNotFoundError) as error:  # damaged, or gone since we looked
+        except CorruptCheckpoint as error:
             if tell:
                 log.warning("%s; it is harvested again", error)
+        except MissingFile:
+            pass
+        except UserError as error:
+            raise UserError(f"'activations.cache': {error}") from None
         return None
 
     def _fill(self, number: int) -> dict[str, Tensor]:

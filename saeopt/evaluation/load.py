@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.config import RunConfig, validate_run
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.files import read_error
 from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from saeopt.saes.base import SAE
 
+_NOT_OF_THE_WEIGHTS = {"save_dir", "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "keep_checkpoints"}
+"""Where a run's files and metrics go: equal weights make equal files, wherever they lie."""
 _NAME = re.compile(r"samples_(\d+)\.safetensors")
 
 
@@ -44,14 +47,19 @@ def weights_path(run_dir: str | Path, samples: int) -> Path:
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """(samples, path) of every weights file in a run folder, newest first."""
     folder = Path(run_dir)
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))] if folder.is_dir() else []
+    try:
+        found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise read_error(folder, error) from error
     return sorted(found, reverse=True)
 
 
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
     """Write the SAEs of one run, by hook point, atomically."""
     described = {
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS),
         "samples": samples,
         "hook_points": {hook: _description(sae, config) for hook, sae in saes.items()},
     }

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from saeopt.console import log
-from saeopt.errors import UserError
 from saeopt.evaluation.load import save_weights
-from saeopt.tensor_file import read_metadata, read_tensors, write_tensors
+from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import TrialResult
 from saeopt.training.run_folder import RunFolder
@@ -63,7 +62,11 @@ def save(
 
 
 def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restored | None:
-    """Load the newest usable checkpoint's weights into `members`; None (with a warning) if there is none."""
+    """Load the newest usable checkpoint's weights into `members`; None (with a warning) if there is none.
+
+    Raises:
+        UserError: a checkpoint cannot be read; it may be whole, and starting over would replace it.
+    """
     for samples in folder.usable():
         try:
             metadata: Any = read_metadata(folder.state_path(samples))
@@ -71,9 +74,9 @@ def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restore
             weights = read_tensors(folder.weights_path(samples))
             described: Any = read_metadata(folder.weights_path(samples))["hook_points"]
             for member in members:
-                member.sae.load_state_dict(_of(weights, member.hook_point))
+                _load(member, _of(weights, member.hook_point))
                 member.sae.norm_limit = described[member.hook_point].get("norm_limit", math.inf)
-        except (UserError, KeyError, RuntimeError) as error:
+        except (CorruptCheckpoint, KeyError) as error:
             log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
             continue
         for member in members:
@@ -95,6 +98,14 @@ def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restore
         return Restored(samples, metadata["cursor"], states, None if ended is None else TrialResult(**ended))
     log.warning("%s holds no usable checkpoint: starting over", folder.path)
     return None
+
+
+def _load(member: Member, weights: dict[str, Tensor]) -> None:
+    """Copy weights into a member. Only what does not fit is the file's fault: memory may be exhausted meanwhile."""
+    own = member.sae.state_dict()
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in weights.items()}:
+        raise CorruptCheckpoint(f"its tensors at {member.hook_point} are not those of the config")
+    member.sae.load_state_dict(weights)
 
 
 def _of(tensors: dict[str, Tensor], hook_point: str) -> dict[str, Tensor]:

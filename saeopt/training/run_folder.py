@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,17 +13,17 @@ from typing import Any
 
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
-from saeopt.errors import UserError
 from saeopt.files import (
     atomic_write,
     is_evaluation,
     jsonable,
+    read_error,
     read_metrics,
     remove_temporaries,
     write_error,
     write_json,
 )
-from saeopt.tensor_file import verify
+from saeopt.tensor_file import CorruptCheckpoint, MissingFile, verify
 
 _WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
 _STATE = re.compile(r"(\d+)\.safetensors$")
@@ -105,10 +106,14 @@ class RunFolder:
 
     def rewind_metrics(self, samples: int) -> None:
         """Drop lines that a resumed run will write again, and a line that a crash cut short."""
-        if not self.metrics_path.exists():
+        try:
+            text = self.metrics_path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
             return
+        except OSError as error:
+            raise read_error(self.metrics_path, error) from error
         kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in text.splitlines():
             try:
                 if json.loads(line)["samples"] <= samples:
                     kept.append(line + "\n")
@@ -136,8 +141,10 @@ class RunFolder:
         """The content of `status.json`; empty where there is none."""
         try:
             found: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return {}
+        except OSError as error:
+            raise read_error(self.status_path, error) from error
         return found
 
     def write_status(self, status: str, samples: int, reason: str | None) -> bool:
@@ -170,25 +177,37 @@ class RunFolder:
         self.rewind_metrics(samples)
 
     def usable(self) -> Iterable[int]:
-        """Samples of the checkpoints whose state and weights are whole, newest first; damaged ones give a warning."""
+        """Samples of the checkpoints whose state and weights are whole, newest first; damaged ones give a warning.
+
+        Raises:
+            UserError: one of them cannot be read, and may be whole.
+        """
         from saeopt.console import log
 
         for samples in self.states():
             try:
                 verify(self.state_path(samples))
                 verify(self.weights_path(samples))
-            except UserError as error:
+            except (CorruptCheckpoint, MissingFile) as error:
                 log.warning("checkpoint %d cannot be used: %s", samples, error)
                 continue
             yield samples
 
 
 def resume_point(run_dir: str | Path) -> int:
-    """Samples of the newest usable checkpoint of a run folder, 0 if there is none."""
+    """Samples of the newest usable checkpoint of a run folder, 0 if there is none.
+
+    Raises:
+        UserError: a checkpoint cannot be read.
+    """
     return next(iter(RunFolder(Path(run_dir)).usable()), 0)
 
 
 def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
-    if not folder.is_dir():
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted((int(m[1]) for p in folder.iterdir() if (m := pattern.fullmatch(p.name))), reverse=True)
+    except OSError as error:
+        raise read_error(folder, error) from error
+    return sorted((int(m[1]) for name in names if (m := pattern.fullmatch(name))), reverse=True)

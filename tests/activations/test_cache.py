@@ -298,3 +298,15 @@ def test_a_file_that_has_changed_has_a_cache_of_its_own(file: Path, way: bool):
     assert len(lines) > 30
     file.write_text("\n".join([*lines[:-2], lines[-1], lines[-2]]) + "\n")  # neither its length nor its beginning
     assert TokenData.load(config.data, FakeModel()).fingerprint() != before
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_and_stays(file: Path, tmp_path: Path):
+    """Others may be able to read it: to harvest it again would replace it."""
+    config = cached(run_config(file, n_train_samples=20), tmp_path / "cache")
+    take(open_stream(config), 4)
+    first = shards(tmp_path / "cache")[0]
+    first.unlink()
+    first.mkdir()  # opening it fails as opening another user's file does
+    with pytest.raises(UserError, match=r"'activations.cache'.*cannot be read"):
+        take(open_stream(config), 4)
+    assert first.is_dir()

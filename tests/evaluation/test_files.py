@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,79 @@ def test_no_flipped_bit_passes_for_a_whole_file_or_ends_in_a_traceback(tmp_path:
         values = [t.double().sum().item() for t in found.values()]
         assert sorted(values) == [1.0, 3.0], position
     assert noticed > len(original) // 2
+
+
+UNREADABLE = Path("/proc/self/mem")
+"""Opens, and gives EIO when it is read: what a failing disk or a lost file system does."""
+
+
+def replace_by_unreadable(path: Path) -> bytes:
+    """Put something that cannot be read at a file's place; returns what was there."""
+    if not UNREADABLE.exists():
+        pytest.skip("no /proc/self/mem on this system")
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to(UNREADABLE)
+    return content
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_umask_decides_who_may_read_a_file_whichever_library_writes_it(tmp_path: Path, umask: int) -> None:
+    import torch
+
+    from saeopt.tensor_file import write_tensors
+
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)}, {})
+        write_text(tmp_path / "a.txt", "a")
+    finally:
+        os.umask(before)
+    assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()} == {oct(0o666 & ~umask)}
+
+
+def test_equal_tensors_and_metadata_make_equal_files(tmp_path: Path) -> None:
+    import torch
+
+    from saeopt.tensor_file import read_metadata, write_tensors
+
+    tensors = {f"hook/{name}": torch.ones(3) for name in "abc"}
+    for i in range(8):  # the order of two metadata keys would be drawn anew each time
+        write_tensors(tmp_path / f"{i}.safetensors", tensors, {"samples": 3, "cursor": {}})
+    assert len({p.read_bytes() for p in tmp_path.iterdir()}) == 1
+    assert read_metadata(tmp_path / "0.safetensors") == {"samples": 3, "cursor": {}}
+
+
+def test_files_with_the_checksums_in_a_key_of_their_own_are_still_verified(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, read_tensors
+
+    x = torch.arange(3.0)
+    sums = {"x": zlib.crc32(x.numpy().tobytes())}
+    path = tmp_path / "old.safetensors"
+    save_file({"x": x}, path, metadata={"saeopt": json.dumps({"samples": 3}), "crc32": json.dumps(sums)})
+    assert read_metadata(path) == {"samples": 3}
+    assert torch.equal(read_tensors(path)["x"], x)
+    assert torch.equal(read_tensor(path, "x", torch.float32), x)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CorruptCheckpoint, match="'x' has changed"):
+        read_tensors(path)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    import torch
+
+    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, read_tensors, verify, write_tensors
+
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {})
+    replace_by_unreadable(path)
+    (tmp_path / "folder.safetensors").mkdir()
+    readers = (read_metadata, verify, read_tensors, lambda p: read_tensor(p, "x", torch.float32))
+    for unreadable, words in {path: "Input/output error", tmp_path / "folder.safetensors": "Is a directory"}.items():
+        for reader in readers:
+            with pytest.raises(UserError, match=f"cannot be read: {words}") as error:
+                reader(unreadable)
+            assert not isinstance(error.value, CorruptCheckpoint)

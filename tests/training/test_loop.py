@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -376,3 +379,54 @@ def test_a_resumed_run_keeps_its_stored_limit_for_norm_outliers(make_config, run
     train_pack([plan(config, tmp_path, "a", resume=True)], runtime)
     states = [load_weights(RunFolder(tmp_path / "a").weights_path(n)).saes[HOOK].norm_limit for n in (16, 256)]
     assert states[0] == states[1] < math.inf
+
+
+def test_a_checkpoint_that_cannot_be_read_is_never_replaced(make_config, runtime, tmp_path):
+    """It may be whole: neither an older one nor a new start takes its place."""
+    mem = Path("/proc/self/mem")  # opens, and gives EIO when it is read
+    if not mem.exists():
+        pytest.skip("no /proc/self/mem on this system")
+    config = make_config(**{"data.n_train_samples": 128})
+    train_pack([plan(config, tmp_path, "a")], runtime)
+    folder = RunFolder(tmp_path / "a")
+    again = plan(config, tmp_path, "a", resume=True)
+    before = {p.name: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
+    for path in (folder.state_path(128), folder.weights_path(128), folder.metrics_path, folder.status_path):
+        content = path.read_bytes()
+        path.unlink()
+        path.symlink_to(mem)
+        read = folder.status if path == folder.status_path else partial(train_pack, [again], runtime)
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read: Input/output error"):
+            read()
+        path.unlink()
+        path.write_bytes(content)
+    assert {p.name: p.read_bytes() for p in folder.path.iterdir() if p.is_file()} == before
+    with pytest.raises(UserError, match="state: cannot be read"):
+        _unlistable(folder.path / "state", lambda: resume_point(folder.path))
+
+
+def _unlistable(folder, action):
+    """Run `action` while a folder cannot be listed: as another user if this is root, whom modes do not bind."""
+    user = os.geteuid()
+    folder.chmod(0)
+    try:
+        if user == 0:
+            for parent in [folder, *folder.parents][1:-2]:
+                parent.chmod(parent.stat().st_mode | 0o055)
+            os.seteuid(65534)
+        action()
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+def test_exhausted_memory_is_no_damaged_checkpoint(make_config, runtime, tmp_path, monkeypatch):
+    config = make_config(**{"data.n_train_samples": 128})
+    train_pack([plan(config, tmp_path, "a")], runtime)
+
+    def exhausted(*_args, **_kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(get_sae("relu"), "load_state_dict", exhausted)
+    with pytest.raises(RuntimeError, match="allocate"):
+        train_pack([plan(config, tmp_path, "a", resume=True)], runtime)
