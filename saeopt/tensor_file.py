@@ -1,7 +1,7 @@
-"""Safetensors files that know when they are damaged: every tensor's CRC-32 stands in the metadata.
+"""Safetensors files that know when they are damaged: the CRC-32 of each tensor and of the header stand in the metadata.
 
 The metadata have one key: the format's library writes several in a random order, and equal weights would give different
-files. Files of older versions, whose checksums have a key of their own, are read as well.
+files. Files of older versions, whose checksums have a key of their own and leave the header out, are read as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_KEY = "saeopt"
-_SUMS = "crc32"
+_SUMS, _HEADER_SUM = "crc32", "header_crc32"
+_MARK = f'{_HEADER_SUM}\\": \\"'.encode()
+"""What stands in the header before the 8 digits of its own sum (names, types, shapes, places, metadata)."""
+_ZEROS = "0" * 8
+"""What these digits count as in the sum."""
 _CHUNK = 1 << 24
 
 
@@ -58,10 +62,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     # copies: members of a stack are views of shared storage, which the format refuses
     cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     sums = {name: zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) for name, t in cpu.items()}
-    header = {METADATA_KEY: json.dumps({**metadata, _SUMS: sums})}
+    content = json.dumps({_HEADER_SUM: _ZEROS, _SUMS: sums, **metadata})
     try:
         with atomic_write(path) as temporary:
-            save_file(cpu, temporary, metadata=header)
+            save_file(cpu, temporary, metadata={METADATA_KEY: content})
+            with temporary.open("r+b") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                file.seek(8 + header.index(_MARK) + len(_MARK))
+                file.write(_header_sum(header))
     except SafetensorError as error:
         raise write_error(path, error) from error
 
@@ -78,8 +86,7 @@ def read_metadata(path: Path) -> dict[str, object]:
         found: dict[str, object] = dict(json.loads(metadata[METADATA_KEY]))
     except (KeyError, ValueError, TypeError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a file of this system") from None
-    found.pop(_SUMS, None)
-    return found
+    return {name: value for name, value in found.items() if name not in (_SUMS, _HEADER_SUM)}
 
 
 def verify(path: Path) -> None:
@@ -161,11 +168,26 @@ def _sums(path: Path) -> tuple[dict[str, int], dict[str, Any], int]:
         own = json.loads(metadata.get(METADATA_KEY, "{}"))
         sums: dict[str, int] = json.loads(metadata[_SUMS]) if _SUMS in metadata else own.get(_SUMS, {})
         places = [tensors[name]["data_offsets"] for name in sums]
-        if any(not 0 <= begin <= end for begin, end in places):
+        if len(sums) != len(tensors) or any(not 0 <= begin <= end for begin, end in places):
             raise ValueError
     except (KeyError, ValueError, AttributeError, TypeError, IndexError):
         raise CorruptCheckpoint(f"{path}: its header is damaged") from None
     return sums, tensors, start
+
+
+def _header_sum(header: bytes) -> bytes:
+    """The CRC-32 of a header, in 8 hexadecimal digits."""
+    at = header.find(_MARK) + len(_MARK)
+    return f"{zlib.crc32(header[:at] + _ZEROS.encode() + header[at + 8 :]):08x}".encode()
+
+
+def _check_header(raw: bytes, metadata: dict[str, str]) -> None:
+    """Raise ValueError for a header that has changed; those of older versions are taken as they are."""
+    if _SUMS in metadata and METADATA_KEY in metadata:
+        return
+    at = raw.find(_MARK) + len(_MARK)
+    if at < len(_MARK) or raw[at : at + 8] != _header_sum(raw):
+        raise ValueError("its header has changed since it was written")
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
@@ -175,8 +197,10 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
             length = int.from_bytes(file.read(8), "little")
             if length > size:
                 raise ValueError("truncated")
-            header = json.loads(file.read(length))
+            raw = file.read(length)
+        header = json.loads(raw)
         metadata = header.pop("__metadata__")
+        _check_header(raw, metadata)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None

@@ -69,35 +69,44 @@ def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restore
     """
     for samples in folder.usable():
         try:
-            metadata: Any = read_metadata(folder.state_path(samples))
-            state = read_tensors(folder.state_path(samples))
-            weights = read_tensors(folder.weights_path(samples))
-            described: Any = read_metadata(folder.weights_path(samples))["hook_points"]
-            for member in members:
-                _load(member, _of(weights, member.hook_point))
-                member.sae.norm_limit = described[member.hook_point].get("norm_limit", math.inf)
-        except (CorruptCheckpoint, KeyError) as error:
+            return _restore(folder, samples, members, world)
+        except (CorruptCheckpoint, KeyError, TypeError, AttributeError) as error:
             log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
-            continue
-        for member in members:
-            member.reason = metadata["stopped"].get(member.hook_point)
-        if metadata["threads"] != torch.get_num_threads():
-            log.info(
-                "resuming with %d threads instead of %d: results may differ in the last bits",
-                torch.get_num_threads(),
-                metadata["threads"],
-            )
-        if metadata["world"] != world:
-            log.warning(
-                "resuming with %d processes instead of %d: the effective batch changes by the same factor",
-                world,
-                metadata["world"],
-            )
-        states = {m.hook_point: _of(state, m.hook_point) for m in members}
-        ended = metadata.get("ended")
-        return Restored(samples, metadata["cursor"], states, None if ended is None else TrialResult(**ended))
     log.warning("%s holds no usable checkpoint: starting over", folder.path)
     return None
+
+
+def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: int) -> Restored:
+    """One checkpoint into the members, once all of it has been read."""
+    metadata: Any = read_metadata(folder.state_path(samples))
+    state = read_tensors(folder.state_path(samples))
+    weights = read_tensors(folder.weights_path(samples))
+    described: Any = read_metadata(folder.weights_path(samples))["hook_points"]
+    threads, processes, stopped, ended = (
+        metadata["threads"],
+        metadata["world"],
+        metadata["stopped"],
+        metadata.get("ended"),
+    )
+    states = {m.hook_point: _of(state, m.hook_point) for m in members}
+    found = Restored(samples, metadata["cursor"], states, None if ended is None else TrialResult(**ended))
+    for member in members:
+        _load(member, _of(weights, member.hook_point))
+        member.sae.norm_limit = described[member.hook_point].get("norm_limit", math.inf)
+        member.reason = stopped.get(member.hook_point)
+    if threads != torch.get_num_threads():
+        log.info(
+            "resuming with %d threads instead of %d: results may differ in the last bits",
+            torch.get_num_threads(),
+            threads,
+        )
+    if processes != world:
+        log.warning(
+            "resuming with %d processes instead of %d: the effective batch changes by the same factor",
+            world,
+            processes,
+        )
+    return found
 
 
 def _load(member: Member, weights: dict[str, Tensor]) -> None:

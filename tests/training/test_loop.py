@@ -389,6 +389,7 @@ def test_a_checkpoint_that_cannot_be_read_is_never_replaced(make_config, runtime
     config = make_config(**{"data.n_train_samples": 128})
     train_pack([plan(config, tmp_path, "a")], runtime)
     folder = RunFolder(tmp_path / "a")
+    folder.write_status("running", 128, None)  # else there is nothing left to do
     again = plan(config, tmp_path, "a", resume=True)
     before = {p.name: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
     for path in (folder.state_path(128), folder.weights_path(128), folder.metrics_path, folder.status_path):
