@@ -96,7 +96,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
     interrupt = Interrupt()
     interrupt.install()
     with run_observer(interrupt) as observer:  # the bar appears before the slow imports
-        from saeopt.activations.sources import local_files
+        from saeopt.activations.local_files import local_files
         from saeopt.training import TrialPlan, train_pack
         from saeopt.training.launch import lambda_notice, make_runtime, new_folder, out_of_memory
 

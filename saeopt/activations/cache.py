@@ -41,7 +41,10 @@ SHARD_BYTES = 16 * 2**20
 _READERS = 4
 """Threads: a reader waits for Python's lock far longer than for the disk while the training thread is busy."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-_NOT_IN_KEY = {"eval_batch_size", "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens"}
+_NOT_IN_KEY = {
+    "eval_batch_size", "eval_dataset_name", "eval_column_name", "eval_split", "skip_first_positions",
+    "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens",
+}  # fmt: skip
 
 
 def cache_folder(config: RunConfig) -> Path | None:

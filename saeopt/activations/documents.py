@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saeopt.activations.token_files import spans
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,6 +129,24 @@ class DocumentTable:
                 stops[missing] = starts[missing]
             chunks.append(_Chunk(chunk.values.to_numpy(zero_copy_only=False), starts, stops))
         return cls(chunks, tokeniser)
+
+    @classmethod
+    def from_files(
+        cls, arrays: Sequence[NDArray[Any]], separator: int | None, before: bool, block: int, tokeniser: Tokeniser
+    ) -> DocumentTable:
+        """A table over arrays on disk; what lies between separators, or a block where there are none, is a document."""
+        parts = [(array.reshape(-1), *spans(array, separator, before, block)) for array in arrays]
+        return cls([_Chunk(*part) for part in parts], tokeniser)
+
+    def cut(self, number: int, n: int) -> None:
+        """Shorten a document to its first n tokens; the rest becomes the last document of the table."""
+        c = int(np.searchsorted(self._first, number, side="right")) - 1
+        chunk, i = self._chunks[c], int(number - self._first[c])
+        rest = _Chunk(chunk.values, chunk.starts[i : i + 1] + n, chunk.stops[i : i + 1].copy())
+        chunk.stops[i] = chunk.starts[i] + n
+        self._chunks.append(rest)
+        self._first = np.append(self._first, self._first[-1] + 1)
+        self.__dict__.pop("lengths", None)
 
     def __len__(self) -> int:
         return int(self._first[-1])

@@ -29,6 +29,7 @@ from saeopt.activations.pretrained import (
     read_model_config,
     special_token_ids,
 )
+from saeopt.activations.separators import separator_token
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class LanguageModel:
         check_hooks(config.saes.sae_positions, model_config, raw)
         tokenizer = load_tokenizer(config.data.tokenizer_name or config.model, required=not config.data.is_tokenized)
         model = load_model(config.model, lm_dtype(config.lm_dtype, device), device)
-        special = special_token_ids(tokenizer, model_config)
+        special = special_token_ids(tokenizer, model_config) | separator_token(config.data.separator, tokenizer)
         return cls(model, tokenizer, device, config.lm_processing, special)
 
     @cached_property

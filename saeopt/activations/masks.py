@@ -15,9 +15,15 @@ from saeopt.config.run import DataConfig
 
 
 def keep_tokens(tokens_bT: Tensor, special_ids: Iterable[int], data: DataConfig | None = None) -> Tensor:
-    """keep_bT from token ids alone: False on special tokens (unless `data.mask_special_tokens` is false)."""
+    """keep_bT from token ids and places alone.
+
+    False on special tokens (unless `data.mask_special_tokens` is false) and on `data.skip_first_positions`.
+    """
     special = sorted(special_ids) if data is None or data.mask_special_tokens else []
-    return ~torch.isin(tokens_bT, torch.tensor(special, dtype=tokens_bT.dtype, device=tokens_bT.device))
+    keep_bT = ~torch.isin(tokens_bT, torch.tensor(special, dtype=tokens_bT.dtype, device=tokens_bT.device))
+    if data is not None and data.skip_first_positions:
+        keep_bT[:, : data.skip_first_positions] = False
+    return keep_bT
 
 
 def norm_limit(x_Nd: Tensor, keep_N: Tensor, medians: float | None) -> float:

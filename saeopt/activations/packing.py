@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,37 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeopt.activations.documents import DocumentTable, Ids, Tokeniser
+from saeopt.activations.separators import Separator
 from saeopt.errors import UserError
 from saeopt.saes.noise import derived_seed
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+LONG = 0.1
+"""Share of all tokens that whole documents may hold beyond what is asked to be held out; beyond it the last is cut."""
 UNIT_DOCUMENTS = 2048
 """Documents of a unit; a stream is shuffled within units."""
-
-
-@dataclass(frozen=True)
-class Separator:
-    """The token between documents: before each (BOS) or after each (EOS); none where documents are full blocks."""
-
-    token: int | None = None
-    before: bool = False
-
-    def missing(self, ends: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which documents need one, given their first tokens (BOS) or last tokens (EOS)."""
-        return np.zeros(len(ends), bool) if self.token is None else ends != self.token
-
-    def join(self, documents: Sequence[Ids]) -> Ids:
-        """Documents as one array, separated; a document that brings its separator along gets no second one."""
-        parts: list[NDArray[Any]] = []
-        mark = np.array([self.token or 0], dtype=np.int32)
-        for document in documents:
-            if len(document) == 0:
-                continue
-            own = self.token is None or document[0 if self.before else -1] == self.token
-            parts += [document] if own else [mark, document] if self.before else [document, mark]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
 
 def order(seed: int, n: int, *names: int | str, shuffle: bool = True) -> NDArray[np.int64]:
@@ -102,18 +82,24 @@ class TableEngine:
 
     def __init__(self, table: DocumentTable, separator: Separator, seed: int, shuffle: bool, held_out_tokens: int):
         self._table, self._separator, self._seed, self._shuffle = table, separator, seed, shuffle
-        lengths = table.lengths
-        joined = lengths + (separator.missing(table.ends(separator.before)) & (lengths > 0))
         documents = order(seed, len(table), "all", shuffle=shuffle)
-        documents = documents[lengths[documents] > 0]
-        total = np.cumsum(joined[documents])
-        n_held = int(np.searchsorted(total, held_out_tokens)) + 1 if held_out_tokens else 0
+        documents = documents[table.lengths[documents] > 0]
+        total = np.cumsum(self._joined_lengths()[documents])
         self.tokens_in_all: int = int(total[-1]) if len(total) else 0
+        n_held = int(np.searchsorted(total, held_out_tokens)) + 1 if held_out_tokens else 0
+        if 0 < n_held <= len(total):
+            last, beyond = documents[n_held - 1], int(total[n_held - 1]) - held_out_tokens
+            if LONG * self.tokens_in_all < beyond < table.lengths[last]:
+                table.cut(last, int(table.lengths[last]) - beyond)
+                documents = np.append(documents, len(table) - 1)
         self.held_out_documents, self._documents = documents[:n_held], documents[n_held:]
         self.held_out = separator.join(table.get(self.held_out_documents))
-        self._joined = joined
-        self.tokens_per_pass: int = int(joined[self._documents].sum())
+        self._joined = self._joined_lengths()
+        self.tokens_per_pass: int = int(self._joined[self._documents].sum())
         self._order = lru_cache(maxsize=2)(self._order_of_pass)
+
+    def _joined_lengths(self) -> NDArray[np.int64]:
+        return self._separator.lengths(self._table.lengths, self._table.ends(self._separator.before))
 
     def _order_of_pass(self, pass_: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         shuffled = self._documents[order(self._seed, len(self._documents), "pass", pass_, shuffle=self._shuffle)]
@@ -167,7 +153,11 @@ class StreamEngine:
                 if have >= wanted:
                     break
                 chosen.add(int(i))
-                held.append(self._separator.join([block[i]]))
+                joined = self._separator.join([block[i]])
+                if (beyond := have + len(joined) - wanted) > LONG * sum(map(len, block)) and beyond < len(block[i]):
+                    block.append(block[i][len(block[i]) - beyond :])
+                    joined = self._separator.join([block[i][: len(block[i]) - beyond]])
+                held.append(joined)
                 have += len(held[-1])
             self._first_blocks.append(block)
             self._held.append(chosen)

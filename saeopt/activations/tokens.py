@@ -7,18 +7,21 @@ Suffixes: b sequences of one rank, n sequences, T positions.
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saeopt.activations.documents import DocumentTable, Tokeniser, check_column
-from saeopt.activations.packing import Engine, Position, Reader, Separator, StreamEngine, TableEngine
-from saeopt.activations.sources import ListTable, file_states, open_rows
+from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column
+from saeopt.activations.local_files import TEXT, TOKENS, file_states, kind_of, local_files
+from saeopt.activations.packing import Engine, Position, Reader, StreamEngine, TableEngine
+from saeopt.activations.separators import Separator, separator_of, special_tokens
+from saeopt.activations.sources import ArrayRows, ListTable, open_rows
+from saeopt.activations.token_files import find_separator
 from saeopt.console import log
 from saeopt.errors import UserError
 
@@ -28,13 +31,10 @@ if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
     from saeopt.config.run import DataConfig
 
+_BLOCK_SAMPLES = 16
+"""Samples of a block of a token file that has no separators."""
 _SAME_LENGTH_ROWS = 1000
 """Rows looked at to tell full blocks (all of one length) from documents."""
-
-
-def notice(message: str, *values: object) -> None:
-    """A line for the user, from the first process only."""
-    log.log(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.DEBUG, message, *values)
 
 
 class TokenBatch(NamedTuple):
@@ -46,42 +46,39 @@ class TokenBatch(NamedTuple):
 
 
 class TokenData:
-    """Training and held-out sequences of one data set. Build one with :meth:`load`."""
+    """Training and held-out sequences of a config. Build one with :meth:`load`."""
 
-    def __init__(self, engine: Engine, data: DataConfig, bos: int | None):
+    def __init__(self, engine: Engine, data: DataConfig, bos: int | None, held_out: Ids | None = None):
         self.engine, self.data = engine, data
-        self._bos = np.array([bos], dtype=np.int32) if data.prepend_bos else np.zeros(0, np.int32)
+        self.held_out = engine.held_out if held_out is None else held_out
+        self._samples = _Samples(data, bos)
         self.tokens_per_slot = data.context_length
-        self._fresh_tokens = data.context_length - len(self._bos)
+        self._fresh_tokens = self._samples.fresh_tokens
         self._told = False
         self._check_sizes()
 
     @classmethod
     def load(cls, data: DataConfig, model: LanguageModel) -> TokenData:
-        """The data set of a config, as token ids of `model`.
+        """The data of a config, as token ids of `model`.
 
-        Documents are shuffled by `data.seed`; whole documents are set aside for evaluation first. Token ids that lie
-        in rows of one length are full blocks and are joined as they are; other documents get a separator.
+        Documents are shuffled by `data.seed`; whole documents are set aside for evaluation first, unless the held-out
+        samples have data of their own. Token ids that lie in rows of one length are full blocks and are joined as they
+        are; other documents get a separator.
 
         Raises:
             UserError: no such data set, split or column; a column of the wrong type; token ids outside the
                 vocabulary; too few tokens.
         """
-        separator, bos = separator_of(data, model)
-        rows = open_rows(data)
-        tokeniser = Tokeniser(data, model.tokenizer, model.vocab_size)
-        seed, wanted = data.seed or 0, data.n_eval_samples * (data.context_length - data.prepend_bos)
-        first = _first_rows(rows, data)
-        if data.is_tokenized and len(first) > 1 and len({len(row) for row in first if row is not None}) == 1:
-            separator = Separator()
-        if isinstance(rows, ListTable) or hasattr(rows, "select"):
-            table = _table(rows, tokeniser)
-            return cls(TableEngine(table, separator, seed, data.shuffle_documents, wanted), data, bos)
-        return cls(StreamEngine(rows, tokeniser, separator, seed, data.shuffle_documents, wanted), data, bos)
+        wanted = data.n_eval_samples * (data.context_length - data.prepend_bos)
+        if data.eval_data is None or data.n_eval_samples == 0:
+            return cls(*open_engine(data, model, wanted))
+        held_out = HeldOut.load(data, model)
+        engine, data, bos = open_engine(data, model, 0)
+        return cls(engine, data, bos, held_out.tokens)
 
     def _check_sizes(self) -> None:
         data, engine = self.data, self.engine
-        wanted, have = data.n_eval_samples * self._fresh_tokens, len(engine.held_out)
+        wanted, have = data.n_eval_samples * self._fresh_tokens, len(self.held_out)
         if have < wanted:
             raise UserError(
                 f"'data.n_eval_samples': {data.n_eval_samples} samples of {data.context_length} tokens are more than "
@@ -95,7 +92,7 @@ class TokenData:
             )
         available, asked = self.n_train_available, data.n_train_samples
         if available is not None and asked is not None and asked > available:
-            notice(
+            log.info(
                 "%s holds %d training samples; %d are asked for: it is repeated, in a new order each time",
                 data.dataset_name, available, asked,
             )  # fmt: skip
@@ -103,7 +100,7 @@ class TokenData:
         elif available is not None and asked is None and engine.tokens_per_pass is not None:
             rest = engine.tokens_per_pass - available * self._fresh_tokens
             if rest:
-                notice("one pass is %d samples; %d tokens at its end do not fill another", available, rest)
+                log.info("one pass is %d samples; %d tokens at its end do not fill another", available, rest)
 
     @property
     def n_train_available(self) -> int | None:
@@ -137,8 +134,7 @@ class TokenData:
     def eval_batches(self, batch: int) -> Iterator[Tensor]:
         """Exactly `n_eval_samples` held-out sequences, tokens_bT."""
         n = self.data.n_eval_samples
-        tokens_nT = self._rows(self.engine.held_out[: n * self._fresh_tokens], n)
-        yield from tokens_nT.split(batch) if n else ()
+        yield from self._samples.rows(self.held_out[: n * self._fresh_tokens], n).split(batch) if n else ()
 
     def fingerprint(self) -> str:
         """Changes when documents or their order change: held-out tokens, first samples, token count, local files."""
@@ -147,13 +143,7 @@ class TokenData:
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
     def _sequences(self, reader: Reader, n: int) -> Tensor:
-        return self._rows(reader.read(n * self._fresh_tokens), n)
-
-    def _rows(self, tokens: np.ndarray, n: int) -> Tensor:
-        rows_nT = tokens.reshape(n, self._fresh_tokens).astype(np.int64)
-        if len(self._bos):
-            rows_nT = np.concatenate([np.broadcast_to(self._bos.astype(np.int64), (n, 1)), rows_nT], axis=1)
-        return torch.from_numpy(rows_nT)
+        return self._samples.rows(reader.read(n * self._fresh_tokens), n)
 
     def _reader(self, start: int, cursor: dict[str, Any]) -> Reader:
         position = self.engine.seek(start * self._fresh_tokens)
@@ -178,36 +168,108 @@ class TokenData:
 
     def _tell_repeated(self, position: Position) -> None:
         if position.pass_ > 0 and not self._told:
-            notice("%s has been read to its end: it is repeated, in a new order each time", self.data.dataset_name)
+            log.info("%s has been read to its end: it is repeated, in a new order each time", self.data.dataset_name)
             self._told = True
 
 
-def separator_of(data: DataConfig, model: LanguageModel) -> tuple[Separator, int | None]:
-    """The separator that a config asks for, and BOS.
+class _Samples:
+    """Token streams cut into sequences, each begun by BOS where the config says so."""
 
-    Raises:
-        UserError: the tokenizer and the model's config have no such token.
-    """
-    bos, eos = (_token(model, name) for name in ("bos_token_id", "eos_token_id"))
-    if data.prepend_bos and bos is None:
-        raise UserError("'data.prepend_bos': the tokenizer has no BOS token")
-    choice = data.separator
-    if choice == "auto":
-        adds_bos = model.tokenizer is not None and bos is not None and model.tokenizer("a")["input_ids"][:1] == [bos]
-        choice = "bos" if adds_bos or eos is None else "eos"
-        if bos is None and eos is None:
-            notice("the tokenizer has neither BOS nor EOS: documents are joined without a separator")
-            return Separator(), None
-    token = bos if choice == "bos" else eos
-    if token is None:
-        raise UserError(f"'data.separator': the tokenizer has no {choice.upper()} token")
-    return Separator(token, before=choice == "bos"), bos
+    def __init__(self, data: DataConfig, bos: int | None):
+        self._bos = np.array([bos], dtype=np.int64) if data.prepend_bos else np.zeros(0, np.int64)
+        self.fresh_tokens = data.context_length - len(self._bos)
+
+    def rows(self, tokens: Ids, n: int) -> Tensor:
+        """tokens_nT."""
+        rows_nT = tokens.reshape(n, self.fresh_tokens).astype(np.int64)
+        if len(self._bos):
+            rows_nT = np.concatenate([np.broadcast_to(self._bos, (n, 1)), rows_nT], axis=1)
+        return torch.from_numpy(rows_nT)
 
 
-def _token(model: LanguageModel, name: str) -> int | None:
-    source = model.config.get_text_config() if model.tokenizer is None else model.tokenizer
-    value = getattr(source, name, None)
-    return value[0] if isinstance(value, list) else value
+class HeldOut:
+    """Held-out sequences that have data of their own: the first of its documents, or all of them."""
+
+    def __init__(self, tokens: Ids, data: DataConfig, bos: int | None):
+        self._samples = _Samples(data, bos)
+        self.n = len(tokens) // self._samples.fresh_tokens
+        self.fresh_tokens = self._samples.fresh_tokens
+        self.tokens = tokens[: self.n * self.fresh_tokens]
+
+    @classmethod
+    def load(cls, data: DataConfig, model: LanguageModel, whole: bool = False) -> HeldOut:
+        """`data.n_eval_samples` of `data.eval_data`, or `whole`: as many as it holds.
+
+        Raises:
+            UserError: as :meth:`TokenData.load`, naming the fields of the held-out data.
+        """
+        own = data.eval_data
+        assert own is not None
+        wanted = 0 if whole else data.n_eval_samples * (data.context_length - data.prepend_bos)
+        try:
+            own = own.model_copy(update={"streaming": own.streaming and not whole, **_as_stored(own)})
+            engine, own, bos = open_engine(own, model, wanted)
+            found = cls(_all_tokens(engine) if whole else engine.held_out[:wanted], own, bos)
+        except UserError as error:
+            text = re.sub(r"'data\.(dataset_name|column_name|split)'", r"'data.eval_\1'", str(error))
+            raise UserError(text) from None
+        if whole and (rest := engine.tokens_in_all % (found.n * found.fresh_tokens or 1)):
+            log.info("%s: %d tokens at its end do not fill another sample", own.dataset_name, rest)
+        if found.n < (1 if whole else data.n_eval_samples):
+            raise UserError(
+                f"'data.eval_dataset_name': {own.dataset_name} holds {engine.tokens_in_all} tokens, less than"
+                f" {max(1, data.n_eval_samples)} samples of {data.context_length}"
+            )
+        return found
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """All sequences, tokens_bT."""
+        yield from self._samples.rows(self.tokens, self.n).split(batch)
+
+
+def _as_stored(data: DataConfig) -> dict[str, Any]:
+    """Text files hold text and token files ids, whatever the training data are."""
+    files = local_files(data.dataset_name)
+    kind = kind_of(files[0]) if files else None
+    return {"is_tokenized": kind == TOKENS} if kind in (TEXT, TOKENS) else {}
+
+
+def _all_tokens(engine: Engine) -> Ids:
+    return Reader(engine, Position()).read(engine.tokens_per_pass) if engine.tokens_per_pass else engine.held_out
+
+
+def open_engine(data: DataConfig, model: LanguageModel, held_out: int) -> tuple[Engine, DataConfig, int | None]:
+    """The documents of a data set, so many of whose tokens are set aside; the section itself; and BOS."""
+    separator, bos = separator_of(data, model)
+    rows = open_rows(data)
+    if not data.is_tokenized and model.tokenizer is None:
+        raise UserError(f"'data.tokenizer_name': {data.dataset_name} holds text, and there is no tokenizer in reach")
+    tokeniser = Tokeniser(data, model.tokenizer, model.vocab_size)
+    seed = data.seed or 0
+    if isinstance(rows, ArrayRows):
+        table, separator = _array_table(rows, separator, tokeniser, model)
+        return TableEngine(table, separator, seed, data.shuffle_documents, held_out), data, bos
+    first = _first_rows(rows, data)
+    if data.is_tokenized and len(first) > 1 and len({len(row) for row in first if row is not None}) == 1:
+        separator = replace(separator, token=None)
+    if isinstance(rows, ListTable) or hasattr(rows, "select"):
+        return TableEngine(_table(rows, tokeniser), separator, seed, data.shuffle_documents, held_out), data, bos
+    return StreamEngine(rows, tokeniser, separator, seed, data.shuffle_documents, held_out), data, bos
+
+
+def _array_table(
+    rows: ArrayRows, separator: Separator, tokeniser: Tokeniser, model: LanguageModel
+) -> tuple[DocumentTable, Separator]:
+    """Documents of token files: between the separators that occur in them, else blocks that are joined as they are."""
+    data = tokeniser.data
+    others = special_tokens(model) if data.separator == "auto" else []
+    mark = find_separator(rows.arrays, [t for t in (separator.token, *others) if t is not None])
+    before = separator.before and mark == separator.token
+    if not sum(map(len, rows.arrays)):
+        raise UserError(f"'data.dataset_name': {data.dataset_name} is empty")
+    block = _BLOCK_SAMPLES * (data.context_length - data.prepend_bos)
+    table = DocumentTable.from_files(rows.arrays, mark, before, block, tokeniser)
+    return table, replace(separator, token=mark, before=before)
 
 
 def _first_rows(rows: ListTable | Dataset | IterableDataset, data: DataConfig) -> list[Any]:
@@ -240,6 +302,8 @@ def _table(rows: ListTable | Dataset, tokeniser: Tokeniser) -> DocumentTable:
     if data.is_tokenized and not isinstance(rows, ListTable):
         return DocumentTable.from_column(rows, tokeniser)
     if len(rows) > 200_000:
-        notice("tokenising %d documents of %s; data.streaming: true would start at once", len(rows), data.dataset_name)
+        log.info(
+            "tokenising %d documents of %s; data.streaming: true would start at once", len(rows), data.dataset_name
+        )
     texts = rows.rows if isinstance(rows, ListTable) else rows[data.column_name]
     return DocumentTable.from_arrays(tokeniser(texts), tokeniser)

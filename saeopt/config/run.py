@@ -21,7 +21,8 @@ class DataConfig(StrictModel):
     """The `data:` section. A sample is one token sequence of `context_length` tokens."""
 
     dataset_name: Text
-    """Hub name, local folder, or `.parquet`, `.jsonl`, `.json`, `.txt` file or glob."""
+    """Hub name, local folder, file or glob: `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, packed
+    ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`."""
     tokenizer_name: Text | None = None
     """Hub name or local folder; null: the language model's own."""
     context_length: PositiveInt = 1024
@@ -29,7 +30,13 @@ class DataConfig(StrictModel):
     n_train_samples: PositiveInt | None = None
     """Samples to train on; null: one pass over the training documents."""
     n_eval_samples: Annotated[Int, Field(ge=0)] = 500
-    """Held-out samples; whole documents are set aside for them."""
+    """Held-out samples; whole documents are set aside for them (a very long one is cut)."""
+    eval_dataset_name: Text | None = None
+    """Data of their own for the held-out samples: nothing is set aside; null: `dataset_name`."""
+    eval_column_name: Text | None = None
+    """The column of the held-out data; null: `column_name`."""
+    eval_split: Text | None = None
+    """The split of the held-out data, also another split of `dataset_name`; null: `split`."""
     train_batch_size: PositiveInt = 20
     """Samples per micro-batch and process."""
     eval_batch_size: PositiveInt = 20
@@ -48,8 +55,15 @@ class DataConfig(StrictModel):
     """Seed of the data order, apart from the run's, so that a sweep over `seed` keeps one stream; null: 0."""
     prepend_bos: bool = False
     """Put BOS before every sample (which then holds one token less)."""
-    separator: Literal["auto", "bos", "eos"] = "auto"
-    """Token between documents; auto: BOS where the tokenizer adds one by itself, else EOS."""
+    token_dtype: Literal["uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] | None = None
+    """How a `.bin` file stores its token ids; null: as a file that says so itself (`.npy`, llm.c's header)."""
+    separator: Text = "auto"
+    """Token between documents; auto: BOS where the tokenizer adds one by itself, else EOS; bos, eos, none, or the text
+    of a token, which then counts as special (`<|endoftext|>`)."""
+    join_documents: bool = True
+    """false: no sample holds parts of two documents; short ones are padded, and padding counts nowhere."""
+    skip_first_positions: Annotated[Int, Field(ge=0)] = 0
+    """Leave the first so many positions of every sample out of normalisation, bias, loss and metrics."""
     text_unit: Literal["auto", "blank_line", "endoftext", "file"] = "auto"
     """Where documents end in `.txt` files; auto: at `<|endoftext|>` where it occurs, else at blank lines."""
     shuffle_documents: bool = True
@@ -62,6 +76,32 @@ class DataConfig(StrictModel):
     mask_norm_outliers: Annotated[Float, Field(gt=1)] | None = None
     """Also leave out tokens whose activation norm exceeds so many medians (attention sinks). The median is that of the
     first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
+
+    @field_validator("separator", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return "none" if value is None else word(value, None, "none")
+
+    @model_validator(mode="after")
+    def _positions(self) -> Self:
+        if self.skip_first_positions >= self.context_length:
+            raise ValueError(f"'skip_first_positions' leaves nothing of 'context_length' ({self.context_length})")
+        if not self.join_documents and not self.mask_special_tokens:
+            raise ValueError("'join_documents: false' pads samples, and needs 'mask_special_tokens: true'")
+        return self
+
+    @property
+    def eval_data(self) -> Self | None:
+        """This section as it reads held-out data of their own; None where documents are set aside."""
+        if self.eval_dataset_name is None and self.eval_split is None:
+            return None
+        own = {
+            "dataset_name": self.eval_dataset_name or self.dataset_name,
+            "subset": None if self.eval_dataset_name else self.subset,
+            "column_name": self.eval_column_name or self.column_name,
+            "split": self.eval_split or self.split,
+        }
+        return self.model_copy(update=own)
 
 
 class ActivationsConfig(StrictModel):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenData
     from saeopt.evaluation.load import Checkpoint
     from saeopt.evaluation.metrics import Metrics
 
@@ -40,6 +39,12 @@ def evaluate_run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the run's config, e.g. a moved model."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Other data than the run's: a file, folder or hub name.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All samples that --data holds, or the run's own held-out data set.")
+    ] = False,
     cross_entropy: Annotated[
         bool, typer.Option("--cross-entropy/--no-cross-entropy", help="Also splice x̂ into the language model.")
     ] = True,
@@ -54,10 +59,12 @@ def evaluate_run(
     set_up_logging()
     chosen = choose_device(device)
     loaded = load_checkpoint(run_dir, checkpoint, chosen)
-    config = config_of(run_dir, loaded, overrides or [])
-    metrics = measure(loaded, config, chosen, n_eval_samples, cross_entropy)
+    config = config_of(run_dir, loaded, [*(overrides or []), *([f"data.eval_dataset_name={data}"] if data else [])])
+    if everything and config.data.eval_data is None:
+        raise UserError("--all needs --data FILE: the rest of the run's own data were trained on")
+    metrics = measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)
     folder = loaded.path.parent
-    target = evaluation_file(loaded)
+    target = evaluation_file(loaded, data)
     write_json(target, metrics)
     plot_run(folder)
     if as_json:
@@ -92,44 +99,49 @@ def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunCon
     return validate_run(apply_overrides(raw, dict(map(parse_override, overrides))), loaded.path)
 
 
-def evaluation_file(loaded: Checkpoint) -> Path:
-    """`evaluation.json` for the newest checkpoint; an older one does not overwrite the result of the run."""
+def evaluation_file(loaded: Checkpoint, data: str | None = None) -> Path:
+    """`evaluation.json` for the newest checkpoint; older ones and other data do not overwrite the run's result."""
     from saeopt.evaluation.load import list_checkpoints
 
     folder = loaded.path.parent
     newest = list_checkpoints(folder)[:1]
     older = bool(newest) and newest[0][0] > loaded.samples
-    return folder / (f"evaluation_{loaded.samples}.json" if older else "evaluation.json")
+    words = ["evaluation", *([Path(data).stem] if data else []), *([str(loaded.samples)] if older else [])]
+    return folder / ("_".join(words) + ".json")
 
 
 def measure(
-    loaded: Checkpoint, config: RunConfig, device: torch.device, n_eval_samples: int | None, cross_entropy: bool
+    loaded: Checkpoint,
+    config: RunConfig,
+    device: torch.device,
+    n_eval_samples: int | None,
+    cross_entropy: bool,
+    everything: bool = False,
 ) -> dict[str, Metrics]:
-    """Hook point → metrics of a checkpoint on the run's held-out samples."""
+    """Hook point → metrics of a checkpoint on held-out samples: those of the run, or of data of their own."""
     import torch
     from rich.progress import Progress
 
     from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenData
     from saeopt.evaluation.evaluate import evaluate
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    config, n = _samples(config, n_eval_samples)
+    config, n = (config, 0) if everything else _samples(config, n_eval_samples)
     lm = LanguageModel.load(config, device)
     for hook, sae in loaded.saes.items():
         lm.resolve([hook])
         if lm.width(hook) != sae.d:
             raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
-    tokens = TokenData.load(config.data, lm)
-    _set_norm_limits(loaded, config, lm, tokens)
+    batches, n = _held_out(config, lm, n, everything)
+    _set_norm_limits(loaded, config, lm)
     with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=n)
         try:
             found = evaluate(
                 loaded.saes,
                 lm,
-                _first(tokens.eval_batches(config.data.eval_batch_size), n),
+                _first(batches, n),
                 data=config.data,
                 cross_entropy=cross_entropy,
                 device=device,
@@ -142,13 +154,26 @@ def measure(
     return {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
 
 
-def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel, tokens: TokenData) -> None:
+def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
+    """Batches of held-out sequences, and how many sequences these are; training data are read only if they must be."""
+    from saeopt.activations.tokens import HeldOut, TokenData
+
+    batch = config.data.eval_batch_size
+    if config.data.eval_data is None:
+        return TokenData.load(config.data, lm).eval_batches(batch), n
+    own = HeldOut.load(config.data, lm, everything)
+    return own.batches(batch), own.n
+
+
+def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel) -> None:
     """Measure the limits of norm outliers where the checkpoint has none, or `--set` asks for others."""
     from saeopt.activations.calibration import calibration
+    from saeopt.activations.tokens import TokenData
 
     wanted, had = config.data.mask_norm_outliers, loaded.config.data.mask_norm_outliers
     lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
     if lacking:
+        tokens = TokenData.load(config.data, lm)
         for hook, measured in calibration(lacking, lm, tokens, config).items():
             loaded.saes[hook].norm_limit = measured.norm_limit
 
@@ -164,7 +189,8 @@ def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:
         raise UserError("'data.n_eval_samples' is 0 in this run's config: nothing was held out; see --n-eval-samples")
     if n <= held_out:
         return config, n
-    log.warning("%d samples asked for, %d were held out: the others may have been trained on", n, held_out)
+    if config.data.eval_data is None:
+        log.warning("%d samples asked for, %d were held out: the others may have been trained on", n, held_out)
     raw = apply_overrides(config.model_dump(mode="json"), {"data.n_eval_samples": n})
     return validate_run(raw, "the run's config"), n
 

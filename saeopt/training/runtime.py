@@ -66,7 +66,7 @@ class Runtime:
     def language_model(self, config: RunConfig) -> LanguageModel:
         """The config's language model on this device."""
         data = config.data
-        tokens = (data.context_length, data.tokenizer_name, data.is_tokenized)
+        tokens = (data.context_length, data.tokenizer_name, data.is_tokenized, data.separator)
         key = (config.model, config.lm_dtype, config.lm_processing, *tokens)
         return self._keep("model", key, lambda: LanguageModel.load(config, self.device))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fake_model import BOS, EOS, FakeModel, data_config
 
-from saeopt.activations import packing, sources
+from saeopt.activations import local_files, packing, sources
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import DataConfig
 from saeopt.errors import UserError
@@ -224,8 +224,8 @@ def test_json_lists_of_token_ids_are_read(tmp_path: Path, documents: list[list[i
 def test_text_files_are_parted_as_asked(unit: str):
     text = "a\nb\n \nc\n\n\nd"
     parts = {"auto": ["a\nb", "c", "d"], "blank_line": ["a\nb", "c", "d"], "endoftext": [text], "file": [text]}
-    assert sources.split_text(text, unit) == parts[unit]
-    assert sources.split_text("a\n\nb<|endoftext|>c", "auto") == ["a\n\nb", "c"]
+    assert local_files.split_text(text, unit) == parts[unit]
+    assert local_files.split_text("a\n\nb<|endoftext|>c", "auto") == ["a\n\nb", "c"]
 
 
 def test_a_range_of_rows_can_be_asked_for(file: Path, way: str, documents: list[list[int]]):

@@ -391,8 +391,11 @@ def test_a_checkpoint_that_cannot_be_read_is_never_replaced(make_config, runtime
     folder = RunFolder(tmp_path / "a")
     folder.write_status("running", 128, None)  # else there is nothing left to do
     again = plan(config, tmp_path, "a", resume=True)
+    for end in (folder.state_path(128), folder.weights_path(128), folder.evaluation_path):
+        end.unlink()
+    folder.write_status("interrupted", 64, None)
     before = {p.name: p.read_bytes() for p in folder.path.iterdir() if p.is_file()}
-    for path in (folder.state_path(128), folder.weights_path(128), folder.metrics_path, folder.status_path):
+    for path in (folder.state_path(64), folder.weights_path(64), folder.metrics_path, folder.status_path):
         content = path.read_bytes()
         path.unlink()
         path.symlink_to(mem)

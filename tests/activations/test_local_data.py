@@ -1,0 +1,297 @@
+"""Text and token ids as people have them on disk: whatever is there is read, or named."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_model import BOS, EOS, FakeModel, data_config
+from test_tokens import as_text, documents, flat, load, runs
+
+from saeopt.activations import sources
+from saeopt.activations.masks import keep_tokens
+from saeopt.activations.tokens import HeldOut, TokenData
+from saeopt.config.io import validate_run
+from saeopt.errors import UserError
+
+__all__ = ["documents"]
+TOKENS = {"is_tokenized": True, "column_name": "tokens"}
+
+
+@pytest.fixture
+def wanted(tmp_path: Path, documents: list[list[int]]) -> list[list[int]]:
+    """The sequences of the same documents in a plain file."""
+    path = tmp_path / "plain.jsonl"
+    path.write_text("\n".join(json.dumps({"text": as_text(d)}) for d in documents if d))
+    return flat(load(path), 40)
+
+
+def write(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow"])
+@pytest.mark.parametrize("rows", ["table", "stream"])
+def test_rows_saved_in_a_format_for_tensors_are_read_as_they_are_stored(
+    tmp_path: Path, kind: str, rows: str, monkeypatch: pytest.MonkeyPatch
+):
+    from datasets import Dataset
+
+    blocks = [[3 + 24 * i + k for k in range(24)] for i in range(20)]
+    made = Dataset.from_dict({"tokens": blocks, "length": [24] * 20})
+    streamed = made.to_iterable_dataset()
+    made.set_format(kind, columns=["tokens"])
+    made.save_to_disk(tmp_path / "saved")
+    if rows == "stream":
+        monkeypatch.setattr(sources, "_saved_to_disk", lambda *_: streamed.with_format(kind))
+    tokens = load(tmp_path / "saved", n_eval_samples=0, **TOKENS)
+    assert sorted(t for row in flat(tokens, 30) for t in row) == list(range(3, 3 + 24 * 20))
+
+
+def in_folders(folder: Path, texts: list[str]) -> None:
+    for i, text in enumerate(texts):
+        write(folder / f"part{i % 3}" / "deep" / f"{i:03}.txt", text)
+
+
+def beside_a_readme(folder: Path, texts: list[str]) -> None:
+    write(folder / "README.md", "# Stories")
+    write(folder / "LICENSE.txt", "all rights")
+    write(folder / ".hidden.txt", "w3 w4")
+    for i, text in enumerate(texts):
+        write(folder / f"{i:03}.txt", text)
+
+
+def packed(name: str, pack: Callable[[bytes], bytes]) -> Callable[[Path, list[str]], None]:
+    def make(folder: Path, texts: list[str]) -> None:
+        lines = ["text\tn", *(f"{t}\t1" for t in texts)] if ".tsv" in name else [json.dumps({"text": t}) for t in texts]
+        content = "\n\n".join(texts) if ".txt" in name.lower() else "\n".join(lines)
+        write(folder / name, pack(content.encode()))
+
+    return make
+
+
+LAYOUTS = {"in folders": in_folders, "beside a readme": beside_a_readme} | {
+    name: packed(name, pack)
+    for name, pack in {
+        "a.jsonl.gz": gzip.compress, "a.jsonl.bz2": bz2.compress, "a.jsonl.xz": lzma.compress, "A.JSONL": bytes,
+        "a.txt.gz": gzip.compress, "a.txt.xz": lzma.compress, "A.TXT": bytes, "a.tsv": bytes, "a.tsv.gz": gzip.compress,
+        "bom.txt": lambda content: b"\xef\xbb\xbf" + content,
+    }.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_local_text_is_read_wherever_it_lies_and_however_it_is_packed(
+    tmp_path: Path, layout: str, documents: list[list[int]], wanted: list[list[int]]
+):
+    LAYOUTS[layout](tmp_path / "data", [as_text(d) for d in documents if d])
+    names = [tmp_path / "data", *([tmp_path / "data" / layout] if "." in layout else [])]
+    for name in names:
+        if layout == "in folders":  # other names, another order
+            assert load(name).engine.tokens_in_all == sum(len(d) + 1 for d in documents if d)
+        else:
+            assert flat(load(name), 40) == wanted
+
+
+def test_folders_and_files_named_as_splits_hold_them(tmp_path: Path):
+    for split, token in (("train", "w3"), ("test", "w4")):
+        write(tmp_path / "folders" / split / "a.txt", f"{token} " * 200)
+        write(tmp_path / "files" / f"{split}.txt", f"{token} " * 200)
+        write(tmp_path / "bins" / f"x_{split}_0.bin", np.full(200, int(token[1:]), np.uint16).tobytes())
+    for name, changes in {"folders": {}, "files": {}, "bins": {**TOKENS, "token_dtype": "uint16"}}.items():
+        for split, token in (("train", 3), ("test", 4)):
+            tokens = load(tmp_path / name, split=split, **changes)
+            assert {t for row in flat(tokens, 5) for t in row} - {EOS} == {token}
+        with pytest.raises(UserError, match=r"no split 'validation' \(it has test, train\)"):
+            load(tmp_path / name, split="validation", **changes)
+
+
+def test_what_is_not_read_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, documents: list[list[int]]
+):
+    monkeypatch.setattr(logging.getLogger("saeopt"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="saeopt")
+    write(tmp_path / "mixed" / "a.txt", "w3 w4")
+    write(tmp_path / "mixed" / "b.bin", b"1234")
+    write(tmp_path / "papers" / "a.pdf", b"%PDF")
+    write(tmp_path / "a.zip", b"PK")
+    write(tmp_path / "broken.txt.gz", b"\x1f\x8bnothing")
+    for name, words in {
+        "mixed": r"several kinds \(1 \.txt, 1 \.bin\)", "papers": r"no data files but \.pdf \(\.parquet",
+        "a.zip": "not read.*gz", "none.TXT": "no such file", "broken.txt.gz": "cannot be read",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=words) as error:
+            load(tmp_path / name)
+        assert "\n" not in str(error.value)
+    write(tmp_path / "both" / "a.jsonl", "\n".join(json.dumps({"text": as_text(d)}) for d in documents if d))
+    write(tmp_path / "both" / "notes.txt", "w3 w4")
+    load(tmp_path / "both")
+    assert "both holds 1 .jsonl, 1 .txt: one kind is read" in caplog.text
+
+
+def llm_c(ids: list[int]) -> bytes:
+    head = np.zeros(256, np.int32)
+    head[:3] = 20240520, 1, len(ids)
+    return head.tobytes() + np.array(ids, np.uint16).tobytes()
+
+
+def test_token_files_give_the_sequences_of_the_documents_in_them(
+    tmp_path: Path, documents: list[list[int]], wanted: list[list[int]]
+):
+    after = [t for d in documents if d for t in [*d, EOS]]
+    np.save(tmp_path / "a.npy", np.array(after, np.uint32))
+    write(tmp_path / "a.bin", np.array(after, np.uint16).tobytes())
+    write(tmp_path / "llmc.bin", llm_c(after))
+    for name, changes in {"a.npy": {}, "a.bin": {"token_dtype": "uint16"}, "llmc.bin": {}}.items():
+        assert flat(load(tmp_path / name, **TOKENS, **changes), 40) == wanted, name
+    before = [t for d in documents if d for t in [BOS, *d]]
+    np.save(tmp_path / "b.npy", np.array(before, np.int64))
+    begun = load(tmp_path / "b.npy", **TOKENS)  # the tokenizer would part by EOS, and the file does by BOS
+    plain = runs([t for row in flat(begun, 40) for t in row], BOS)
+    assert set(plain[1:-1]) <= {tuple(d) for d in documents}
+
+
+def test_token_files_without_separators_or_with_rows_are_cut_into_blocks(tmp_path: Path):
+    ids = np.arange(3, 903)
+    np.save(tmp_path / "flat.npy", ids.astype(np.uint16))
+    np.save(tmp_path / "rows.npy", ids.reshape(-1, 30))
+    for name in ("flat", "rows"):
+        tokens = load(tmp_path / f"{name}.npy", n_eval_samples=0, **TOKENS)
+        stream = [t for row in flat(tokens, 56) for t in row]
+        assert set(stream) <= set(ids.tolist())
+        assert len(set(stream)) == len(stream)  # nothing is read twice
+
+
+def test_what_is_wrong_with_a_token_file_is_one_line(tmp_path: Path):
+    write(tmp_path / "a.bin", bytes(100))
+    write(tmp_path / "odd.bin", bytes(101))
+    write(tmp_path / "cut.bin", llm_c([3] * 2000)[:-2])
+    np.save(tmp_path / "float.npy", np.ones((3, 3)))
+    np.save(tmp_path / "a.npy", np.full(300, 1000, np.uint16))
+    np.save(tmp_path / "none.npy", np.zeros(0, np.uint16))
+    write(tmp_path / "broken.npy", b"\x93NUMPY")
+    uint16 = {"token_dtype": "uint16"}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("a.bin", {}, "'data.token_dtype'.*give uint16"), ("odd.bin", uint16, "101 bytes"),
+        ("cut.bin", {}, "header says 2000 tokens"), ("cut.bin", {"token_dtype": "uint32"}, "says in its header"),
+        ("float.npy", {}, "float64 of 2 dimensions"), ("a.npy", {"token_dtype": "uint32"}, "holds uint16"),
+        ("a.npy", {}, "token id 1000"), ("none.npy", {}, "is empty"), ("broken.npy", {}, "cannot be read"),
+        ("a.npy", {"is_tokenized": False}, "'data.is_tokenized'.*set it to true"),
+        ("a.npy", {"split": "train[:9]"}, "'data.split'"),
+    ]  # fmt: skip
+    for name, changes, words in cases:
+        with pytest.raises(UserError, match=words) as error:
+            load(tmp_path / name, **{**TOKENS, **changes})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", ["table", "stream"])
+def test_a_very_long_document_is_cut_for_the_held_out_part(tmp_path: Path, rows: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sources, "SMALL_FILES", 0)
+    path = tmp_path / "book.jsonl"
+    path.write_text(json.dumps({"text": as_text(list(range(3, 903)))}))
+    tokens = load(path, rows)
+    held = [t for b in tokens.eval_batches(2) for t in b.flatten().tolist()]
+    trained = {t for row in flat(tokens, 107) for t in row}
+    assert len(held) == 3 * 16
+    assert trained | set(held) == {*range(3, 903), EOS}
+    assert not (trained & set(held)) - {EOS}
+
+
+def test_any_token_or_none_can_separate_documents(tmp_path: Path, documents: list[list[int]]):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": as_text(d)}) for d in documents))
+
+    def first(separator: object) -> list[int]:
+        changes = {"separator": separator, "shuffle_documents": False, "n_eval_samples": 0}
+        return flat(load(path, **changes), 1)[0]
+
+    one, two = documents[0], documents[1]
+    assert first("w999") == [*one, 999, *two, 999, *documents[2]][:16]
+    assert first("<s>") == first("bos")
+    assert first("</s>") == first("eos")
+    assert first("none") == first(None) == first(False) == [*one, *two, *documents[2]][:16]
+    with pytest.raises(UserError, match=r"'data.separator'.*\(got 'nothing'\)"):
+        first("nothing")
+
+
+@pytest.mark.parametrize("rows", ["table", "stream"])
+@pytest.mark.parametrize("prepend_bos", [False, True])
+def test_documents_need_not_share_samples(
+    tmp_path: Path, rows: str, prepend_bos: bool, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sources, "SMALL_FILES", 0)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": as_text(d)}) for d in documents))
+    tokens = load(path, rows, join_documents=False, prepend_bos=prepend_bos, n_eval_samples=2)
+    fresh = 16 - prepend_bos
+    pieces = {tuple(d[i : i + fresh]) for d in documents for i in range(0, len(d), fresh)}
+    held = [r for b in tokens.eval_batches(1) for r in b.tolist()]
+    for row in [*flat(tokens, 60), *held]:
+        assert len(row) == 16
+        assert tuple(t for t in row if t not in (BOS, EOS)) in pieces | {()}
+        assert not prepend_bos or row[0] == BOS
+    one = keep_tokens(tokens.calibration(1), FakeModel().special_ids, tokens.data)
+    assert one.sum() == sum(t not in (BOS, EOS) for t in tokens.calibration(1)[0].tolist())
+
+
+def test_the_first_positions_can_be_left_out(tmp_path: Path, documents: list[list[int]]):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": as_text(d)}) for d in documents))
+    tokens = load(path, skip_first_positions=4, separator="none")
+    keep_bT = keep_tokens(tokens.calibration(3), FakeModel().special_ids, tokens.data)
+    assert keep_bT.sum(1).tolist() == [12, 12, 12]
+    assert not keep_bT[:, :4].any()
+
+
+def test_settings_that_leave_nothing_or_count_padding_are_refused():
+    raw = {
+        "tlens_model_name": "m", "lr_schedule": "constant", "saes": {"sae_type": "relu", "sae_positions": "hook_embed"}
+    }  # fmt: skip
+    for changes, words in (
+        ({"skip_first_positions": 8, "context_length": 8}, "'skip_first_positions' leaves nothing"),
+        ({"join_documents": False, "mask_special_tokens": False}, "'join_documents: false' pads samples"),
+    ):
+        with pytest.raises(UserError, match=words):
+            validate_run({**raw, "data": {"dataset_name": "x", **changes}}, "test")
+
+
+def test_held_out_samples_can_have_data_of_their_own(tmp_path: Path, documents: list[list[int]]):
+    path, other = tmp_path / "a.jsonl", tmp_path / "b.csv"
+    path.write_text("\n".join(json.dumps({"text": as_text(d)}) for d in documents))
+    other.write_text("story\n" + "\n".join(["w5 w6 w7"] * 30))
+    np.save(tmp_path / "ids.npy", np.full((9, 16), 8))
+    own = {"eval_dataset_name": str(other), "eval_column_name": "story"}
+    tokens = load(path, **own)
+    assert {t for b in tokens.eval_batches(2) for t in b.flatten().tolist()} == {5, 6, 7, EOS}
+    assert tokens.engine.tokens_per_pass == sum(len(d) + 1 for d in documents if d)  # nothing was set aside
+    ids = load(path, eval_dataset_name=str(tmp_path / "ids.npy"))
+    assert {t for b in ids.eval_batches(2) for t in b.flatten().tolist()} == {8}
+    whole = HeldOut.load(data_config(path, **own), FakeModel(), whole=True)
+    assert (whole.n, sum(len(b) for b in whole.batches(2))) == (30 * 4 // 16, 7)
+    for changes, words in (
+        ({"eval_dataset_name": str(tmp_path / "none.csv")}, r"'data.eval_dataset_name': .*none.csv: no such file"),
+        ({"eval_dataset_name": str(other)}, r"'data.eval_column_name': .*no column 'text'"),
+        ({**own, "n_eval_samples": 8}, "'data.eval_dataset_name': .*holds 120 tokens, less than 8 samples"),
+        ({**own, "eval_split": "test["}, "'data.eval_split'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(path, **changes)
+
+
+def test_another_split_of_the_same_data_can_be_held_out(tmp_path: Path):
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": ["w3 w4"] * 90, "test": ["w5"] * 90}
+    DatasetDict({k: Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(tmp_path / "d")
+    tokens: TokenData = load(tmp_path / "d", eval_split="test")
+    assert {t for b in tokens.eval_batches(2) for t in b.flatten().tolist()} == {5, EOS}
