@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Environments of their own for the libraries that saeopt is compared with and exports to: they pin other versions of
+# TransformerLens than saeopt does.
+#
+#   scripts/interop_envs.sh                          both, in .interop/sae-lens and .interop/dictionary-learning
+#   scripts/interop_envs.sh sae-lens                 one of them
+#   INTEROP_DIR=PATH scripts/interop_envs.sh         elsewhere
+#   TORCH_INDEX=URL scripts/interop_envs.sh          torch from another index (PyTorch's own has small CPU builds)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/lib/venv.sh
+. scripts/lib/venv.sh
+
+declare -A PACKAGES=(
+  [sae-lens]="sae-lens==6.54.12 transformer-lens>=3.9,<4"
+  [dictionary-learning]="dictionary-learning==0.1.0"
+)
+[ $# -gt 0 ] || set -- sae-lens dictionary-learning
+for name in "$@"; do
+  [ -n "${PACKAGES[$name]:-}" ] || { echo "saeopt: '$name' is none of ${!PACKAGES[*]}" >&2; exit 2; }
+done
+for name in "$@"; do
+  folder=${INTEROP_DIR:-.interop}/$name
+  if [ "$(cat "$folder/.installed" 2>/dev/null)" = "${PACKAGES[$name]}" ]; then
+    continue
+  fi
+  mkdir -p "$(dirname "$folder")"
+  "$(python_interpreter)" -m venv "$folder"
+  echo "saeopt: installing ${PACKAGES[$name]} into $folder (some minutes)" >&2
+  pip=("$folder/bin/python" -m pip install --disable-pip-version-check --no-input -q)
+  if [ -n "${TORCH_INDEX:-}" ]; then
+    "${pip[@]}" --index-url "$TORCH_INDEX" torch
+  fi
+  # shellcheck disable=SC2086  # several requirements
+  if ! "${pip[@]}" ${PACKAGES[$name]} >"$folder/install.log" 2>&1; then
+    tail -n 20 "$folder/install.log" >&2
+    echo "saeopt: the installation failed; all of it is in $folder/install.log" >&2
+    exit 1
+  fi
+  echo "${PACKAGES[$name]}" >"$folder/.installed"
+done

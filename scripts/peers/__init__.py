@@ -1,0 +1,1 @@
+"""Comparison with other libraries (`scripts/compare_peers.py`)."""

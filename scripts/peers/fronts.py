@@ -1,0 +1,194 @@
+"""Fronts from measured SAEs: the learning rate chosen on one half of the held-out text, L0 against error on the other.
+
+A point is one trained SAE with its metrics on both halves. A front is interpolated between the points of one seed,
+piecewise linear in the logarithms of L0 and of the error (FVU, or 1 − CE recovered), never beyond them.
+
+    python scripts/peers/fronts.py RESULT.json FOLDER     # table.md and fronts.png again, from a comparison's result
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+LEVELS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+Half = Literal["chosen_on", "reported_on"]
+Error = Literal["fvu", "ce_lost"]
+COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#444444")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One SAE."""
+
+    system: str
+    sae_type: str
+    lr: float
+    seed: int
+    sparsity: float
+    metrics: dict[str, dict[str, float]]
+    """Half → l0, fvu, ce_recovered, fraction_dead (of the half), dead (of the last training tokens)."""
+
+
+def error_of(metrics: dict[str, float], error: Error) -> float:
+    """What is to be small."""
+    return metrics["fvu"] if error == "fvu" else 1 - metrics["ce_recovered"]
+
+
+def interpolated(points: list[Point], half: Half, error: Error, levels: tuple[float, ...] = LEVELS) -> np.ndarray:
+    """The error at each L0 from the points of one seed; NaN beyond them. Of several at one L0 the best counts."""
+    by_l0: dict[float, float] = {}
+    for point in points:
+        measured = point.metrics[half]
+        value, l0 = error_of(measured, error), measured["l0"]
+        if l0 > 0 and np.isfinite(value) and value > 0:
+            by_l0[l0] = min(value, by_l0.get(l0, np.inf))
+    if len(by_l0) < 2:
+        return np.full(len(levels), np.nan)
+    l0s = np.array(sorted(by_l0))
+    errors = np.array([by_l0[l0] for l0 in l0s])
+    # a few zeros among the k largest leave the L0 of k = 64 just below 64: the ends reach five percent further
+    inside = np.clip(levels, l0s[0], l0s[-1])
+    found = np.exp(np.interp(np.log(inside), np.log(l0s), np.log(errors)))
+    return np.where(np.abs(np.log(inside / np.array(levels))) <= 0.05, found, np.nan)
+
+
+def by_seed(points: list[Point], half: Half, error: Error) -> np.ndarray:
+    """(seeds, levels)."""
+    seeds = sorted({p.seed for p in points})
+    return np.array([interpolated([p for p in points if p.seed == s], half, error) for s in seeds])
+
+
+def chosen_lr(points: list[Point]) -> float:
+    """The learning rate whose front lies lowest on the half for choosing: mean ln FVU where all of them reach."""
+    lrs = sorted({p.lr for p in points})
+    fronts = [_mean(by_seed([p for p in points if p.lr == lr], "chosen_on", "fvu")) for lr in lrs]
+    reached = np.array([np.isfinite(front).sum() for front in fronts])
+    wide = [i for i in range(len(lrs)) if reached[i] >= 0.5 * reached.max()]
+    common = np.all([np.isfinite(fronts[i]) for i in wide], axis=0)
+    if not common.any():
+        return lrs[int(reached.argmax())]
+    return lrs[min(wide, key=lambda i: float(np.log(fronts[i][common]).mean()))]
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    """Over seeds, where every seed has a value."""
+    return rows.mean(0)  # NaN where one is missing
+
+
+def summary(points: list[Point]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Architecture → system → learning rate, fronts with spread (standard deviation over seeds), dead shares."""
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for sae_type in dict.fromkeys(p.sae_type for p in points):
+        for system in dict.fromkeys(p.system for p in points if p.sae_type == sae_type):
+            own = [p for p in points if p.sae_type == sae_type and p.system == system]
+            lr = chosen_lr(own)
+            at_lr = [p for p in own if p.lr == lr]
+            entry: dict[str, Any] = {"lr": lr, "seeds": sorted({p.seed for p in at_lr}), "levels": list(LEVELS)}
+            for error in ("fvu", "ce_lost"):
+                rows = by_seed(at_lr, "reported_on", error)
+                entry[error] = _mean(rows).tolist()
+                entry[error + "_spread"] = (rows.std(0, ddof=1) if len(rows) > 1 else np.full(len(LEVELS), 0)).tolist()
+            entry["dead"] = max(p.metrics["reported_on"]["dead"] for p in at_lr)
+            entry["dead_held_out"] = max(p.metrics["reported_on"]["fraction_dead"] for p in at_lr)
+            result.setdefault(sae_type, {})[system] = entry
+    return result
+
+
+def verdict(entry: dict[str, Any], others: list[dict[str, Any]], error: Error) -> list[str]:
+    """Per level: `=` within the spread of the best other, `+` better, `++` by more than twice the spread, `−` worse."""
+    found = []
+    for i in range(len(LEVELS)):
+        rivals = [o for o in others if np.isfinite(o[error][i])]
+        if not rivals or not np.isfinite(entry[error][i]):
+            found.append("")
+            continue
+        best = min(rivals, key=lambda o: o[error][i])
+        spread = float(np.hypot(entry[error + "_spread"][i], best[error + "_spread"][i]))
+        gain = best[error][i] - entry[error][i]
+        found.append("++" if gain > 2 * spread else "+" if gain > 0 else "=" if gain >= -spread else "−")
+    return found
+
+
+def markdown(result: dict[str, dict[str, dict[str, Any]]], own: str) -> str:
+    """A table per architecture: FVU and CE recovered at each L0, mean ± spread."""
+    lines = []
+    for sae_type, systems in result.items():
+        head = " | ".join(f"{level:g}" for level in LEVELS)
+        lines += [f"\n**{sae_type}**\n", f"| | lr | {head} | dead, held out |", "| --- " * (len(LEVELS) + 3) + "|"]
+        for error, title in (("fvu", "FVU"), ("ce_lost", "CE recovered")):
+            for system, entry in systems.items():
+                cells = [_cell(entry[error][i], entry[error + "_spread"][i], error) for i in range(len(LEVELS))]
+                dead = f"{entry['dead']:.1%}, {entry['dead_held_out']:.1%}" if error == "fvu" else ""
+                lines.append(f"| {title}, {system} | {entry['lr']:g} | {' | '.join(cells)} | {dead} |")
+            others = [entry for system, entry in systems.items() if system != own]
+            if own in systems and others:
+                lines.append(f"| {title}, {own}¹ | | {' | '.join(verdict(systems[own], others, error))} | |")
+    if own:
+        lines.append(
+            "\n¹ against the best of the others: ++ better by more than twice the spread, + better, = within it."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, spread: float, error: str) -> str:
+    if not np.isfinite(value):
+        return ""
+    return f"{value:.4f} ± {spread:.4f}" if error == "fvu" else f"{1 - value:.4f} ± {spread:.4f}"
+
+
+def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path: Path) -> None:
+    """FVU and lost CE against L0, a column per architecture; bars are the spread over seeds, dots the SAEs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(result), figsize=(4.2 * len(result), 7), squeeze=False, layout="constrained")
+    for column, (sae_type, systems) in enumerate(result.items()):
+        for row, (error, title) in enumerate((("fvu", "FVU"), ("ce_lost", "1 − CE recovered"))):
+            ax = axes[row][column]
+            for colour, (system, entry) in zip(COLOURS, systems.items(), strict=False):
+                ax.errorbar(
+                    LEVELS, entry[error], yerr=entry[error + "_spread"], color=colour, capsize=2, lw=1.2,
+                    label=f"{system} (lr {entry['lr']:g})",
+                )  # fmt: skip
+                own = [p.metrics["reported_on"] for p in points
+                       if (p.system, p.sae_type, p.lr) == (system, sae_type, entry["lr"])]  # fmt: skip
+                ax.plot([m["l0"] for m in own], [error_of(m, error) for m in own], ".", color=colour, ms=3, alpha=0.5)
+            ax.set(xscale="log", yscale="log", xlabel="L0", ylabel=title, title=sae_type, xlim=(3, 90))
+            ax.grid(alpha=0.3, which="both")
+            ax.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write(out: Path, points: list[Point], own: str = "saeopt") -> str:
+    """`table.md`, `fronts.png` and `result.json`; gives the table. Systems named `own, …` are its ablations."""
+    compared = [p for p in points if not p.system.startswith(own + ",")]
+    result = summary(compared)
+    lrs = {kind: systems[own]["lr"] for kind, systems in result.items() if own in systems}
+    changed = [p for p in points if p not in compared]
+    shipped = [p for p in compared if p.system == own and p.lr == lrs[p.sae_type]]
+    ablations = summary(shipped + changed) if changed else {}
+    text = markdown(result, own) + ("\n## Ablations\n" + markdown(ablations, own="") if ablations else "")
+    (out / "table.md").write_text(text, encoding="utf-8")
+    everything = {"summary": result, "ablations": ablations, "points": [vars(p) for p in points]}
+    (out / "result.json").write_text(json.dumps(everything, indent=1).replace("NaN", "null"), encoding="utf-8")
+    try:
+        plot(result, compared, out / "fronts.png")
+    except ModuleNotFoundError:
+        text += "\n(no matplotlib: no plot)\n"
+    return text
+
+
+if __name__ == "__main__":
+    points_read = [Point(**row) for row in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["points"]]
+    folder = Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stdout.write(write(folder, points_read))
