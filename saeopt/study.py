@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeopt.console import console
+from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def create(
 
         print_preview(spec)
         return
+    from saeopt.config import recipe_notice
     from saeopt.search.create import create_study, planned_cells
     from saeopt.search.monitoring import dashboard_command, on_study_created
 
@@ -81,6 +82,8 @@ def create(
     made = create_study(store, spec, planned)
     if made.is_new:
         on_study_created(store, made.study_id, spec)
+        if spec.older is not None:
+            log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
     _say(f"  work:      python -m saeopt.worker --study {spec.name}")
@@ -120,6 +123,8 @@ def _with_base(spec: StudySpec, overrides: list[str]) -> StudySpec:
     from saeopt.config.study import study_spec
 
     raw = spec.model_dump(mode="json", by_alias=True)
+    if spec.older is not None:
+        del raw["base"]["recipe"]  # the file names none
     for text in overrides:
         raw["base"] = apply_overrides(raw["base"], dict([parse_override(text)]))
     return study_spec(raw, "--set")

@@ -98,11 +98,11 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
     with run_observer(interrupt) as observer:  # the bar appears before the slow imports
         from saeopt.activations.local_files import local_files
         from saeopt.training import TrialPlan, train_pack
-        from saeopt.training.launch import lambda_notice, make_runtime, new_folder, out_of_memory
+        from saeopt.training.launch import make_runtime, new_folder, notices, out_of_memory
 
         local_files(config.data.dataset_name)  # a missing file is told before the language model is loaded
         runtime = make_runtime(device)
-        lambda_notice(config, resumed=run_dir is not None)
+        notices(config, resumed=run_dir is not None)
         fresh = run_dir is None
         run_dir = new_folder(config, runtime) if run_dir is None else run_dir
         plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)

@@ -29,7 +29,7 @@ def table(model: type[Any], skip: frozenset[str] = frozenset()) -> str:
 def _default(field: Any) -> str:
     if field.is_required():
         return "required"
-    value = field.get_default(call_default_factory=True)
+    value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or isinstance(value, bool):
         return f"`{'null' if value is None else str(value).lower()}`"
     return f"`{list(value) if isinstance(value, tuple) else value}`"

@@ -1,6 +1,6 @@
 """Config models of a run and of a study; YAML in and out; overrides; the replaced system's field names."""
 
-from saeopt.config.io import apply_overrides, dump_yaml, load_run_config, read_yaml, validate_run
+from saeopt.config.io import apply_overrides, dump_yaml, load_run_config, read_yaml, recipe_notice, stored, validate_run
 from saeopt.config.run import DataConfig, RunConfig, stream_key
 from saeopt.config.saes import SAEConfig
 
@@ -12,6 +12,8 @@ __all__ = [
     "dump_yaml",
     "load_run_config",
     "read_yaml",
+    "recipe_notice",
+    "stored",
     "stream_key",
     "validate_run",
 ]

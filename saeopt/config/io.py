@@ -124,9 +124,37 @@ def validate_run(raw: Mapping[str, Any], source: str | Path) -> RunConfig:
         raise UserError(f"{source}: {error}") from None
 
 
-def load_run_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """A run config from a YAML file, with `key.path=value` overrides applied in order."""
+STORED_NAME = "final_config.yaml"
+
+
+def stored(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping that saeopt itself wrote: it was under recipe 1 where it names none."""
+    return {"recipe": 1, **raw}
+
+
+def read_run_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping of a run config; one that a run folder holds was under recipe 1 where it names none."""
     raw = read_yaml(path)
+    return stored(raw) if Path(path).name == STORED_NAME else raw
+
+
+def recipe_notice(source: str | Path) -> str:
+    """What a file that names no recipe means now."""
+    return (
+        f"{source} names no recipe: 2 holds (lr falls over the last 20 %, λ rises over the first 5 %, gated and topk"
+        " keep their decoder rows at norm 1, AuxK in its paper's proportion); recipe: 1 keeps the older defaults,"
+        " recipe: 2 silences this"
+    )
+
+
+def load_run_config(path: str | Path, overrides: Iterable[str] = (), recipe: int | None = None) -> RunConfig:
+    """A run config from a YAML file, with `key.path=value` overrides applied in order.
+
+    `recipe` is that of a file that names none (None: what its kind of file means by it).
+    """
+    raw = read_run_yaml(path)
+    if recipe is not None:
+        raw = {"recipe": recipe, **raw}
     for text in overrides:
         changes = dict([parse_override(text)])
         try:

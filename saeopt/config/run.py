@@ -15,6 +15,8 @@ from saeopt.config.saes import SAEConfig
 PositiveInt = Annotated[Int, Field(gt=0)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Cadence = Annotated[Int, Field(ge=0)] | None
+COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
+"""Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
 
 class DataConfig(StrictModel):
@@ -174,14 +176,16 @@ class RunConfig(StrictModel):
     """Metrics are read from the device, logged and written so often."""
     lr: Annotated[Float, Field(gt=0)] = 1e-3
     """Peak learning rate of Adam."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`)."""
+    lr_schedule: Literal["cosine", "linear", "constant"] | None = None
+    """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`); null: linear
+    (recipe 1: cosine)."""
     min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end as a share of `lr`."""
     warmup_samples: Annotated[Int, Field(ge=0)] = 0
     """Linear warm-up from 0."""
     cooldown_samples: Annotated[Int, Field(ge=0)] | None = None
-    """Length of the final linear fall (`lr_schedule: linear`); null: all samples after the warm-up."""
+    """Length of the final linear fall (`lr_schedule: linear`); null: the last 20 % of `data.n_train_samples`, nothing
+    where that is null (recipe 1: all samples after the warm-up)."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimiser step."""
     max_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
@@ -190,6 +194,9 @@ class RunConfig(StrictModel):
     """Adam's decay rates."""
     legacy_scaling: bool | None = None
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
+    recipe: Literal[1, 2] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
+    """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
+    under them). Not written: 2; 1 with `legacy_scaling: true`."""
     threads: PositiveInt | None = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
@@ -198,6 +205,17 @@ class RunConfig(StrictModel):
     """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_version(cls, raw: object) -> object:
+        """Under recipe 1 what is left to the recipe is written out, as the first version did."""
+        if not isinstance(raw, dict) or str(raw.get("recipe", 1 if raw.get("legacy_scaling") is True else 2)) != "1":
+            return raw
+        saes = raw.get("saes")
+        if isinstance(saes, dict):
+            saes = saes | {name: value for name, value in _RECIPE_1_SAES.items() if saes.get(name) is None}
+        return raw | {"saes": saes, "lr_schedule": raw.get("lr_schedule") or "cosine"}
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -223,16 +241,40 @@ class RunConfig(StrictModel):
         n = self.data.n_train_samples
         if self.lr_schedule == "cosine" and n is None:
             raise ValueError("'lr_schedule: cosine' needs 'data.n_train_samples'")
-        if self.lr_schedule == "linear" and n is None:
+        if self.schedule == "linear" and n is None and (self.recipe == 1 or self.cooldown_samples is not None):
             raise ValueError("'lr_schedule: linear' needs 'data.n_train_samples'")
-        if self.cooldown_samples is not None and self.lr_schedule != "linear":
+        if self.cooldown_samples is not None and self.schedule != "linear":
             raise ValueError("'cooldown_samples' needs 'lr_schedule: linear'")
         if n is not None and self.warmup_samples + (self.cooldown_samples or 0) > n:
             raise ValueError(
                 f"'warmup_samples' ({self.warmup_samples}) + 'cooldown_samples' ({self.cooldown_samples or 0})"
                 f" exceed 'data.n_train_samples' ({n})"
             )
+        warmup = self.saes.sparsity_warmup_samples
+        if n is not None and warmup is not None and warmup > n:
+            raise ValueError(f"'saes.sparsity_warmup_samples' ({warmup}) exceeds 'data.n_train_samples' ({n})")
         return self
+
+    @property
+    def schedule(self) -> str:
+        """The learning rate's schedule that holds."""
+        return self.lr_schedule or "linear"
+
+    def cooldown(self, total: int) -> int:
+        """Samples of the final linear fall in a run of `total` samples."""
+        if self.cooldown_samples is not None:
+            return self.cooldown_samples
+        left = total - self.warmup_samples
+        return left if self.recipe == 1 else min(left, self._share(COOLDOWN_SHARE, total))
+
+    def sparsity_warmup(self, sae: SAEConfig, total: int) -> int:
+        """Samples over which λ rises from 0 in a run of `total` samples."""
+        given = sae.sparsity_warmup_samples
+        return self._share(SPARSITY_WARMUP_SHARE, total) if given is None else given
+
+    def _share(self, part: float, total: int) -> int:
+        """A part of the run; 0 where the config does not say how long it is."""
+        return 0 if self.data.n_train_samples is None else round(part * total)
 
     @property
     def effective_batch(self) -> int:
@@ -260,8 +302,11 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
     return create_model("RunConfig", __base__=RunConfig, saes=(sae_class, ...))
 
 
+_RECIPE_1_SAES = {"decoder_norm": "free", "sparsity_warmup_samples": 0}
+
 MEMBER_FIELDS = frozenset(
     [
+        "recipe",
         "seed",
         "lr",
         "lr_schedule",

@@ -24,8 +24,12 @@ class SAEConfig(StrictModel):
     """λ."""
     mse_coeff: Annotated[Float, Field(ge=0)] = 1.0
     """Weight of the reconstruction term."""
-    decoder_norm: Literal["free", "unit"] = "free"
-    """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step."""
+    sparsity_warmup_samples: Annotated[Int, Field(ge=0)] | None = None
+    """λ rises linearly from 0 over so many samples; null: 5 % of `data.n_train_samples`, 0 where that is null
+    (recipe 1: 0)."""
+    decoder_norm: Literal["free", "unit"] | None = None
+    """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step; null:
+    `unit` for gated and topk, `free` for the others (recipe 1: `free`)."""
     init_decoder_orthogonal: bool = True
     """Orthonormal initial decoder (rows, or columns where h > d) instead of random unit rows."""
     bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from saeopt.config.base import Float, Int, StrictModel, explain, nearest
-from saeopt.config.io import apply_overrides, read_yaml, validate_run
+from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
 from saeopt.config.run import RunConfig
 
 METRICS = [
@@ -182,6 +182,7 @@ class StudySpec(StrictModel):
     """Seconds without a sign of life after which a worker's trials go back to the queue."""
     output_dir: str | None = None
     """null: `save_dir` of the base config. A relative path starts where the worker does."""
+    _older: StudySpec | None = PrivateAttr(None)
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -214,6 +215,11 @@ class StudySpec(StrictModel):
             raise ValueError("'early_stopping: pareto' needs several objectives; use median, asha or hyperband")
         return self
 
+    @property
+    def older(self) -> StudySpec | None:
+        """The same study under recipe 1, where its base config names no recipe and got 2."""
+        return self._older
+
     def to_json(self) -> str:
         """Canonical text: equal specs give equal texts."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
@@ -221,7 +227,8 @@ class StudySpec(StrictModel):
     @classmethod
     def from_json(cls, text: str) -> StudySpec:
         """The inverse of :meth:`to_json`."""
-        return cls.model_validate_json(text)
+        found = cls.model_validate_json(text)
+        return found.model_copy(update={"base": stored(found.base)})
 
     def run_config(self, values: dict[str, Any], source: str | None = None) -> RunConfig:
         """The base config with the values of a cell (`field[@hook point]` → value); :class:`UserError` if invalid."""
@@ -269,14 +276,17 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
     base = raw.get("base")
     if isinstance(base, str):
         near = Path(source).parent / base
-        raw = {**raw, "base": read_yaml(near if near.exists() else base)}
+        raw = {**raw, "base": read_run_yaml(near if near.exists() else base)}
     try:
         spec = StudySpec.model_validate(raw)
     except ValidationError as error:
         raise explain(error, str(source), _known_names()) from None
     from saeopt.config.normalise import normalised
 
-    return normalised(spec, str(source))
+    found = normalised(spec, str(source))
+    if "recipe" not in spec.base and found.base["recipe"] == 2:
+        found._older = normalised(spec.model_copy(update={"base": stored(spec.base)}), str(source))
+    return found
 
 
 def load_study_spec(path: str | Path) -> StudySpec:

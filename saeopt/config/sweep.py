@@ -7,7 +7,7 @@ from typing import Any
 
 from saeopt.config.base import nearest
 from saeopt.config.fields import field_names
-from saeopt.config.io import read_yaml
+from saeopt.config.io import read_run_yaml, read_yaml
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import UserError
 
@@ -31,7 +31,7 @@ def sweep_spec(
     overrides: dict[str, Any] | None = None,
 ) -> StudySpec:
     """A grid study from the pair of files; `max_trials` goes before the sweep's `max_experiments`."""
-    base, sweep = read_yaml(base_config), read_yaml(sweep_config)
+    base, sweep = read_run_yaml(base_config), read_yaml(sweep_config)
     saes = base.get("saes")
     sae_type = saes.get("sae_type") if isinstance(saes, dict) else None
     if not isinstance(sae_type, str):

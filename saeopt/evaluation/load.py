@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeopt.config import RunConfig, validate_run
+from saeopt.config import RunConfig, stored, validate_run
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import read_error
@@ -83,7 +83,7 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
         config_raw, samples, hook_points = described["config"], int(described["samples"]), described["hook_points"]
     except (KeyError, TypeError, ValueError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a weights file of this system") from None
-    config = validate_run(config_raw, path)
+    config = validate_run(stored(config_raw), path)
     by_hook: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         hook, _, name = key.rpartition("/")
@@ -104,6 +104,7 @@ def _build(
         int(shape["h"]),
         config.sae_at(hook),
         legacy_scaling=bool(config.legacy_scaling),
+        recipe=config.recipe,
         dtype=tensors["W_enc"].dtype,
         device=tensors["W_enc"].device,
     )

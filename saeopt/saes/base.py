@@ -77,13 +77,15 @@ class SAE(nn.Module):
     Config: ClassVar[type[SAEConfig]] = SAEConfig
     needs_noise: ClassVar[bool] = False
     needs_dead: ClassVar[bool] = False
+    default_decoder_norm: ClassVar[str] = "free"
+    """What `decoder_norm: null` means under recipe 2."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the parameters that hold one number per latent; all start at 0."""
     stack_fields: ClassVar[frozenset[str]] = frozenset(
         {
             *("name", "sae_positions", "per_hook", "pretrained_sae_paths"),
             *("init_decoder_orthogonal", "bias_init", "normalize_activations"),
-            *("sparsity_coeff", "initial_beta", "final_beta", "beta_annealing"),
+            *("sparsity_coeff", "sparsity_warmup_samples", "initial_beta", "final_beta", "beta_annealing"),
         }
     )
     """Config fields in which the members of one stack may differ; every other field must be equal."""
@@ -97,11 +99,14 @@ class SAE(nn.Module):
         config: SAEConfig,
         *,
         legacy_scaling: bool = False,
+        recipe: int = 2,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.d, self.h, self.config, self.legacy_scaling = d, h, config, legacy_scaling
+        self.d, self.h, self.config, self.legacy_scaling, self.recipe = d, h, config, legacy_scaling, recipe
+        default = "free" if recipe == 1 else self.default_decoder_norm
+        self.unit_rows = (config.decoder_norm or default) == "unit"
         self.dtype, self.device = dtype, device
         self.norm_limit = math.inf
         """Raw norm above which a token is left out at its hook point (`data.mask_norm_outliers`)."""
@@ -149,22 +154,42 @@ class SAE(nn.Module):
         initialise(self, x_Nd, generator)
 
     @torch.no_grad()
+    def measure(self, x_Nd: Float[Tensor, "N d"]) -> None:
+        """Keep what the loss needs to know of normalised, unmasked activations; here nothing."""
+
+    @torch.no_grad()
     def start_encoder(self, directions_dh: Tensor, x_Nd: Tensor) -> None:
         """Point the encoder along the initial decoder (called with b_dec set and all other parameters 0)."""
         self.W_enc.copy_(directions_dh)
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Change gradients before clipping: `decoder_norm: unit` removes the part along each decoder row."""
-        if self.config.decoder_norm == "unit" and self.W_dec.grad is not None:
+        """Change gradients before clipping: with unit rows remove the part along each decoder row."""
+        if self.unit_rows and self.W_dec.grad is not None:
             along_h1 = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
             self.W_dec.grad -= along_h1 * self.W_dec
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Restore constraints after the optimiser's step."""
-        if self.config.decoder_norm == "unit":
+        if self.unit_rows:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def rescale_rows(self) -> bool:
+        """Make the decoder rows 1 long and the code longer by as much; whether there was anything to do.
+
+        Exact for codes that scale with π; a k-selection may choose others afterwards.
+        """
+        norm_h = self.W_dec.norm(dim=-1).clamp_min(1e-12)
+        if torch.allclose(norm_h, torch.ones_like(norm_h), atol=1e-4):
+            return False
+        self.W_dec.div_(norm_h.unsqueeze(-1))
+        self.W_enc.mul_(norm_h)
+        for name in self.latent_vectors:
+            if name != "r_mag":  # e^r_mag is a ratio
+                self.get_parameter(name).mul_(norm_h)
+        return True
 
     @torch.no_grad()
     def folded(self) -> Self:
@@ -183,7 +208,7 @@ class SAE(nn.Module):
 
     def decoder_norm_h(self) -> Tensor:
         """‖W_dec‖ per row; ones where the rows are kept at norm 1."""
-        if self.config.decoder_norm == "unit":
+        if self.unit_rows:
             return torch.ones(self.h, dtype=self.W_dec.dtype, device=self.W_dec.device)
         return self.W_dec.norm(dim=-1)
 

@@ -39,17 +39,25 @@ class GatedSAE(SAE):
 
     Loss = mean ‖x − x̂‖² + λ mean Σ relu(π_gate) ‖W_dec‖ + α mean ‖x − (relu(π_gate) sg[W_dec] + sg[b_dec])‖²,
     sg = stop gradient. The step function gives no gradient: the gate learns from the penalty and the auxiliary
-    term only. Deviations from the paper: the decoder is free and its norm stands in the penalty (`decoder_norm:
-    unit` keeps the rows at 1); b_dec in x̄ is never frozen. Under `legacy_scaling` both squared errors are
-    divided by d and the penalty is not.
+    term only. As in the paper the decoder rows are kept at norm 1, and b_dec in x̄ is the decoder's, frozen in the
+    auxiliary term's decoder alone. Deviations, by hand: `magnitude_activation` other than relu, `mse_coeff`, and
+    `decoder_norm: free`, where the norm stands in the penalty and nothing in the auxiliary term is frozen (sae-lens'
+    form: free rows beside a frozen copy would shrink while r_mag makes up for it, and the penalty would fall for
+    nothing; recipe 1 has just that). Under `legacy_scaling` both squared errors are divided by d, the penalty is not.
     """
 
     Config: ClassVar[type[SAEConfig]] = GatedConfig
+    default_decoder_norm: ClassVar[str] = "unit"
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag", "r_mag")
     config: GatedConfig
     b_gate: nn.Parameter
     b_mag: nn.Parameter
     r_mag: nn.Parameter
+
+    @property
+    def frozen_aux(self) -> bool:
+        """Whether the auxiliary term takes the decoder as it is."""
+        return self.unit_rows or self.recipe == 1
 
     def encode(self, x_Nd: Tensor) -> Tensor:
         """1[π_gate > 0] ⊙ magnitude."""
@@ -67,7 +75,8 @@ class GatedSAE(SAE):
         gate_Nh, f_Nh = self.gate_and_code(x_Nd)
         f_Nh, open_Nh = self.masked(f_Nh, inputs.keep_N), self.masked(torch.relu(gate_Nh), inputs.keep_N)
         x_hat_Nd = self.decode(f_Nh)
-        from_gate_Nd = open_Nh @ self.W_dec.detach() + self.b_dec.detach()
+        W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if self.frozen_aux else (self.W_dec, self.b_dec)
+        from_gate_Nd = open_Nh @ W_dec + b_dec
         return Forward(
             x_hat_Nd,
             f_Nh,

@@ -90,6 +90,10 @@ class NoisyGateSAE(SAE):
     def build(self) -> None:
         self.register_buffer("beta", torch.full_like(self.scale, self.config.initial_beta))
 
+    def rescale_rows(self) -> bool:
+        """Gates have no scale of their own to make up for the rows'; the first step does what `unit` asks for."""
+        return False
+
     def train_gate(self, log_alpha_Nh: Tensor, inputs: StepInputs) -> Tensor:
         """z with this step's noise; remembers β for the evaluation form."""
         if inputs.u_Nh is None:

@@ -23,7 +23,7 @@ class TopKConfig(SAEConfig):
     aux_k: Annotated[Int, Field(gt=0)] | None = None
     """Dead latents that the auxiliary loss uses per token; null: the power of two at or below d / 2."""
     aux_coeff: Annotated[Float, Field(ge=0)] = 1 / 32
-    """α, the weight of the auxiliary loss."""
+    """α, the weight of the auxiliary loss, in the paper's proportion to the squared error (recipe 1: α alone)."""
 
 
 def keep_largest(values_Nh: Tensor, k: int) -> Tensor:
@@ -33,22 +33,42 @@ def keep_largest(values_Nh: Tensor, k: int) -> Tensor:
 
 
 class TopKSAE(SAE):
-    """f = the k largest of relu(π) per token; loss = mean ‖x − x̂‖² + α AuxK.
+    """f = the k largest of relu(π) per token; loss = mean ‖x − x̂‖² + α V AuxK, V = E‖x − mean x‖².
 
     AuxK = Σ‖e − ê‖² / Σ‖e − mean e‖² over the window, with e = sg[x − x̂] and ê = (the k_aux largest of relu(π)
     among dead latents) W_dec, no bias; k_aux = min(number of dead latents, aux_k). 0 without dead latents, and
-    0 / 0 counts as 0. Under `legacy_scaling` the mean is divided by d; AuxK has no units.
+    0 / 0 counts as 0. V is measured once, with the scale, and kept in the buffer `variance`: in the paper both terms
+    are shares of a variance, here the squared error is a sum over d (about V · FVU), and AuxK needs the same unit.
+    The decoder rows are kept at norm 1 and b_dec in π is the decoder's, both as in the paper. Deviations: the relu,
+    b_enc, V measured once and AuxK's denominator per window. Recipe 1: α AuxK, which is
+    about d times weaker and revives nothing, and free rows (`decoder_norm: free`). Under `legacy_scaling` the squared
+    error and V are divided by d.
     """
 
     Config: ClassVar[type[SAEConfig]] = TopKConfig
     needs_dead: ClassVar[bool] = True
+    default_decoder_norm: ClassVar[str] = "unit"
     stack_fields: ClassVar[frozenset[str]] = SAE.stack_fields | {"k"}
     config: TopKConfig
+    variance: Tensor
 
     def build(self) -> None:
+        if self.recipe > 1:
+            self.register_buffer("variance", torch.ones_like(self.scale))
         if self.config.k > self.h:
             raise UserError(f"'saes.k': {self.config.k} exceeds the dictionary's {self.h} latents")
         self.aux_k = min(self.h, self.config.aux_k or 2 ** max(0, math.floor(math.log2(self.d / 2))))
+
+    @torch.no_grad()
+    def measure(self, x_Nd: Tensor) -> None:
+        """V of normalised activations."""
+        if self.recipe > 1:
+            self.variance.fill_(x_Nd.double().var(0, correction=0).sum())
+
+    @property
+    def aux_share(self) -> float:
+        """What multiplies V AuxK (recipe 1: AuxK)."""
+        return self.config.aux_coeff / (self.d if self.legacy_scaling and self.recipe > 1 else 1)
 
     def encode(self, x_Nd: Tensor) -> Tensor:
         """The k largest of relu(π)."""
@@ -67,12 +87,13 @@ class TopKSAE(SAE):
         return forward
 
     def aux_ratio(self, error_Nd: Tensor, acts_Nh: Tensor, dead_h: Tensor, keep_N: Tensor | None) -> Ratio:
-        """α AuxK's parts."""
+        """The parts of AuxK with its weight."""
         # Living latents count as 0 here: with fewer dead ones than aux_k the rest of the selection adds nothing,
         # so that the number of dead latents is never needed on the host.
         dead_Nh = keep_largest(acts_Nh * dead_h, self.aux_k)
         if keep_N is not None:
             error_Nd, dead_Nh = error_Nd * keep_N.unsqueeze(-1), self.masked(dead_Nh, keep_N)
         left_Nd = error_Nd - dead_Nh @ self.W_dec
-        numerator = self.config.aux_coeff * left_Nd.square().sum() * dead_h.any()
+        weight = self.aux_share * (self.variance if self.recipe > 1 else 1.0)
+        numerator = weight * left_Nd.square().sum() * dead_h.any()
         return Ratio(numerator, error_Nd.square().sum(dtype=torch.float64), error_Nd.sum(0, dtype=torch.float64))

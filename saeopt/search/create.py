@@ -12,6 +12,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 
+from saeopt.config import validate_run
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search import internals as db
@@ -126,12 +127,22 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
         if n_trials:
             raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
         return None
-    if text != spec.to_json():
+    if _today(text) not in (spec.to_json(), spec.older and spec.older.to_json()):
         raise UserError(
             f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
             " choose another --name, or delete the old one with 'saeopt.study delete'"
         )
     return Created(study_id, n_trials, False)
+
+
+def _today(text: str) -> str:
+    """A stored spec with what its base config lacks: fields that are newer, in their old meaning."""
+    spec = StudySpec.from_json(text)
+    try:
+        base = validate_run(spec.base, spec.name).model_dump(mode="json")
+    except UserError:  # it names something that is not here any more: certainly another study
+        return text
+    return spec.model_copy(update={"base": base}).to_json()
 
 
 def _difference(text: str, spec: StudySpec) -> str:

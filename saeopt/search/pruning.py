@@ -23,8 +23,9 @@ Curve = dict[int, list[float]]
 
 
 def warmup_samples(rule: EarlyStopping, config: RunConfig, total: int) -> int:
-    """Samples before which nothing is stopped: a share of the trial after the learning rate's warm-up."""
-    return min(config.warmup_samples + int(rule.warmup * total), max(total - 1, 0))
+    """Samples before which nothing is stopped: a share of the trial after the warm-ups of learning rate and λ."""
+    warmup = max(config.warmup_samples, config.sparsity_warmup(config.saes, total))
+    return min(warmup + int(rule.warmup * total), max(total - 1, 0))
 
 
 def make_pruner(rule: EarlyStopping, warmup: int, total: int) -> BasePruner:

@@ -12,7 +12,7 @@ from saeopt.config import RunConfig, dump_yaml
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
-from saeopt.training.launch import lambda_notice
+from saeopt.training.launch import notices
 from saeopt.training.memory import MemberShape, ModelShape, estimate
 from saeopt.training.naming import run_name
 from saeopt.training.setup import dictionary_width
@@ -26,7 +26,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     from saeopt.activations.language_model import lm_dtype
     from saeopt.evaluation.__main__ import choose_device
 
-    lambda_notice(config, resumed=False)
+    notices(config, resumed=False)
     chosen = choose_device(device)
     model, lm = weightless(config)
     members = shapes(config, model)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeopt.config import RunConfig, load_run_config
+from saeopt.config import RunConfig, load_run_config, recipe_notice
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.training.naming import run_name
@@ -46,7 +46,7 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
         log.warning("%s holds no final_config.yaml: starting over in it", resume)
         return load_run_config(path, overrides), resume
     before = load_run_config(saved)
-    now = load_run_config(path or saved, overrides)
+    now = load_run_config(path or saved, overrides, before.recipe)
     _check_agreement(before, now, saved)
     return now, resume
 
@@ -56,7 +56,7 @@ def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
     old, new = (flatten(c.model_dump(mode="json", exclude=MAY_DIFFER)) for c in (before, now))
     differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if differing:
-        key = differing[0]
+        key = "recipe" if "recipe" in differing else differing[0]  # the others follow from it
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise UserError(f"'{key}' is {new.get(key)!r}, but {saved} says {old.get(key)!r}{more}: not the same run")
 
@@ -120,8 +120,10 @@ def make_runtime(device: str) -> Runtime:
     return Runtime(choose_device(device))
 
 
-def lambda_notice(config: RunConfig, resumed: bool) -> None:
-    """What λ means here, for those who bring a config of the replaced system."""
+def notices(config: RunConfig, resumed: bool) -> None:
+    """What λ means here, for those who bring a config of the replaced system, and which defaults hold."""
+    if "recipe" not in config.model_fields_set and config.recipe == 2 and not resumed:
+        log.info(recipe_notice("the config"))
     if config.legacy_scaling is None and not resumed and "sparsity_coeff" in config.saes.model_fields_set:
         log.info(
             "'saes.sparsity_coeff' is in normalised units here (activations scaled to E|x| = sqrt(d), losses summed"

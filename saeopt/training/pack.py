@@ -94,7 +94,7 @@ class Pack:
             sae.d,
             sae.h,
             sae.W_enc.dtype,
-            sae.legacy_scaling,
+            (sae.legacy_scaling, sae.recipe),
             sae.config.normalize_activations,  # a stack shares one scaled x
             member.config.adam_betas,
             member.config.performance,
@@ -177,7 +177,13 @@ class Pack:
 def detached(sae: SAE) -> SAE:
     """A copy with tensors of its own (a member's SAE is a view of its stack)."""
     copied = type(sae)(
-        sae.d, sae.h, sae.config, legacy_scaling=sae.legacy_scaling, dtype=sae.W_enc.dtype, device=sae.W_enc.device
+        sae.d,
+        sae.h,
+        sae.config,
+        legacy_scaling=sae.legacy_scaling,
+        recipe=sae.recipe,
+        dtype=sae.W_enc.dtype,
+        device=sae.W_enc.device,
     )
     with torch.no_grad():
         copied.load_state_dict(sae.state_dict())

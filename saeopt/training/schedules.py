@@ -1,4 +1,4 @@
-"""Learning rate and β as pure functions of the number of samples consumed."""
+"""Learning rate, λ and β as pure functions of the number of samples consumed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ def lr_factor(config: RunConfig, samples: int, total: int) -> float:
     """The learning rate at the end of a window as a share of `lr`.
 
     Linear warm-up from 0; then constant, cosine to `min_lr_factor` (Loshchilov & Hutter 2017), or constant
-    and a linear fall to `min_lr_factor` over the last `cooldown_samples`.
+    and a linear fall to `min_lr_factor` over the last `cooldown_samples` (20 % of the run).
     """
     warmup = config.warmup_samples
     if samples < warmup:
         return samples / warmup
-    if config.lr_schedule == "constant":
+    if config.schedule == "constant":
         return 1.0
     low = config.min_lr_factor
-    if config.lr_schedule == "cosine":
+    if config.schedule == "cosine":
         progress = min(1.0, (samples - warmup) / max(1, total - warmup))
         return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
-    fall = total - warmup if config.cooldown_samples is None else config.cooldown_samples
+    fall = config.cooldown(total)
     progress = min(1.0, max(0.0, (samples - (total - fall)) / max(1, fall)))
     return 1.0 - (1 - low) * progress
+
+
+def sparsity_factor(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> float:
+    """λ at the end of a window as a share of `sparsity_coeff`: a linear warm-up (Anthropic, April 2024)."""
+    warmup = config.sparsity_warmup(sae, total)
+    return samples / warmup if samples < warmup else 1.0
 
 
 def beta(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> float:
@@ -45,7 +51,7 @@ def hyper(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> Hyper:
     """One member's numbers for the window that ends at `samples`."""
     return Hyper(
         lr=config.lr * lr_factor(config, samples, total),
-        sparsity_coeff=sae.sparsity_coeff,
+        sparsity_coeff=sae.sparsity_coeff * sparsity_factor(config, sae, samples, total),
         beta=beta(config, sae, samples, total),
         max_grad_norm=math.inf if config.max_grad_norm is None else config.max_grad_norm,
     )

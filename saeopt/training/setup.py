@@ -52,9 +52,22 @@ def check_schedules(plans: Sequence[TrialPlan], total: int) -> None:
         UserError: naming the field.
     """
     for plan in plans:
-        warmup = plan.config.warmup_samples
-        if plan.config.data.n_train_samples is None and warmup > total:
-            raise UserError(f"'warmup_samples' ({warmup}) exceeds the {total} samples of one pass over the data")
+        config = plan.config
+        if config.data.n_train_samples is not None:
+            continue  # it was checked with the config
+        warmups = {
+            "warmup_samples": config.warmup_samples,
+            "saes.sparsity_warmup_samples": config.saes.sparsity_warmup_samples or 0,
+        }
+        for field, warmup in warmups.items():
+            if warmup > total:
+                raise UserError(f"'{field}' ({warmup}) exceeds the {total} samples of one pass over the data")
+        if config.recipe == 2 and (config.schedule == "linear" or config.saes.sparsity_warmup_samples is None):
+            log.info(
+                "%s: 'data.n_train_samples' is not given: the learning rate does not fall and λ does not warm up,"
+                " unless told in samples",
+                plan.name,
+            )
 
 
 def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
@@ -84,6 +97,7 @@ def blank_members(plan: TrialPlan, hook_points: Sequence[str], model: LanguageMo
             dictionary_width(section.dict_size_to_input_ratio, d),
             section,
             legacy_scaling=bool(plan.config.legacy_scaling),
+            recipe=plan.config.recipe,
             dtype=runtime.weights_dtype,
             device=runtime.device,
         )
@@ -108,17 +122,24 @@ def calibrate(
     found = calibration(sorted({m.hook_point for m in members}), model, tokens, config)
     limits = runtime.agree({hook: measured.norm_limit for hook, measured in found.items()})
     for member in members:
-        sae, x_Nd = member.sae, found[member.hook_point].x_Nd.to(runtime.weights_dtype)
-        sae.norm_limit = limits[member.hook_point]
-        mean_norm = _mean_norm(member.hook_point, x_Nd)
-        if member.config.saes.pretrained_sae_paths:
-            load_pretrained(member)
-        else:
-            if member.sae_config.normalize_activations and not member.config.legacy_scaling:
-                sae.scale.fill_(math.sqrt(sae.d) / mean_norm)
-            seed = derived_seed("initial weights", member.config.seed, member.hook_point)
-            sae.initialise((x_Nd * sae.scale.cpu()).to(runtime.device), torch.Generator().manual_seed(seed))
-        runtime.broadcast(list(sae.state_dict().values()))
+        member.sae.norm_limit = limits[member.hook_point]
+        begin(member, found[member.hook_point].x_Nd, runtime)
+
+
+def begin(member: Member, x_Nd: Tensor, runtime: Runtime) -> None:
+    """A new member's scale and initial (or pretrained) weights, from unmasked activations of the stream's beginning."""
+    sae, x_Nd = member.sae, x_Nd.to(runtime.weights_dtype)
+    mean_norm = _mean_norm(member.hook_point, x_Nd)
+    if member.config.saes.pretrained_sae_paths:
+        load_pretrained(member)
+    elif member.sae_config.normalize_activations and not member.config.legacy_scaling:
+        sae.scale.fill_(math.sqrt(sae.d) / mean_norm)
+    x_Nd = (x_Nd * sae.scale.to(x_Nd.device)).to(runtime.device)
+    sae.measure(x_Nd)
+    if not member.config.saes.pretrained_sae_paths:
+        seed = derived_seed("initial weights", member.config.seed, member.hook_point)
+        sae.initialise(x_Nd, torch.Generator().manual_seed(seed))
+    runtime.broadcast(list(sae.state_dict().values()))
 
 
 def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
@@ -164,4 +185,7 @@ def load_pretrained(member: Member) -> None:
             f"{path}: holds a {sae.config.sae_type} SAE with d={sae.d}, h={sae.h}; "
             f"the config asks for {own.config.sae_type} with d={own.d}, h={own.h} at {member.hook_point}"
         )
-    own.load_state_dict({name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()})
+    state = {name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()}
+    own.load_state_dict({name: state.get(name, tensor) for name, tensor in own.state_dict().items()})
+    if own.unit_rows and own.config.retrain_saes and own.rescale_rows():
+        log.warning("%s: its decoder rows are made 1 long (saes.decoder_norm: free keeps them)", path)

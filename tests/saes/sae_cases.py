@@ -14,6 +14,8 @@ from saeopt.saes.registry import ARCHITECTURES, get_sae
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in ARCHITECTURES),
     *((name, {"decoder_norm": "unit"}) for name in ARCHITECTURES),
+    ("topk", {"decoder_norm": "free"}),
+    ("gated", {"decoder_norm": "free"}),
     ("topk", {"k": 3, "aux_k": 2}),
     ("gated", {"magnitude_activation": None}),
     ("hard_concrete", {"input_dependent_gates": False}),
@@ -31,13 +33,14 @@ def build(
     h: int = 15,
     seed: int = 0,
     legacy: bool = False,
+    recipe: int = 2,
     dtype: torch.dtype = torch.float64,
 ) -> SAE:
     """An SAE whose every parameter is random and not 0; topk keeps 4 unless told."""
     cls = get_sae(sae_type)
     chosen = {"k": 4, **(fields or {})} if sae_type == "topk" else fields or {}
     config = cls.Config(sae_type=sae_type, sae_positions=["hook"], **chosen)
-    sae = cls(d, h, config, legacy_scaling=legacy, dtype=dtype)
+    sae = cls(d, h, config, legacy_scaling=legacy, recipe=recipe, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():

@@ -22,9 +22,10 @@ GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 X = torch.tensor(GOLDEN["x"], dtype=torch.float64)
 
 
-def golden(sae_type: str, **fields: Any) -> SAE:
+def golden(sae_type: str, recipe: int = 2, **fields: Any) -> SAE:
     cls = get_sae(sae_type)
-    sae = cls(3, 6, cls.Config(sae_type=sae_type, sae_positions=["hook"], **fields), dtype=torch.float64)
+    config = cls.Config(sae_type=sae_type, sae_positions=["hook"], **fields)
+    sae = cls(3, 6, config, recipe=recipe, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.copy_(torch.tensor(GOLDEN[name]))
@@ -60,14 +61,21 @@ def test_relu_loss_and_gradients() -> None:
     torch.testing.assert_close(sae.encode(X), torch.tensor(GOLDEN["relu_code"]).double(), rtol=1e-6, atol=1e-6)
 
 
-def test_gated_loss_and_gradients() -> None:
-    sae = golden("gated")
+GATED_W_DEC = [
+    (1, {}, 2.3289),  # rows are free, the auxiliary decoder is frozen
+    (2, {"decoder_norm": "free"}, 3.7016),  # nothing is frozen: sae-lens' form
+    (2, {}, 2.2224),  # rows of norm 1: the penalty does not reach them
+]
+
+
+@pytest.mark.parametrize(("recipe", "fields", "norm_of_W_dec"), GATED_W_DEC)
+def test_gated_loss_and_gradients(recipe: int, fields: dict[str, Any], norm_of_W_dec: float) -> None:
+    sae = golden("gated", recipe, **fields)
     loss, terms = means(sae)
     assert loss == near(1.3937652)
     assert terms == {"mse": near(0.6278920), "sparsity": near(0.2925601), "aux": near(0.4733131)}
-    # 2.2224 would be ‖W_dec‖ in the penalty detached too, 3.7016 the auxiliary decoder not frozen
     assert norm(sae, "W_enc") == pytest.approx(4.2892, abs=5e-5)
-    assert norm(sae, "W_dec") == pytest.approx(2.3289, abs=5e-5)
+    assert norm(sae, "W_dec") == pytest.approx(norm_of_W_dec, abs=5e-5)
     torch.testing.assert_close(sae.encode(X), torch.tensor(GOLDEN["gated_code"]).double(), rtol=1e-6, atol=1e-6)
 
 

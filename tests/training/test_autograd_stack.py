@@ -256,7 +256,8 @@ def test_a_window_of_masked_tokens_alone_is_harmless() -> None:
     for sae, old in zip(stack.saes, before, strict=True):
         for name, tensor in sae.state_dict().items():
             if name != "beta":
-                torch.testing.assert_close(tensor, old[name], rtol=1e-12, atol=0)
+                # unit rows start with the precision of float32 and are then made 1 long in float64
+                torch.testing.assert_close(tensor, old[name], rtol=3e-7, atol=0)
     assert all(m["finite"] == 1 for m in stack.metrics())
 
 

@@ -22,6 +22,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "relu", "legacy": True, "mse_coeff": 0.7},
     {"sae_type": "gated"},
     {"sae_type": "gated", "decoder_norm": "unit", "magnitude_activation": "softplus", "aux_coeff": 0.3},
+    {"sae_type": "gated", "decoder_norm": "free"},
+    {"sae_type": "gated", "recipe": 1},
     {"sae_type": "gated", "legacy": True, "magnitude_activation": None},
     {"sae_type": "hard_concrete"},
     {"sae_type": "hard_concrete", "input_dependent_gates": False, "magnitude_activation": "relu"},
@@ -30,7 +32,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "gated_hard_concrete", "aux_form": "seed", "legacy": True},
     {"sae_type": "gated_hard_concrete", "decoder_norm": "unit", "magnitude_activation": "softplus"},
     {"sae_type": "topk", "k": 3},
-    {"sae_type": "topk", "k": 2, "h": 64, "decoder_norm": "unit", "aux_k": 4},
+    {"sae_type": "topk", "k": 2, "h": 64, "decoder_norm": "free", "aux_k": 4},
+    {"sae_type": "topk", "k": 3, "recipe": 1},
     {"sae_type": "topk", "k": 4, "legacy": True, "mse_coeff": 0.5},
     {"sae_type": "topk", "k": [3, 1, 5]},
 ]
@@ -47,14 +50,15 @@ def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: st
 
     A list in the variant gives each member its own.
     """
-    fields = {k: v for k, v in variant.items() if k not in ("legacy", "d", "h")}
+    fields = {k: v for k, v in variant.items() if k not in ("legacy", "recipe", "d", "h")}
     d, h = variant.get("d", D), variant.get("h", H)
     cls = get_sae(fields["sae_type"])
     saes = []
     for i in range(n):
         own = {name: value[i] if isinstance(value, list) else value for name, value in fields.items()}
         config = cls.Config(sae_positions=["x"], **own)
-        sae = cls(d, h, config, legacy_scaling=variant.get("legacy", False), dtype=dtype)
+        legacy, recipe = variant.get("legacy", False), variant.get("recipe", 2)
+        sae = cls(d, h, config, legacy_scaling=legacy, recipe=recipe, dtype=dtype)
         generator = torch.Generator().manual_seed(100 * seed + i)
         with torch.no_grad():
             for parameter in sae.parameters():
@@ -63,9 +67,10 @@ def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: st
             for bias in ("b_enc", "b_gate", "b_mag"):
                 if bias in dict(sae.named_parameters()):
                     sae.get_parameter(bias)[3] = -50.0
-            if config.decoder_norm == "unit":
-                sae.after_step()
+            sae.after_step()
             sae.scale.fill_(0.8)
+            if "variance" in dict(sae.named_buffers()):
+                sae.get_buffer("variance").fill_(5.0 + i)  # each member's own, whatever the stream
         saes.append(sae.to(device))
     return saes
 

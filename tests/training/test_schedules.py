@@ -16,7 +16,7 @@ def test_warmup_is_linear_from_zero(make_config):
 
 
 def test_cosine_ends_at_min_lr_factor(make_config):
-    config = make_config(warmup_samples=0, min_lr_factor=0.1)
+    config = make_config(lr_schedule="cosine", warmup_samples=0, min_lr_factor=0.1)
     assert lr_factor(config, 128, 256) == pytest.approx(0.1 + 0.9 * 0.5)
     assert lr_factor(config, 64, 256) == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert lr_factor(config, 256, 256) == pytest.approx(0.1)
@@ -29,9 +29,33 @@ def test_linear_is_flat_until_the_cooldown(make_config):
     assert lr_factor(config, 256, 256) == pytest.approx(0.2)
 
 
-def test_linear_without_cooldown_falls_from_the_end_of_the_warmup(make_config):
-    config = make_config(lr_schedule="linear", warmup_samples=56, min_lr_factor=0.0)
+def test_recipe_1_falls_linearly_from_the_end_of_the_warmup(make_config):
+    config = make_config(recipe=1, lr_schedule="linear", warmup_samples=56, min_lr_factor=0.0)
     assert lr_factor(config, 156, 256) == pytest.approx(0.5)
+
+
+def test_recipe_2_falls_over_the_last_fifth(make_config):
+    config = make_config(warmup_samples=10, min_lr_factor=0.0, **{"data.n_train_samples": 500})
+    assert [lr_factor(config, n, 500) for n in (5, 10, 400, 450, 500)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+    late = make_config(warmup_samples=450, min_lr_factor=0.0, **{"data.n_train_samples": 500})
+    assert [lr_factor(late, n, 500) for n in (450, 475, 500)] == pytest.approx([1, 0.5, 0])
+
+
+def test_lambda_rises_over_the_first_twentieth_of_recipe_2(make_config):
+    given = {"data.n_train_samples": 500, "saes.sparsity_coeff": 8}
+    config = make_config(**given)
+    rising = [hyper(config, config.saes, n, 500).sparsity_coeff for n in (5, 20, 25, 500)]
+    assert rising == pytest.approx([1.6, 6.4, 8, 8])
+    told = make_config(**given, **{"saes.sparsity_warmup_samples": 100})
+    assert hyper(told, told.saes, 25, 500).sparsity_coeff == pytest.approx(2)
+    first = make_config(recipe=1, **given)
+    assert hyper(first, first.saes, 1, 500).sparsity_coeff == 8
+
+
+def test_a_share_of_an_unknown_length_is_nothing(make_config):
+    config = make_config(**{"data.n_train_samples": None})
+    assert [lr_factor(config, n, 500) for n in (450, 500)] == [1, 1]
+    assert hyper(config, config.saes, 1, 500).sparsity_coeff == config.saes.sparsity_coeff
 
 
 def test_constant_stays(make_config):

@@ -36,6 +36,7 @@ class Form(NamedTuple):
     magnitude: str
     limits: tuple[float, float]
     seed_aux: bool
+    frozen_aux: bool
     per_input_gate: bool
 
     @classmethod
@@ -47,10 +48,11 @@ class Form(NamedTuple):
             mse=config.mse_coeff * share,
             aux=getattr(config, "aux_coeff", 0.0) * share,
             penalty=1.0 if config.sae_type == "gated" else share,
-            unit=config.decoder_norm == "unit",
+            unit=sae.unit_rows,
             magnitude=getattr(config, "magnitude_activation", "relu"),
             limits=getattr(config, "hard_concrete_stretch_limits", (-0.1, 1.1)),
             seed_aux=getattr(config, "aux_form", "gated") == "seed",
+            frozen_aux=getattr(sae, "frozen_aux", True),
             per_input_gate=getattr(config, "input_dependent_gates", True),
         )
 
@@ -144,12 +146,13 @@ def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
     if not architecture.back_needs_pre:
         pres = []  # what is not needed any more makes room
     decoded = [torch.bmm(code, given.low["W_dec"]) for code in codes]
+    decoding = codes[:1] if form.frozen_aux else codes[:]  # through what W_dec learns
     del codes[1:]
     g_errors, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
     g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
     back: Back = call(architecture.back, form, given, pres, codes, g_codes)
     g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
-    products = [("W_dec", codes[0], g_errors[0])]
+    products = [("W_dec", joined(decoding), joined(g_errors[: len(decoding)]))]
     products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
     return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
 
@@ -160,7 +163,7 @@ def centre(given: Given) -> Tensor:
 
 
 def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Gradients of the reconstructions by the codes, Σ over tokens of the first, its ‖error‖², and the losses."""
+    """Gradients of the reconstructions by the codes, b_dec's of them, the first's ‖error‖², and the losses."""
     b_dec_M1d = column(given.vectors["b_dec"])
     error = [masked(d_MNd + b_dec_M1d - given.x_Nd, given.keep_N) for d_MNd in decoded]
     coefficients = (form.mse, form.aux)[: len(decoded)]
@@ -169,7 +172,10 @@ def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor
     loss_M = form.mse * squares[0]
     if len(squares) == 2:
         loss_M = loss_M + form.aux * squares[1]
-    return gradients, gradients[0].sum(1, dtype=given.x_Nd.dtype), squares[0], loss_M
+    g_b_dec = gradients[0].sum(1, dtype=given.x_Nd.dtype)
+    if not form.frozen_aux:
+        g_b_dec = g_b_dec + gradients[1].sum(1, dtype=given.x_Nd.dtype)
+    return gradients, g_b_dec, squares[0], loss_M
 
 
 def last_sums(
@@ -342,6 +348,11 @@ ARCHITECTURES = {
 def column(vector_Mh: Tensor) -> Tensor:
     """(M, h) against (M, N, h)."""
     return vector_Mh.unsqueeze(1)
+
+
+def joined(parts_MNx: list[Tensor]) -> Tensor:
+    """The tokens of several parts one after another, (M, parts · N, x)."""
+    return parts_MNx[0] if len(parts_MNx) == 1 else torch.cat(parts_MNx, 1)
 
 
 def masked(rows_MNx: Tensor, keep_N: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ so many windows an upper bound of the latents that can be dead soon is sent, and
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,11 +29,12 @@ class GpuSparseStack(GpuStack):
     architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
 
     def _prepare(self) -> None:
-        config: Any = self.saes[0].config
         ks = [sae.config.k for sae in self.saes]  # type: ignore[attr-defined]
         self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=self.device)
         self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
-        self.aux_coeff: float = config.aux_coeff
+        self.aux_share: float = self.saes[0].aux_share  # type: ignore[assignment]
+        ones_M = torch.ones(len(ks), device=self.device)
+        self.variance_M = self.packed.buffers.get("variance", ones_M)  # read in place: a checkpoint may be loaded
         self.windows = self.rows_per_window = self.capacity = 0
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
         self.side = side_stream("auxiliary loss", self.device)
@@ -146,7 +147,7 @@ class GpuSparseStack(GpuStack):
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         f, W_dec, W_enc, places = dead
         with torch.cuda.stream(self.side):
-            found = self._call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.aux_coeff)
+            found = self._call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
         names = (AUX + "W_dec", AUX + "W_enc", AUX + "b_enc", AUX + "b_dec", "numerator")
         return dict(zip(names, found, strict=True)) | {AUX + "places": places}
 
@@ -241,13 +242,15 @@ def of_dead(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, places: Tensor) -> tupl
 
 
 def aux_gradients(
-    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor, coefficient: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of coefficient · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
+    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor, variance_M: Tensor,
+    share: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of share · V · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
+    weight_M = share * variance_M
     left = error.float() + torch.bmm(f, W_dec).float()
-    g_hat = (2 * coefficient * left).to(f.dtype)
+    g_hat = (2 * weight_M[:, None, None] * left).to(f.dtype)
     g_f = torch.where(f > 0, torch.bmm(g_hat, W_dec.mT), 0.0)
     g_bias = g_f.sum(1, dtype=torch.float32)
     g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
-    numerator = coefficient * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
+    numerator = weight_M * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
     return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator

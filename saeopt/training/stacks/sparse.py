@@ -88,9 +88,8 @@ class SparseStack(FusedStack):
     architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
 
     def _prepare(self) -> None:
-        config: Any = self.saes[0].config
         self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
-        self.aux_coeff: float = config.aux_coeff
+        self.aux_share: float = self.saes[0].aux_share  # type: ignore[assignment]
         self.aux_grads: Store = {}
         super()._prepare()
         self.window["ratio"] = self._zeros(len(self.saes), self.d + 2)  # parts of `Ratio`
@@ -157,11 +156,12 @@ class SparseStack(FusedStack):
     def _accumulate_aux(
         self, member: int, weights: Store, dead: Code, error_Nd: Tensor, centred_Nd: Tensor, keep_N: Tensor | None
     ) -> None:
+        weight = self.aux_share * (float(self.packed.buffers["variance"][member]) if self.saes[0].recipe > 1 else 1.0)
         left_Nd = error_Nd.neg().sub_(weighted_rows(dead, weights["W_dec"]))
-        self.window["ratio"][member, 0] += self.aux_coeff * left_Nd.square().sum().double()
+        self.window["ratio"][member, 0] += weight * left_Nd.square().sum().double()
         self._start_aux()
         grads = {name: tensor[member] for name, tensor in self.aux_grads.items()}
-        self._add_gradients(grads, weights, dead, left_Nd * (-2 * self.aux_coeff), centred_Nd, decoder_bias=False)
+        self._add_gradients(grads, weights, dead, left_Nd * (-2 * weight), centred_Nd, decoder_bias=False)
 
     def _start_aux(self) -> None:
         if not self.aux_grads:
