@@ -19,6 +19,7 @@ import numpy as np
 LEVELS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 Half = Literal["chosen_on", "reported_on"]
 Error = Literal["fvu", "ce_lost"]
+TITLES: dict[Error, str] = {"fvu": "FVU", "ce_lost": "CE recovered"}
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#444444")
 
 
@@ -90,7 +91,7 @@ def summary(points: list[Point]) -> dict[str, dict[str, dict[str, Any]]]:
             lr = chosen_lr(own)
             at_lr = [p for p in own if p.lr == lr]
             entry: dict[str, Any] = {"lr": lr, "seeds": sorted({p.seed for p in at_lr}), "levels": list(LEVELS)}
-            for error in ("fvu", "ce_lost"):
+            for error in TITLES:
                 rows = by_seed(at_lr, "reported_on", error)
                 entry[error] = _mean(rows).tolist()
                 entry[error + "_spread"] = (rows.std(0, ddof=1) if len(rows) > 1 else np.full(len(LEVELS), 0)).tolist()
@@ -121,7 +122,7 @@ def markdown(result: dict[str, dict[str, dict[str, Any]]], own: str) -> str:
     for sae_type, systems in result.items():
         head = " | ".join(f"{level:g}" for level in LEVELS)
         lines += [f"\n**{sae_type}**\n", f"| | lr | {head} | dead, held out |", "| --- " * (len(LEVELS) + 3) + "|"]
-        for error, title in (("fvu", "FVU"), ("ce_lost", "CE recovered")):
+        for error, title in TITLES.items():
             for system, entry in systems.items():
                 cells = [_cell(entry[error][i], entry[error + "_spread"][i], error) for i in range(len(LEVELS))]
                 dead = f"{entry['dead']:.1%}, {entry['dead_held_out']:.1%}" if error == "fvu" else ""
@@ -151,7 +152,7 @@ def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path
 
     figure, axes = plt.subplots(2, len(result), figsize=(4.2 * len(result), 7), squeeze=False, layout="constrained")
     for column, (sae_type, systems) in enumerate(result.items()):
-        for row, (error, title) in enumerate((("fvu", "FVU"), ("ce_lost", "1 − CE recovered"))):
+        for row, (error, title) in enumerate(TITLES.items()):
             ax = axes[row][column]
             for colour, (system, entry) in zip(COLOURS, systems.items(), strict=False):
                 ax.errorbar(
@@ -161,7 +162,14 @@ def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path
                 own = [p.metrics["reported_on"] for p in points
                        if (p.system, p.sae_type, p.lr) == (system, sae_type, entry["lr"])]  # fmt: skip
                 ax.plot([m["l0"] for m in own], [error_of(m, error) for m in own], ".", color=colour, ms=3, alpha=0.5)
-            ax.set(xscale="log", yscale="log", xlabel="L0", ylabel=title, title=sae_type, xlim=(3, 90))
+            ax.set(
+                xscale="log",
+                yscale="log",
+                xlabel="L0",
+                ylabel="FVU" if row == 0 else f"1 − {title}",
+                title=sae_type,
+                xlim=(3, 90),
+            )
             ax.grid(alpha=0.3, which="both")
             ax.legend(fontsize=7)
     figure.savefig(path, dpi=130)
