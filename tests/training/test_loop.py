@@ -65,7 +65,8 @@ def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_con
 
 
 def test_training_learns(make_config, runtime, tmp_path):
-    config = make_config(**{"data.n_train_samples": 2048, "lr": 1e-2, "save_every_n_samples": 0})
+    same_loss = {"saes.sparsity_warmup_samples": 0}  # a rising λ would raise the loss
+    config = make_config(**{"data.n_train_samples": 2048, "lr": 1e-2, "save_every_n_samples": 0}, **same_loss)
     train_pack([plan(config, tmp_path, "a")], runtime)
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
