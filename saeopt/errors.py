@@ -21,14 +21,29 @@ _OTHER_RANK_SECONDS = 5
 class UserError(Exception):
     """Bad input. The message is one line that names the file or field and says what would be right."""
 
+    exit_code = 2
 
-def fail(message: str) -> NoReturn:
-    """Write one line to stderr and exit with code 2; of several ranks rank 0 speaks first."""
+
+class HostError(UserError):
+    """A fault of the host, not of what it was asked to do: a full disk, a folder that cannot be written."""
+
+
+class WorkerFault(UserError):
+    """This worker can train nothing of its study, and another could: a fault of its host, its store or its version.
+
+    An exit code of its own, so that supervisors wait before they start it again.
+    """
+
+    exit_code = 3
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Write one line to stderr and exit; of several ranks rank 0 speaks first."""
     if int(os.environ.get("RANK") or 0) > 0:
         time.sleep(_OTHER_RANK_SECONDS)
     sys.stderr.write("saeopt: error: " + " ".join(message.split()) + "\n")
     sys.stderr.flush()
-    sys.exit(2)
+    sys.exit(code)
 
 
 def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
@@ -43,7 +58,7 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except UserError as error:
-        fail(redact(str(error)))
+        fail(redact(str(error)), error.exit_code)
     except OSError as error:
         if error.filename is None:
             raise

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from saeopt.errors import UserError
+from saeopt.errors import HostError
 
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -19,21 +19,55 @@ _FULL = {
     errno.EFBIG: "the file is too big",
 }
 _counter = itertools.count()
+_fences: dict[Path, Path] = {}
 
 
-def write_error(path: str | Path, error: BaseException) -> UserError:
+class LostRun(Exception):
+    """The run folder is another process's now: nothing of this one may be written into it."""
+
+
+def fence(folder: Path, scratch: Path) -> None:
+    """Write into `folder` by way of `scratch`, a folder in it: when that is gone, so is the right to write."""
+    _fences[folder.absolute()] = scratch.absolute()
+
+
+def unfence(folder: Path) -> None:
+    """The folder is written into like any other."""
+    _fences.pop(folder.absolute(), None)
+
+
+def _scratch(target: Path) -> Path | None:
+    """Where files of a fenced folder are made; None for any other folder."""
+    if not _fences:
+        return None
+    return next((_fences[folder] for folder in target.absolute().parents if folder in _fences), None)
+
+
+def is_owned(folder: Path) -> bool:
+    """False where `folder` is a fenced one that another process has taken over."""
+    scratch = _scratch(folder / "any")
+    return scratch is None or scratch.is_dir()
+
+
+def check_owned(path: Path) -> None:
+    """Raise :class:`LostRun` when `path`, a folder or a file in one, is another process's now."""
+    if not is_owned(path):
+        raise LostRun(f"{path}: another process has taken the run over")
+
+
+def write_error(path: str | Path, error: BaseException) -> HostError:
     """What a failed write means for a person. Also understands libraries that only give the system's text."""
     number = getattr(error, "errno", None)
     if number is None:
         number = next((n for n in _FULL if f"(os error {n})" in str(error)), None)
     if number in _FULL:
-        return UserError(f"{path}: cannot be written: {_FULL[number]}; files written before are intact")
-    return UserError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
+        return HostError(f"{path}: cannot be written: {_FULL[number]}; files written before are intact")
+    return HostError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
-def read_error(path: str | Path, error: BaseException) -> UserError:
+def read_error(path: str | Path, error: BaseException) -> HostError:
     """What a failed read means for a person: the content is not known, so that nothing may be put in its place."""
-    return UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
+    return HostError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,12 +85,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed, on failure it is removed.
 
     The folder is made where it is missing. Permissions are those of any new file there (umask), also where a library
-    puts a file of its own in place of the temporary one. An :class:`OSError` becomes a :class:`UserError` that names
-    the file.
+    puts a file of its own in place of the temporary one.
+
+    Raises:
+        HostError: for any :class:`OSError`; it names the file.
+        LostRun: it lies in a run folder that another process has taken over.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{next(_counter)}.tmp")
+    scratch = _scratch(target)
+    temporary = (scratch or target.parent) / f".{target.name}.{os.getpid()}-{next(_counter)}.tmp"
     try:
+        check_owned(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -69,10 +108,23 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
         sync_folder(target.parent)
     except OSError as error:
+        check_owned(target)
         raise write_error(target, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file if it is there; in a fenced folder by a rename, which fails for those who have lost it."""
+    scratch = _scratch(path)
+    if scratch is None:
+        path.unlink(missing_ok=True)
+        return
+    check_owned(path)
+    with suppress(FileNotFoundError):
+        path.rename(scratch / f".{path.name}.{next(_counter)}.tmp").unlink(missing_ok=True)
+    check_owned(path)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -110,7 +110,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
             with out_of_memory(config, runtime):
                 result = train_pack([plan], runtime, observer)[plan.name]
         except UserError:
-            if fresh and runtime.is_main and not any(run_dir.iterdir()):
+            if fresh and runtime.is_main and run_dir.is_dir() and not any(run_dir.iterdir()):
                 run_dir.rmdir()
             raise
     code = _close(plan, result, runtime)
@@ -130,6 +130,8 @@ def _close(plan: TrialPlan, result: TrialResult, runtime: Runtime) -> int:
     if result.status == "interrupted":
         log.info("interrupted after %s samples; go on with --resume %s", f"{result.samples:,}", plan.run_dir)
         return 0
+    if result.status == "lost":
+        raise UserError(f"{plan.run_dir}: another process has taken this run over")
     if result.reason:
         log.warning("%s: %s", result.status, result.reason)
     print_run(plan.run_dir, result.evaluation)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeopt.config.settings import settings
-from saeopt.config.study import CPU_PACK, LARGEST_PACK, MEMORY_SHARE
+from saeopt.config.study import CPU_PACK
 from saeopt.errors import UserError, run_cli
 
 if TYPE_CHECKING:
+    from saeopt.config.run import RunConfig
     from saeopt.config.study import StudySpec
     from saeopt.search.space import Space
-    from saeopt.training.plan import Observer, TrialPlan, TrialResult
-    from saeopt.training.runtime import Runtime
+    from saeopt.training.plan import Observer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _SAME_REQUEST = 1.0
@@ -77,26 +77,60 @@ def worker(
         work(storage, study, options, size, interrupted)
 
 
-def work(storage: str | None, study: str, options: Any, pack: int | str | None, interrupted: threading.Event) -> int:
-    """One device's worker in this process; returns the number of trials told."""
+def work(
+    storage: str | None,
+    study: str,
+    options: Any,
+    pack: int | str | None,
+    interrupted: threading.Event,
+    context: Any = None,
+) -> int:
+    """One device's worker in this process; returns the number of trials told.
+
+    Trials are trained in a child process (started through `context`, a multiprocessing context), with --sequential in
+    this one.
+    """
     from saeopt.search import claims
     from saeopt.search.storage import Store
+    from saeopt.worker_local import LocalTraining
     from saeopt.worker_loop import Worker
+    from saeopt.worker_training import ChildTraining
 
-    store = Store.open(storage, create=False, patience=60)
-    trainer = _Trainer(options.device)
+    child = None if options.sequential else ChildTraining(options.device, context)
+    if child is not None:
+        child.start()  # it imports for some seconds, while the store is opened
+    local = LocalTraining(options.device)
     try:
+        store = Store.open(storage, create=False, patience=60)
         spec = store.spec(study)
         wanted = spec.pack if pack is None else pack
 
         def limit(space: Space) -> int:
-            size = wanted if isinstance(wanted, int) else trainer.fitting(space)
+            size = wanted if isinstance(wanted, int) else fitting(space)
             share_activations(spec, size, sum(claims.counts(store, store.study_id(study)).values()))
             return size
 
-        return Worker(store, study, options, trainer, limit, interrupted).run()
+        def fitting(space: Space) -> int:
+            if options.device == "cpu":
+                return CPU_PACK
+            return (child or local).fitting(space.largest().config)
+
+        def probe(config: RunConfig, architecture: bool, observer: Observer) -> None:
+            if child is None:
+                local.probe(config, architecture, spec.runs)
+            else:
+                child.probe(config, architecture, spec.runs, observer)
+
+        if child is not None:
+            child.stall = spec.stall
+        train = child or local
+        try:
+            return Worker(store, study, options, train, limit, interrupted, probe).run()
+        finally:
+            store.close()
     finally:
-        store.close()
+        if child is not None:
+            child.close()
 
 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
@@ -105,39 +139,6 @@ def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
         kept = settings().cache_dir
         root = spec.runs if kept is None else Path(kept)
         os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))
-
-
-class _Trainer:
-    """The training loop on one device; the runtime, with language model and tokens, stays warm between packs."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._runtime: Runtime | None = None
-
-    @property
-    def runtime(self) -> Runtime:
-        if self._runtime is None:
-            from saeopt.training.launch import make_runtime
-
-            self._runtime = make_runtime(self.device)
-        return self._runtime
-
-    def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
-        from saeopt.training import train_pack
-
-        return train_pack(plans, self.runtime, observer)
-
-    def fitting(self, space: Space) -> int:
-        """How many trials of the space's middle fit into the device's free memory (an error halves it later)."""
-        import torch
-
-        device = self.runtime.device
-        if device.type != "cuda":
-            return CPU_PACK
-        from saeopt.training.dry_run import fitting
-
-        free = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
-        return fitting(space.largest().config, free, device, LARGEST_PACK)
 
 
 def pack_size(text: str | None) -> int | str | None:

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-import errno
-import gc
-import itertools
 import os
 import random
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from saeopt.config import RunConfig, load_run_config
+from saeopt.config.run import RunConfig
 from saeopt.console import log
-from saeopt.errors import UserError
-from saeopt.files import read_error
+from saeopt.errors import HostError, UserError, WorkerFault
+from saeopt.pulse import listen
 from saeopt.search import claims, monitoring
-from saeopt.search.attributes import REASON, evaluation_attributes
-from saeopt.search.claims import Claim
 from saeopt.search.heart import Heart
-from saeopt.search.objectives import objective_values, violations
-from saeopt.search.packing import Assignment, acquire
+from saeopt.search.packing import Assignment, Refused, acquire
 from saeopt.search.presence import Presence
 from saeopt.search.reports import Progress, Reports
 from saeopt.search.space import Space
-from saeopt.search.storage import Store, persistently
+from saeopt.search.storage import Store, StudyGone, is_transient, patience, persistently
 from saeopt.search.trial_log import trial_logs
-from saeopt.training.launch import EXHAUSTED, MAY_DIFFER
-from saeopt.training.plan import LOST, Metrics, Observer, TrialPlan, TrialResult
-from saeopt.training.run_folder import RunFolder, resume_point
+from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.worker_faults import (
+    Failure,
+    TrainingDied,
+    TrainingLeft,
+    TrainingStalled,
+    failure_of,
+    free_memory,
+)  # fmt: skip
+from saeopt.worker_folder import same_start, start_of
+from saeopt.worker_outcomes import Outcomes
 
+__all__ = ["Options", "Worker", "start_of"]
+
+_TELL_SECONDS = 5.0
+"""How long the others of a pack wait while a trial that has ended is told."""
 LEAVE_SECONDS = 9.0
 """A scheduler kills ten seconds after its signal: what has not been given back by then is given back at once."""
-_FULL_DISK_PAUSE = 30.0
+_HOST_PAUSE = 30.0
+"""After a fault of the host: a disk may have room again."""
 
 Trainer = Callable[[Sequence[TrialPlan], Observer], dict[str, TrialResult]]
 Limit = Callable[[Space], int]
+Probe = Callable[[RunConfig, bool, Observer], None]
+"""Raises what would keep a trial like this one from being trained here; its architecture may be left out."""
 
 
 @dataclass(frozen=True)
@@ -62,36 +68,59 @@ class Worker:
     """One device's worker. `train` trains plans together; `limit` says how many fit (asked once)."""
 
     def __init__(
-        self, store: Store, name: str, options: Options, train: Trainer, limit: Limit, interrupted: threading.Event
+        self,
+        store: Store,
+        name: str,
+        options: Options,
+        train: Trainer,
+        limit: Limit,
+        interrupted: threading.Event,
+        probe: Probe = lambda config, architecture, observer: None,
     ) -> None:
         self.store, self.options, self.train, self.interrupted = store, options, train, interrupted
-        self.spec, self.study_id = store.spec(name), store.study_id(name)
+        self.study_id = store.study_id(name)
+        self.identity = store.identity(self.study_id)  # before the spec: a study that is another one now has another
+        self.spec = store.spec(name)
         self.space = Space(self.spec)
         host, pid = socket.gethostname(), os.getpid()
         label = f"{host}/{pid}/{options.device}"
         self.me = Presence(label, host, options.device, pid, time.time())
-        self.heart = Heart(store, self.study_id, self.spec, self.me)
+        self.heart = Heart(store, self.study_id, self.spec, self.me, self.identity)
         self.reports = Reports(store, self.study_id, self.spec)
-        self._ask_limit = limit
+        self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self._leaving)
+        self._ask_limit, self._probe = limit, probe
         self._limit: int | None = None
         self._ended = threading.Event()
-        self._progress: dict[str, Progress] = {}
-        self._results: dict[str, TrialResult] = {}
+        listen(self.heart.pulse)
 
     def run(self) -> int:
-        """Until the study is done, `max_trials` are told, or a signal comes; returns the number of trials told."""
+        """Until the study is done, `max_trials` are told, or a signal comes; returns the number of trials told.
+
+        Raises:
+            WorkerFault: nothing can be trained here, and it is not the trials' fault.
+        """
         self.heart.start()
         self.reports.start()
         guard = threading.Thread(target=self._leave_in_time, name="saeopt-leave", daemon=True)
         guard.start()
         try:
             self._loop()
+        except StudyGone:
+            self.heart.study_gone.set()
+        except Exception as error:
+            if is_transient(error):
+                raise WorkerFault(
+                    f"the store {self.store.shown} could not be reached for {patience():.0f} s"
+                ) from error
+            raise
         finally:
             for claim in self.heart.held():  # something unforeseen: the next worker goes on
-                self._give_back(claim, None)
+                self.outcomes.give_back(claim)
             self.reports.stop()
             self.heart.stop()
             self._ended.set()
+        if self.heart.study_gone.is_set():
+            log.warning("study %s was deleted, or made again as another one: this worker ends", self.spec.name)
         log.info(
             "this worker told %d trial%s of study %s", self.me.finished, "s"[: self.me.finished != 1], self.spec.name
         )
@@ -100,24 +129,81 @@ class Worker:
     # ---- the queue
     def _loop(self) -> None:
         idle_since: float | None = None
-        while not self.interrupted.is_set():
+        self._check_host()
+        while not (self.interrupted.is_set() or self.heart.study_gone.is_set()):
             room = self._room()
             if room == 0:
                 return
-            pack = acquire(self.heart, self.space, room, self._owner(), start_of)
+            pack = self._acquire(room)
             if pack:
                 idle_since = None
                 self._train_pack(pack)
-                monitoring.on_study_progress(self.store, self.study_id, self.spec)
+                monitoring.on_study_progress(self.store, self.study_id, self.spec, identity=self.identity)
                 continue
             if self._others_work():
                 idle_since = None
             else:
                 idle_since = idle_since or time.monotonic()
                 if time.monotonic() - idle_since >= self.options.idle_timeout:
-                    monitoring.on_study_progress(self.store, self.study_id, self.spec, force=True)
+                    monitoring.on_study_progress(
+                        self.store, self.study_id, self.spec, force=True, identity=self.identity
+                    )
                     return
             self.interrupted.wait(self.options.poll * random.uniform(0.5, 1.0))
+
+    def _acquire(self, room: int) -> list[Assignment]:
+        try:
+            return acquire(self.heart, self.space, room, self._owner(), start_of)
+        except Refused as error:
+            self.outcomes.fault(str(error), [error.number], host=True)
+        except HostError as error:
+            self._host_fault(str(error), [])
+        return []
+
+    def _check_host(self) -> None:
+        """Before anything is claimed: what would keep every trial from being trained here is this worker's fault."""
+        try:
+            config = self._example()
+        except UserError as error:
+            raise self.outcomes.worker_fault(str(error)) from None
+        architecture = not self.space.varies("saes.sae_type")
+        try:
+            self._check(config, architecture)
+        except TrainingDied as error:
+            log.warning("the probe of the architecture: %s", error)
+            self._check(config, False)
+
+    def _check(self, config: RunConfig, architecture: bool) -> None:
+        try:
+            self._probe(config, architecture, _Watcher(self, {}))
+        except (TrainingLeft, StudyGone):
+            return
+        except TrainingDied as error:
+            if architecture:
+                raise
+            raise self.outcomes.worker_fault(str(error)) from None
+        except Exception as error:
+            failure = failure_of(error)
+            if failure.kind != "host" and self.space.fixes_stream:  # other trials have other data, another model
+                log.warning("the probe: %s", failure.reason)
+                return
+            log.debug("%s", failure.text)
+            raise self.outcomes.worker_fault(failure.reason) from None
+
+    def _example(self) -> RunConfig:
+        """A config that was valid when the study was made; :class:`UserError` where this version does not know it."""
+        if self.spec.sampler.type == "grid":
+            first = persistently(lambda: claims.first_params(self.store, self.study_id), "reading the first trial")
+            return self.space.config(first)
+        self.space.check_corners()
+        return self.space.middle().config
+
+    def _host_fault(self, reason: str, trials: Sequence[int]) -> None:
+        log.error("not the trials' fault, they are back in the queue: %s", reason)
+        self.outcomes.fault(reason, trials, host=True)
+        self.interrupted.wait(_HOST_PAUSE)
+        if not self._leaving():
+            self._check_host()
 
     def _room(self) -> int:
         """How many trials to claim next."""
@@ -142,145 +228,97 @@ class Worker:
         """Train together; what fails together is tried apart, so that one trial's fault is no other's."""
         if self._leaving():
             for assignment in pack:
-                self._give_back(assignment.claim, None)
+                self.outcomes.give_back(assignment.claim)
             return
         numbers = ", ".join(a.name for a in pack)
         log.info("study %s: training trial%s %s", self.spec.name, "s"[: len(pack) != 1], numbers)
         try:
             with trial_logs(a.run_dir for a in pack):
                 results = self._train(pack)
+        except TrainingLeft:
+            self.outcomes.give_all_back(pack)
+            return
+        except TrainingDied as error:
+            self._after_death(pack, str(error))
+            return
+        except TrainingStalled as error:
+            self.outcomes.stalled(pack, str(error))
+            return
         except Exception as error:
             self._after_error(pack, error)
             return
-        for assignment in pack:
-            try:
-                self._tell(assignment, results[assignment.name])
-            except Exception as error:  # a result that cannot be stored is that trial's failure, not the worker's
-                self._after_error([assignment], error)
+        for assignment in self.outcomes.untold(pack):
+            self.outcomes.tell_safely(assignment, results[assignment.name])
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
-        self._results = {}
-        by_name = self._progress = {a.name: Progress(a.claim, a.config) for a in pack}
-        plans = [TrialPlan(a.name, a.config, a.run_dir, resume=a.start > 0) for a in pack]
+        self.outcomes.begin({a.name: Progress(a.claim, a.config) for a in pack})
+        plans = [TrialPlan(a.name, a.config, a.run_dir, resume=a.start > 0, owner=a.owner) for a in pack]
         for a in pack:
-            monitoring.on_trial_start(self.store, self.study_id, a.claim.trial_id, self.spec, self.me.worker)
+            monitoring.on_trial_start(
+                self.store, self.study_id, a.claim.trial_id, self.spec, self.me.worker, claim=a.claim
+            )
+        self.heart.training(True)
         try:
-            results = self.train(plans, _Watcher(self, by_name))
-            self._results = {}
-            return results
+            return self.train(plans, _Watcher(self, {a.name: a for a in pack}))
         finally:
-            self.reports.flush(3.0 if self._leaving() else 900.0)
+            self.heart.training(False)
+            self.reports.flush(3.0 if self._leaving() else patience())
 
     def _after_error(self, pack: list[Assignment], error: Exception) -> None:
-        text = "".join(traceback.format_exception(error))
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        exhausted = is_out_of_memory(error)
+        failure = failure_of(error)
         if self.options.sequential:
-            for assignment in pack:
-                self._give_back(assignment.claim, None)
+            self.outcomes.give_all_back(pack)
             raise error
         error.__traceback__ = None  # its frames hold the pack's tensors
         free_memory()
         together = len(pack) > 1
-        pack = self._tell_ended(pack)
+        pack = self.outcomes.untold(pack)
         if not pack:
-            log.error("%s, after all trials of the pack had ended", reason)
-            return
-        if together:
-            half = (len(pack) + 1) // 2 if exhausted else 1
-            if exhausted:
-                self._limit = half
-                log.warning("out of memory with %d trials together: going on with %d", len(pack), half)
-            else:
-                log.warning("%s: training these %d trials one by one", reason, len(pack))
-            again = [self._again(a) for a in pack]
-            for i in range(0, len(pack), half):
-                for part in same_start(again[i : i + half]):
-                    self._train_pack(part)
-            return
-        claim = pack[0].claim
-        self.heart.closing(claim)
-        where = persistently(
-            lambda: claims.fail(self.store, claim, reason, text, self.spec.retries), "telling a failure"
-        )
-        self.heart.drop(claim)
-        self.me.finished += where == "failed"
-        log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
-        if disk_is_full(error):
-            self.interrupted.wait(_FULL_DISK_PAUSE)  # else a full disk uses up the retries of a whole study
+            log.error("%s, after all trials of the pack had ended", failure.reason)
+        elif failure.kind == "host":
+            self.outcomes.give_all_back(pack, failure.reason)
+            self._host_fault(failure.reason, [a.claim.number for a in pack])
+        elif together:
+            self._apart(pack, failure)
+        else:
+            self.outcomes.fail(pack[0], failure)
 
-    def _tell_ended(self, pack: list[Assignment]) -> list[Assignment]:
-        """Tell the trials that had ended before their pack failed; gives the others."""
-        ended = {a.name: result for a in pack if (result := self._results.pop(a.name, None)) is not None}
-        for assignment in pack:
-            if assignment.name in ended:
-                self._tell(assignment, ended[assignment.name])
-        return [a for a in pack if a.name not in ended]
+    def _apart(self, pack: list[Assignment], failure: Failure) -> None:
+        """What fails together is tried in parts."""
+        exhausted = failure.kind == "memory"
+        half = (len(pack) + 1) // 2 if exhausted else 1
+        if exhausted:
+            self._limit = half
+            log.warning("out of memory with %d trials together: going on with %d", len(pack), half)
+        else:
+            log.warning("%s: training these %d trials one by one", failure.reason, len(pack))
+        again = [self._again(a) for a in pack]
+        for i in range(0, len(pack), half):
+            for part in same_start(again[i : i + half]):
+                self._train_pack(part)
+
+    def _after_death(self, pack: list[Assignment], reason: str) -> None:
+        """The training process ended by itself: counted where a fresh one shows that this host can train."""
+        pack = self.outcomes.untold(pack)
+        if self._leaving():
+            self.outcomes.give_all_back(pack)
+            return
+        log.error("%s: trials %s", reason, ", ".join(a.name for a in pack))
+        try:
+            self._check_host()
+        except WorkerFault:
+            self.outcomes.give_all_back(pack, reason)
+            raise
+        self.outcomes.died(pack, reason)
 
     def _again(self, assignment: Assignment) -> Assignment:
         start = start_of(assignment.run_dir, assignment.config)
-        return Assignment(assignment.claim, assignment.config, assignment.run_dir, start)
-
-    # ---- the end of a trial
-    def _tell(self, assignment: Assignment, result: TrialResult) -> None:
-        claim, spec = assignment.claim, self.spec
-        if result.status == "interrupted":
-            self._give_back(claim, result.samples)
-            return
-        if self.heart.has_lost(claim):
-            return
-        values = objective_values(spec, result.evaluation) if result.status == "finished" else None
-        reason = result.reason
-        if result.status == "finished" and values is None:
-            reason = f"no finite value of every objective in the evaluation ({reason or 'all hook points'})"
-        attrs: dict[str, Any] = {**evaluation_attributes(result.evaluation), "samples": result.samples}
-        if reason:
-            attrs[REASON] = reason
-        limits = self._constraints(result, reason, pruned=values is None)
-        outcome = f"{'complete' if values is not None else 'stopped early'}{': ' + reason if reason else ''}"
-        monitoring.on_trial_end(self.store, self.study_id, claim.trial_id, spec, outcome)
-        state: Literal["COMPLETE", "PRUNED"] = "PRUNED" if values is None else "COMPLETE"
-        self.heart.closing(claim)
-        final = self._last_values(assignment) if values is None else values
-        told = persistently(
-            lambda: claims.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
-            f"telling trial {claim.number}",
-        )
-        self.heart.drop(claim)
-        self.me.finished += told
-        if told:
-            shown = "" if values is None else " (" + ", ".join(f"{v:.4g}" for v in values) + ")"
-            log.info("trial %d: %s%s", claim.number, outcome, shown)
-
-    def _last_values(self, assignment: Assignment) -> list[float] | None:
-        """What a trial that was given up had reached, as Optuna keeps it for a single objective."""
-        curve = self._progress[assignment.name].curve
-        return curve[max(curve)] if curve and len(curve[max(curve)]) == 1 else None
-
-    def _constraints(self, result: TrialResult, reason: str | None, *, pruned: bool) -> dict[str, float]:
-        """What the sampler learns about a trial that collapsed or was given up: it is infeasible, by so much."""
-        rule = self.spec.early_stopping.collapse
-        found: dict[str, float] = {}
-        if rule is not None and rule.constraint:
-            found = violations(rule, result.evaluation) if not pruned else {"min_l0": 0.0, "max_fvu": 0.0}
-        if not pruned:
-            return found
-        hopeless = result.status == "diverged" or (reason or "").startswith("collapsed")
-        # Optuna's TPE cannot rank pruned trials by several objectives: hardly infeasible is how they get past it.
-        return {**found, "stopped": 1.0 if hopeless else 1e-3} if found or len(self.spec.objectives) > 1 else found
-
-    def _give_back(self, claim: Claim, samples: int | None) -> None:
-        self.heart.closing(claim)
-        patience = 5.0 if self._leaving() else 60.0
-        try:
-            persistently(lambda: claims.release(self.store, claim, samples), "giving a trial back", patience)
-        except Exception as error:
-            log.warning("trial %d could not be given back (%s); it will be reaped", claim.number, type(error).__name__)
-        self.heart.drop(claim)
+        assignment.owner.take(assignment.run_dir)
+        return replace(assignment, start=start)
 
     # ---- leaving
     def _leaving(self) -> bool:
-        return self.interrupted.is_set() or self.heart.study_stopped.is_set()
+        return self.interrupted.is_set() or self.heart.study_stopped.is_set() or self.heart.study_gone.is_set()
 
     def _leave_in_time(self) -> None:
         """After a signal: whatever hangs, the trials are given back and the process ends within ten seconds."""
@@ -296,13 +334,13 @@ class Worker:
 
 
 class _Watcher(Observer):
-    """Passes on what a pack says."""
+    """Passes on what a pack says; tells a trial as soon as it has ended."""
 
-    def __init__(self, worker: Worker, by_name: dict[str, Progress]) -> None:
-        self.worker, self.by_name = worker, by_name
+    def __init__(self, worker: Worker, pack: dict[str, Assignment]) -> None:
+        self.worker, self.pack = worker, pack
 
     def on_start(self, name: str, samples: int, total: int) -> None:
-        self.worker.reports.started(self.by_name[name], samples, total)
+        self.worker.reports.started(self.worker.outcomes.progress[name], samples, total)
 
     def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
         return self._measured(name, samples, metrics, evaluated=False)
@@ -311,16 +349,26 @@ class _Watcher(Observer):
         return self._measured(name, samples, metrics, evaluated=True)
 
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
-        progress = self.by_name[name]
-        if self.worker.heart.has_lost(progress.claim):
-            return LOST
+        progress = self.worker.outcomes.progress[name]
         return self.worker.reports.measured(progress, samples, metrics, evaluated=evaluated)
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
-        self.worker.reports.checkpointed(self.by_name[name].claim, samples)
+        self.worker.reports.checkpointed(self.pack[name].claim, samples)
 
     def on_end(self, name: str, result: TrialResult) -> None:
-        self.worker._results[name] = result
+        worker = self.worker
+        if result.status == "interrupted" or worker._leaving():
+            return
+        worker.reports.flush(_TELL_SECONDS)
+        try:
+            worker.outcomes.tell_safely(self.pack[name], result, _TELL_SECONDS)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log.info("trial %s is told with the rest of its pack: the store cannot be reached", name)
+
+    def lost(self, name: str) -> bool:
+        return self.worker.heart.has_lost(self.pack[name].claim)
 
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         me = self.worker.me
@@ -328,60 +376,3 @@ class _Watcher(Observer):
 
     def should_interrupt(self) -> bool:
         return self.worker._leaving()
-
-
-def start_of(run_dir: Path, config: RunConfig) -> int:
-    """Samples of the newest usable checkpoint of this config.
-
-    A folder that holds a run of another config (an older study of the same name) is moved aside.
-    """
-    saved = RunFolder(run_dir).config_path
-    try:
-        saved.read_bytes()
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise read_error(saved, error) from error
-    kept = set(config.model_dump()) - MAY_DIFFER
-    try:
-        before = load_run_config(saved).model_dump(mode="json", include=kept)
-    except UserError:
-        before = {}
-    if before == config.model_dump(mode="json", include=kept):
-        return resume_point(run_dir)
-    aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}-old-{i}")).exists())
-    log.warning("%s holds the run of another config: it is now %s", run_dir, aside.name)
-    with suppress(FileNotFoundError):
-        run_dir.rename(aside)
-    return 0
-
-
-def same_start(again: Sequence[Assignment]) -> list[list[Assignment]]:
-    """Parts that can be trained together after some of them have written checkpoints."""
-    parts: dict[int, list[Assignment]] = {}
-    for assignment in again:
-        parts.setdefault(assignment.start, []).append(assignment)
-    return list(parts.values())
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room (files.py turns the system's error into a line for people)."""
-    causes = (error, error.__cause__)
-    return any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The device's memory or the host's."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and any(words in str(error) for words in EXHAUSTED))
-    )
-
-
-def free_memory() -> None:
-    """Give back what the failed pack held."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -22,6 +22,8 @@ class Settings(BaseSettings):
     wandb_entity: str | None = None
     hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("HF_TOKEN", "HF_ACCESS_TOKEN"))
     storage: SecretStr = Field(SecretStr(DEFAULT_STORAGE), validation_alias="SAEOPT_STORAGE")
+    store_patience: float = Field(900.0, ge=0, validation_alias="SAEOPT_STORE_PATIENCE")
+    """Seconds that a worker waits for a store that cannot be reached before it ends."""
     cache_dir: str | None = Field(None, validation_alias="SAEOPT_CACHE_DIR")
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 from saeopt.config.base import Float, Int, StrictModel, explain, nearest
 from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
 from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
 
 METRICS = [
     "l0", "l1", "mse", "fvu", "explained_variance", "cosine", "norm_ratio", "fraction_dead", "fraction_alive",
@@ -23,6 +24,10 @@ CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
 _UP = {"explained_variance", "cosine", "fraction_alive", "ce_recovered"}
 Count = Annotated[Int, Field(ge=0)]
 Positive = Annotated[Int, Field(gt=0)]
+
+
+FORMAT = 1
+"""Of a stored spec; raised when older versions would misunderstand it."""
 
 
 class Dimension(StrictModel):
@@ -157,6 +162,8 @@ class EarlyStopping(StrictModel):
 class StudySpec(StrictModel):
     """Everything a worker needs to know; it is stored in the study itself."""
 
+    format: Literal[1] = 1
+    """Version of this format; a worker of an older version refuses a newer one."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """The study's name; run folders are `<output_dir>/<name>/<trial>/`."""
     base: dict[str, Any]
@@ -180,6 +187,9 @@ class StudySpec(StrictModel):
     """Seconds between the signs of life of a worker."""
     grace: Annotated[Float, Field(gt=0)] = 20.0
     """Seconds without a sign of life after which a worker's trials go back to the queue."""
+    stall: Annotated[Float, Field(gt=0)] | None = None
+    """Seconds without progress after which a worker gives its trials back and starts a fresh training process. null:
+    half an hour, or fifty times the longest pause seen, whichever is more; four times that while it loads."""
     output_dir: str | None = None
     """null: `save_dir` of the base config. A relative path starts where the worker does."""
     _older: StudySpec | None = PrivateAttr(None)
@@ -226,9 +236,19 @@ class StudySpec(StrictModel):
 
     @classmethod
     def from_json(cls, text: str) -> StudySpec:
-        """The inverse of :meth:`to_json`."""
-        found = cls.model_validate_json(text)
-        return found.model_copy(update={"base": stored(found.base)})
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            UserError: this version does not know such a spec.
+        """
+        try:
+            found = cls.model_validate_json(text)
+            return found.model_copy(update={"base": stored(found.base)})
+        except ValidationError as error:
+            made = json.loads(text).get("format", 1) if text.lstrip().startswith("{") else None
+            if made != FORMAT:
+                raise UserError(f"the study's format is {made}, this version knows {FORMAT}: use a newer one") from None
+            raise explain(error, "the stored study (made by another version?)", _known_names()) from None
 
     def run_config(self, values: dict[str, Any], source: str | None = None) -> RunConfig:
         """The base config with the values of a cell (`field[@hook point]` → value); :class:`UserError` if invalid."""

@@ -19,15 +19,18 @@ from optuna.trial import TrialState
 
 from saeopt.config.settings import redact
 from saeopt.search import internals as db
+from saeopt.search import waiting
 from saeopt.search.attributes import REASON, TRACEBACK
-from saeopt.search.storage import Store
+from saeopt.search.storage import Store, check_identity, identity_of
+from saeopt.search.waiting import ALONE, BEHIND, CHECKPOINT, STREAM, TURN
 
-CLAIM, STREAM, CHECKPOINT = "saeopt:claim", "saeopt:stream", "saeopt:checkpoint"
-LOSSES, LOST_AT, ALONE, FAILURES = "saeopt:losses", "saeopt:lost_at", "saeopt:alone", "saeopt:failures"
-STOPPED = "saeopt:stopped"
+CLAIM, STOPPED = "saeopt:claim", "saeopt:stopped"
+LOSSES, LOST_AT, FAILURES = "saeopt:losses", "saeopt:lost_at", "saeopt:failures"
+DEATHS, DIED_AT = "saeopt:deaths", "saeopt:died_at"
+MAX_DEATHS = 3
+"""Deaths of the training process without a new checkpoint after which a trial fails."""
 _ALONE_AFTER = 2  # losses after which a trial is no longer packed with others, which it may be killing
 _TRACEBACK = 8000  # characters kept
-_CHUNK = 256  # waiting trials looked at together
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,27 @@ class Claim:
     checkpoint: int
     """Samples of the last checkpoint that was recorded."""
     params: dict[str, Any] = field(default_factory=dict, hash=False)
+    turn: int = 1
+    """How many claims the trial has had, this one included: of two workers the one with the higher turn is right."""
+    identity: str | None = None
+    """The study's, which no other study ever has; keys are given anew after a deletion (SQLite)."""
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    trial_id: int
-    number: int
-    stream: str | None
-    checkpoint: int
-    alone: bool
-
-    def joins(self, first: _Waiting) -> bool:
-        """Whether it can be trained with the first (of trials without parameters no stream is known yet)."""
-        return (
-            self.trial_id != first.trial_id
-            and not self.alone
-            and (self.stream, self.checkpoint) == (first.stream, first.checkpoint)
-        )
-
-
-def claim(store: Store, study_id: int, limit: int, owner: Mapping[str, Any]) -> list[Claim]:
+def claim(
+    store: Store, study_id: int, limit: int, owner: Mapping[str, Any], identity: str | None = None
+) -> list[Claim]:
     """Up to `limit` waiting trials that can be trained together, the first of the queue among them.
 
     Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim.
+
+    Raises:
+        StudyGone: the study under this key is not the one with that `identity`.
     """
     with store.write() as connection:
+        check_identity(connection, study_id, identity)
         if is_stopped(connection, study_id):
             return []
-        rows = _waiting(connection, study_id, limit)
+        rows = waiting.first(connection, study_id, limit)
         now = db.db_now(connection)
         taken = connection.execute(
             sa.update(db.trials)
@@ -83,6 +79,7 @@ def claim(store: Store, study_id: int, limit: int, owner: Mapping[str, Any]) -> 
         token = uuid.uuid4().hex
         mark = json.dumps({"token": token, **owner})
         marks = [{"trial_id": row.trial_id, "key": CLAIM, "value_json": mark} for row in won]
+        marks += [{"trial_id": row.trial_id, "key": TURN, "value_json": str(row.turn + 1)} for row in won]
         db.upsert(connection, db.trial_attrs, ("trial_id", "key"), marks)
         beats = [{"trial_id": row.trial_id, "heartbeat": now} for row in won]
         db.upsert(connection, db.heartbeats, ("trial_id",), beats)
@@ -96,56 +93,18 @@ def claim(store: Store, study_id: int, limit: int, owner: Mapping[str, Any]) -> 
             row.stream,
             row.checkpoint,
             params[row.trial_id],
+            row.turn + 1,
+            identity,
         )
         for row in won
     ]
 
 
-def _waiting(connection: sa.Connection, study_id: int, limit: int) -> list[_Waiting]:
-    """The first waiting trial and others that can join it, locked; in steps that need no join of attribute tables
-    (PostgreSQL plans those badly until it has gathered statistics: 400 ms with a fresh thousand cells)."""
-    t = db.trials
-    queue = sa.select(t.c.trial_id, t.c.number).where(t.c.study_id == study_id, t.c.state == TrialState.WAITING)
-    head = connection.execute(queue.order_by(t.c.number).limit(1).with_for_update(skip_locked=True)).first()
-    if head is None:
-        return []
-    (first,) = _described(connection, [head])
-    found, after = [first], -1
-    while len(found) < limit and not first.alone:
-        rows = connection.execute(queue.where(t.c.number > after).order_by(t.c.number).limit(_CHUNK)).all()
-        joining = [w for w in _described(connection, rows) if w.joins(first)][: limit - len(found)]
-        locking = sa.select(t.c.trial_id).where(t.c.trial_id.in_([w.trial_id for w in joining]))
-        free = connection.execute(locking.where(t.c.state == TrialState.WAITING).with_for_update(skip_locked=True))
-        locked = set(free.scalars())
-        found += [w for w in joining if w.trial_id in locked]
-        if len(rows) < _CHUNK:
-            break
-        after = rows[-1].number
-    return found
-
-
-def _described(connection: sa.Connection, rows: Sequence[Any]) -> list[_Waiting]:
-    """Waiting trials with what decides about their packs."""
-    a = db.trial_attrs
-    statement = sa.select(a.c.trial_id, a.c.key, a.c.value_json).where(
-        a.c.trial_id.in_([row.trial_id for row in rows]), a.c.key.in_([STREAM, CHECKPOINT, ALONE])
-    )
-    attrs = {(trial_id, key): json.loads(text) for trial_id, key, text in connection.execute(statement)}
-    return [
-        _Waiting(
-            row.trial_id,
-            row.number,
-            attrs.get((row.trial_id, STREAM)),
-            int(attrs.get((row.trial_id, CHECKPOINT), 0)),
-            bool(attrs.get((row.trial_id, ALONE))),
-        )
-        for row in rows
-    ]
-
-
 def _still_ours(connection: sa.Connection, claims: Iterable[Claim], lock: bool = True) -> set[int]:
     """Trials whose claim still holds; locked against the reaper until the transaction ends."""
-    tokens = {c.trial_id: c.token for c in claims}
+    claims = list(claims)
+    known = {c.study_id: identity_of(connection, c.study_id) for c in claims if c.identity is not None}
+    tokens = {c.trial_id: c.token for c in claims if c.identity is None or known[c.study_id] == c.identity}
     statement = sa.select(db.trials.c.trial_id).where(
         db.trials.c.trial_id.in_(list(tokens)), db.trials.c.state == TrialState.RUNNING
     )
@@ -200,13 +159,21 @@ def report(store: Store, claim: Claim, step: int, value: float, attrs: Mapping[s
     return True
 
 
-def release(store: Store, claim: Claim, checkpoint: int | None = None, *, alone: bool = False) -> bool:
-    """Give a trial back to the queue without counting anything against it."""
+def release(
+    store: Store, claim: Claim, checkpoint: int | None = None, *, alone: bool = False, reason: str | None = None
+) -> bool:
+    """Give a trial back to the queue without counting anything against it.
+
+    With a `reason` (a fault of the host, not of the trial) it goes behind the trials that nobody has tried yet.
+    """
     with store.write() as connection:
         if not _still_ours(connection, [claim]):
             return False
         _requeue(connection, claim.trial_id)
         attrs: dict[str, Any] = {} if checkpoint is None else {CHECKPOINT: checkpoint}
+        if reason is not None:
+            attrs[BEHIND] = True
+            db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, {REASON: redact(reason)})
         db.set_attrs(connection, db.trial_attrs, claim.trial_id, attrs | ({ALONE: True} if alone else {}))
     return True
 
@@ -227,7 +194,7 @@ def _end(connection: sa.Connection, trial_id: int, state: TrialState) -> None:
         .where(db.trials.c.trial_id == trial_id, db.trials.c.state == TrialState.RUNNING)
         .values(state=state, datetime_complete=db.db_now(connection))
     )
-    db.drop_attrs(connection, db.trial_attrs, trial_id, [CLAIM, ALONE])
+    db.drop_attrs(connection, db.trial_attrs, trial_id, [CLAIM, ALONE, BEHIND])
 
 
 def finish(
@@ -256,7 +223,10 @@ def finish(
 def fail(
     store: Store, claim: Claim, reason: str, traceback: str = "", retries: int = 0
 ) -> Literal["waiting", "failed"]:
-    """A failure of the trial itself: back to the queue until its retries are used up. Returns where it went."""
+    """A failure of the trial itself: back, behind the untouched trials, until its retries are used up.
+
+    Returns where it went.
+    """
     with store.write() as connection:
         if not _still_ours(connection, [claim]):
             return "waiting"
@@ -264,7 +234,7 @@ def fail(
         again = number <= retries
         attrs = {REASON: redact(reason), TRACEBACK: redact(traceback)[-_TRACEBACK:], "failures": number}
         db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs)
-        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {FAILURES: number})
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {FAILURES: number, BEHIND: True})
         if again:
             _requeue(connection, claim.trial_id)
         else:
@@ -282,10 +252,72 @@ def running(connection: sa.Connection, study_id: int) -> dict[int, dt.datetime]:
     return {row.trial_id: row.heartbeat for row in rows}
 
 
-def reap(store: Store, study_id: int, suspects: Iterable[int], grace: float, max_losses: int) -> list[int]:
+def died(store: Store, claim: Claim, reason: str) -> Literal["waiting", "failed", "lost"]:
+    """The process that trained it ended by itself: behind the untouched trials, and alone from now on.
+
+    A trial whose process died `MAX_DEATHS` times without a new checkpoint in between fails.
+    """
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return "lost"
+        changed, deaths = _counted(connection, claim.trial_id, DEATHS, DIED_AT)
+        told = redact(f"{reason} ({deaths} time{'s'[: deaths != 1]} without a new checkpoint in between)")
+        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, {REASON: told})
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {**changed, BEHIND: True, ALONE: True})
+        if deaths < MAX_DEATHS:
+            _requeue(connection, claim.trial_id)
+            return "waiting"
+        _end(connection, claim.trial_id, TrialState.FAIL)
+    return "failed"
+
+
+def stalled(store: Store, claim: Claim, reason: str, max_losses: int) -> bool:
+    """Give back a trial that made no progress for long: counted as a loss of its worker; False if it was not ours."""
+    with store.write() as connection:
+        if not _still_ours(connection, [claim]):
+            return False
+        _lose(connection, claim.trial_id, max_losses, redact(reason))
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {BEHIND: True})
+    return True
+
+
+def _counted(connection: sa.Connection, trial_id: int, count: str, at: str) -> tuple[dict[str, Any], int]:
+    """One more of something that counts anew after each new checkpoint: the changed attributes, and the number."""
+    attrs = db.get_attrs(connection, db.trial_attrs, trial_id, "saeopt:")
+    checkpoint = int(attrs.get(CHECKPOINT, 0))
+    progressed = at in attrs and checkpoint > int(attrs[at])
+    number = 1 if progressed else 1 + int(attrs.get(count, 0))
+    return {count: number, at: checkpoint}, number
+
+
+def _lose(connection: sa.Connection, trial_id: int, max_losses: int, reason: str | None = None) -> None:
+    """Back to the queue; a trial that was lost `max_losses` times without a new checkpoint in between fails."""
+    changed, losses = _counted(connection, trial_id, LOSSES, LOST_AT)
+    if losses >= max_losses:
+        lost = f"its worker was lost {losses} times without a new checkpoint in between"
+        db.set_attrs(connection, db.trial_user_attrs, trial_id, {REASON: f"{lost}; {reason}" if reason else lost})
+        _end(connection, trial_id, TrialState.FAIL)
+    else:
+        _requeue(connection, trial_id)
+        if reason is not None:
+            db.set_attrs(connection, db.trial_user_attrs, trial_id, {REASON: reason})
+        if losses >= _ALONE_AFTER:
+            changed[ALONE] = True
+    db.set_attrs(connection, db.trial_attrs, trial_id, changed)
+
+
+def reap(
+    store: Store,
+    study_id: int,
+    suspects: Iterable[int],
+    grace: float,
+    max_losses: int,
+    silent: Mapping[int, dt.datetime] | None = None,
+) -> list[int]:
     """Take running trials without a sign of life for `grace` seconds back into the queue; returns which.
 
-    A trial that was lost `max_losses` times without a new checkpoint in between fails.
+    `silent`: the last signs that the caller itself has seen unchanged for so long; they need no clock, which on SQLite
+    is that of whoever wrote the sign. A trial that was lost `max_losses` times without a new checkpoint fails.
     """
     reaped = []
     for trial_id in suspects:
@@ -294,22 +326,12 @@ def reap(store: Store, study_id: int, suspects: Iterable[int], grace: float, max
             if connection.execute(state).scalar() != TrialState.RUNNING:
                 continue
             last = running(connection, study_id).get(trial_id)
-            if last is None or db.db_now(connection) - last <= dt.timedelta(seconds=grace):
+            if last is None:
                 continue
-            attrs = db.get_attrs(connection, db.trial_attrs, trial_id, "saeopt:")
-            checkpoint = int(attrs.get(CHECKPOINT, 0))
-            progressed = checkpoint > int(attrs.get(LOST_AT, -1)) and LOST_AT in attrs
-            losses = 1 if progressed else 1 + int(attrs.get(LOSSES, 0))
-            changed: dict[str, Any] = {LOSSES: losses, LOST_AT: checkpoint}
-            if losses >= max_losses:
-                reason = f"its worker was lost {losses} times without a new checkpoint in between"
-                db.set_attrs(connection, db.trial_user_attrs, trial_id, {REASON: reason})
-                _end(connection, trial_id, TrialState.FAIL)
-            else:
-                _requeue(connection, trial_id)
-                if losses >= _ALONE_AFTER:
-                    changed[ALONE] = True
-            db.set_attrs(connection, db.trial_attrs, trial_id, changed)
+            seen_silent = silent is not None and silent.get(trial_id) == last
+            if not seen_silent and db.db_now(connection) - last <= dt.timedelta(seconds=grace):
+                continue
+            _lose(connection, trial_id, max_losses)
             reaped.append(trial_id)
     return reaped
 
@@ -332,10 +354,19 @@ def retry(store: Store, study_id: int, numbers: Iterable[int] | None = None) -> 
                 .where(db.trials.c.trial_id == row.trial_id)
                 .values(state=TrialState.WAITING, datetime_complete=None)
             )
-            db.drop_attrs(connection, db.trial_attrs, row.trial_id, [LOSSES, LOST_AT, ALONE, FAILURES, CLAIM])
+            counts = [LOSSES, LOST_AT, DEATHS, DIED_AT, FAILURES, ALONE, BEHIND, CLAIM]
+            db.drop_attrs(connection, db.trial_attrs, row.trial_id, counts)
             db.drop_attrs(connection, db.trial_user_attrs, row.trial_id, [REASON, TRACEBACK, "failures"])
             done.append(row.number)
     return done
+
+
+def first_params(store: Store, study_id: int) -> dict[str, Any]:
+    """The parameters of the study's first trial."""
+    with store.read() as connection:
+        numbers = sa.select(db.trials.c.trial_id).where(db.trials.c.study_id == study_id).order_by(db.trials.c.number)
+        first = connection.execute(numbers.limit(1)).scalars().all()
+        return next(iter(db.params_of(connection, first).values()), {})
 
 
 def counts(store: Store, study_id: int) -> dict[str, int]:

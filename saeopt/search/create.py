@@ -16,11 +16,11 @@ from saeopt.config import validate_run
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search import internals as db
-from saeopt.search.claims import STREAM
 from saeopt.search.objectives import directions, objective_names
 from saeopt.search.samplers import n_designed
 from saeopt.search.space import Cell, Space
-from saeopt.search.storage import SPEC_KEY, Store, persistently
+from saeopt.search.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
+from saeopt.search.waiting import STREAM
 
 _Row = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
 
@@ -94,7 +94,8 @@ def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] 
         def fill() -> None:
             with store.write() as connection:
                 db.insert_waiting(connection, study_id, 0, rows)
-                db.set_attrs(connection, db.study_attrs, study_id, {SPEC_KEY: spec.to_json()})
+                attrs = {SPEC_KEY: spec.to_json(), IDENTITY_KEY: new_identity()}
+                db.set_attrs(connection, db.study_attrs, study_id, attrs)
 
         persistently(fill, "creating the study")
     return Created(study_id, len(rows), True)

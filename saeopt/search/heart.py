@@ -13,16 +13,17 @@ from saeopt.console import log
 from saeopt.search import claims, presence
 from saeopt.search.claims import Claim
 from saeopt.search.presence import Presence
-from saeopt.search.storage import Store, is_transient
+from saeopt.search.storage import Store, StudyGone, check_identity, is_transient
 
 
 class Heart(threading.Thread):
     """Beats for the claims that it holds, notices lost claims and a stopped study, and reaps dead workers' trials."""
 
-    def __init__(self, store: Store, study_id: int, spec: StudySpec, me: Presence) -> None:
+    def __init__(self, store: Store, study_id: int, spec: StudySpec, me: Presence, identity: str | None = None) -> None:
         super().__init__(name="saeopt-heart", daemon=True)
-        self.store, self.study_id, self.spec, self.me = store, study_id, spec, me
+        self.store, self.study_id, self.spec, self.me, self.identity = store, study_id, spec, me, identity
         self.study_stopped = threading.Event()
+        self.study_gone = threading.Event()
         self._held: dict[int, Claim] = {}
         self._lost: set[str] = set()
         self._closing: set[int] = set()
@@ -31,6 +32,7 @@ class Heart(threading.Thread):
         self._end = threading.Event()
         self._seen: dict[int, tuple[dt.datetime, float]] = {}
         self._outage = False
+        self._progress: float | None = None
 
     def hold(self, taken: Iterable[Claim]) -> None:
         """Beat for these trials from now on."""
@@ -50,6 +52,15 @@ class Heart(threading.Thread):
             if self._held.get(claim.trial_id) == claim:
                 del self._held[claim.trial_id]
             self.me.trials = sorted(c.number for c in self._held.values())
+
+    def training(self, begins: bool) -> None:
+        """A pack starts or ends."""
+        self._progress = time.monotonic() if begins else None
+
+    def pulse(self) -> None:
+        """The training has made progress."""
+        if self._progress is not None:
+            self._progress = time.monotonic()
 
     def held(self) -> list[Claim]:
         """The claims that are being kept alive."""
@@ -99,16 +110,24 @@ class Heart(threading.Thread):
                 self._lost.add(claim.token + str(claim.trial_id))
                 self.drop(claim)
         with self.store.read() as connection:
+            try:
+                check_identity(connection, self.study_id, self.identity)
+            except StudyGone:
+                self.study_gone.set()
+                return
             if claims.is_stopped(connection, self.study_id):
                 self.study_stopped.set()
             else:
                 self.study_stopped.clear()
             alive = claims.running(connection, self.study_id)
         self._reap({t: beat for t, beat in alive.items() if t not in ours})
-        presence.beat(self.store, self.study_id, self.me)
+        progress = self._progress
+        self.me.quiet = None if progress is None else time.monotonic() - progress
+        presence.beat(self.store, self.study_id, self.me, self.identity)
 
     def _reap(self, others: dict[int, dt.datetime]) -> None:
-        """Reap what this worker itself has seen silent over two heartbeats, and the store for the whole grace."""
+        """Reap what this worker itself has seen silent: over the whole grace, or over two heartbeats where the store's
+        clock says so too. Another's clock may be wrong: on SQLite it writes the signs."""
         now = time.monotonic()
         seen = {
             t: self._seen[t] if self._seen.get(t, (None,))[0] == beat else (beat, now) for t, beat in others.items()
@@ -117,6 +136,8 @@ class Heart(threading.Thread):
         suspects = [t for t, (_, since) in seen.items() if now - since >= min(2 * self.spec.heartbeat, self.spec.grace)]
         if not suspects:
             return
-        for trial_id in claims.reap(self.store, self.study_id, suspects, self.spec.grace, self.spec.max_losses):
+        silent = {t: seen[t][0] for t in suspects if now - seen[t][1] >= self.spec.grace}
+        limits = (self.spec.grace, self.spec.max_losses)
+        for trial_id in claims.reap(self.store, self.study_id, suspects, *limits, silent):
             log.warning("a worker was lost: its trial (key %d) is back in the queue", trial_id)
             self._seen.pop(trial_id, None)

@@ -111,6 +111,14 @@ def upsert(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows
     connection.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=changed))
 
 
+def insert_missing(connection: sa.Connection, table: sa.Table, keys: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Insert a row unless there is one with the same `keys`."""
+    from sqlalchemy.dialects import postgresql, sqlite
+
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    connection.execute(insert(table).values(dict(row)).on_conflict_do_nothing(index_elements=list(keys)))
+
+
 def set_attrs(connection: sa.Connection, table: sa.Table, owner: int, attrs: Mapping[str, Any]) -> None:
     """Write attributes (any JSON values) of a study or trial into one of the four attribute tables."""
     column = "study_id" if "study_id" in table.c else "trial_id"
@@ -214,3 +222,8 @@ def db_now(connection: sa.Connection) -> dt.datetime:
         assert isinstance(found, dt.datetime)
         return found
     return dt.datetime.now(dt.UTC).replace(tzinfo=None)
+
+
+def db_time(connection: sa.Connection) -> float:
+    """:func:`db_now` as Unix time."""
+    return db_now(connection).replace(tzinfo=dt.UTC).timestamp()

@@ -23,11 +23,12 @@ from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.evaluation.pareto import Point
 from saeopt.files import write_bytes
+from saeopt.search import claims, notes
 from saeopt.search import internals as db
-from saeopt.search import notes
 from saeopt.search.attributes import RUN_DIR
+from saeopt.search.claims import Claim
 from saeopt.search.points import candidates, study_points
-from saeopt.search.storage import Store
+from saeopt.search.storage import Store, StudyGone, check_identity
 
 ARTIFACTS = "artifacts"
 FRONT = "pareto_front.png"
@@ -43,6 +44,8 @@ def harmless(function: Callable[_P, None]) -> Callable[_P, None]:
     def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
         try:
             function(*args, **kwargs)
+        except StudyGone:
+            return  # its worker finds out and says so
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             log.warning("monitoring: %s: %s: %s", function.__name__, type(error).__name__, text)
@@ -60,6 +63,10 @@ def dashboard_command(store: Store, spec: StudySpec) -> str:
     return f"optuna-dashboard {store.shown} --artifact-dir {artifact_dir(spec)}"
 
 
+def _is_lost(store: Store, claim: Claim | None) -> bool:
+    return claim is not None and not claims.beat(store, [claim])
+
+
 @harmless
 def on_study_created(store: Store, study_id: int, spec: StudySpec) -> None:
     """The note of the study."""
@@ -67,8 +74,12 @@ def on_study_created(store: Store, study_id: int, spec: StudySpec) -> None:
 
 
 @harmless
-def on_trial_start(store: Store, study_id: int, trial_id: int, spec: StudySpec, worker: str = "") -> None:
-    """The note of a trial and the folder of its run."""
+def on_trial_start(
+    store: Store, study_id: int, trial_id: int, spec: StudySpec, worker: str = "", *, claim: Claim | None = None
+) -> None:
+    """The note of a trial and the folder of its run. Nothing where its `claim` is lost."""
+    if _is_lost(store, claim):
+        return
     trial = store.optuna.get_trial(trial_id)
     run_dir = spec.run_dir(trial.number)
     with store.write() as connection:
@@ -78,11 +89,15 @@ def on_trial_start(store: Store, study_id: int, trial_id: int, spec: StudySpec, 
 
 
 @harmless
-def on_trial_end(store: Store, study_id: int, trial_id: int, spec: StudySpec, outcome: str = "trained") -> None:
+def on_trial_end(
+    store: Store, study_id: int, trial_id: int, spec: StudySpec, outcome: str = "trained", *, claim: Claim | None = None
+) -> None:
     """Training curves as an artifact, the note with the outcome. Before the tell: a told trial takes no artifacts."""
     from saeopt.evaluation.plots import CURVES, training_curves
     from saeopt.files import read_metrics
 
+    if _is_lost(store, claim):
+        return
     trial = store.optuna.get_trial(trial_id)
     run_dir = spec.run_dir(trial.number)
     notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome))
@@ -95,11 +110,14 @@ def on_trial_end(store: Store, study_id: int, trial_id: int, spec: StudySpec, ou
 
 
 @harmless
-def on_study_progress(store: Store, study_id: int, spec: StudySpec, force: bool = False) -> None:
+def on_study_progress(
+    store: Store, study_id: int, spec: StudySpec, force: bool = False, *, identity: str | None = None
+) -> None:
     """Draw the front anew, at most once a minute over all workers unless forced."""
     from saeopt.evaluation.plots import pareto_plot
 
     with store.write() as connection:
+        check_identity(connection, study_id, identity)
         last = db.get_attrs(connection, db.study_attrs, study_id, _DRAWN).get(_DRAWN, 0.0)
         if not force and time.time() - last < PROGRESS_EVERY_S:
             return

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from saeopt.search import internals as db
-from saeopt.search.storage import Store
+from saeopt.search.storage import Store, check_identity
 
 WORKER = "saeopt:worker:"
 ALIVE_S = 30.0
@@ -31,6 +31,7 @@ class Presence:
     started: float
     """Unix time."""
     seen: float = 0.0
+    """Unix time of the last sign, by the store's clock."""
     trials: list[int] = field(default_factory=list)
     """Numbers of the trials that it trains now."""
     samples: int = 0
@@ -39,17 +40,31 @@ class Presence:
     """Tokens of the stream; each is used by every trial of the pack."""
     finished: int = 0
     """Trials told since its start."""
+    quiet: float | None = None
+    """Seconds without progress at the last sign; None where nothing is being trained."""
+    age: float = 0.0
+    """Seconds since the last sign, by the reader's clock."""
 
     @property
     def alive(self) -> bool:
-        """Whether it has been heard of lately."""
-        return time.time() - self.seen < ALIVE_S
+        """Whether it has been heard of lately. A sign from the future was made before a clock was set back."""
+        return abs(self.age) < ALIVE_S
+
+    @property
+    def progress_age(self) -> float | None:
+        """Seconds since its training last made progress."""
+        return None if self.quiet is None else self.quiet + max(0.0, self.age)
 
 
-def beat(store: Store, study_id: int, presence: Presence) -> None:
-    """Say that the worker is alive. One statement; call it every five to ten seconds."""
-    presence.seen = time.time()
+def beat(store: Store, study_id: int, presence: Presence, identity: str | None = None) -> None:
+    """Say that the worker is alive, by the store's clock; call it every five to ten seconds.
+
+    Raises:
+        StudyGone: the study is not the one with this identity.
+    """
     with store.write() as connection:
+        check_identity(connection, study_id, identity)
+        presence.seen = db.db_time(connection)
         db.set_attrs(connection, db.study_attrs, study_id, {WORKER + presence.worker: asdict(presence)})
 
 
@@ -59,8 +74,12 @@ def leave(store: Store, study_id: int, presence: Presence) -> None:
         db.drop_attrs(connection, db.study_attrs, study_id, [WORKER + presence.worker])
 
 
-def workers(attributes: dict[str, Any]) -> list[Presence]:
-    """The workers in the system attributes of a study, newest word first; those long gone are left out."""
+def workers(attributes: dict[str, Any], now: float | None = None) -> list[Presence]:
+    """The workers in the system attributes of a study, newest word first; those long gone are left out.
+
+    `now`: Unix time by the store's clock (default: this host's).
+    """
+    now = time.time() if now is None else now
     found = []
     for key, value in attributes.items():
         if not key.startswith(WORKER) or not isinstance(value, dict):
@@ -69,6 +88,7 @@ def workers(attributes: dict[str, Any]) -> list[Presence]:
             presence = Presence(**{k: v for k, v in value.items() if k in Presence.__dataclass_fields__})
         except TypeError:
             continue
-        if time.time() - presence.seen < FORGET_S:
+        presence.age = now - presence.seen
+        if presence.age < FORGET_S:
             found.append(presence)
     return sorted(found, key=lambda p: -p.seen)

@@ -192,6 +192,10 @@ class Space:
         sizes = ("saes.dict_size_to_input_ratio", "saes.k")
         return self.cell(self._at({p.name: 0.999 if p.field in sizes else 0.5 for p in self.parameters}))
 
+    def varies(self, field: str) -> bool:
+        """Whether some parameter sets this field."""
+        return any(p.field.partition("@")[0] == field for p in self.parameters)
+
     def check_corners(self) -> None:
         """Each parameter's ends or values once, everything else in the middle; :class:`UserError` if one is invalid."""
         for p in self.parameters:

@@ -84,8 +84,9 @@ def gather(store: Store, name: str) -> Status:
     rows = queries.trial_rows(store.engine, study_id)
     queries.add_steps(store.engine, [row for row in rows if row.state == "RUNNING"])
     known = queries.attributes(store.engine, study_id, "saeopt:")
-    now = dt.datetime.now(dt.UTC).replace(tzinfo=None)
-    return Status(spec, rows, presence.workers(known), bool(known.get(claims.STOPPED)), now)
+    now = store.now()
+    workers = presence.workers(known, now.replace(tzinfo=dt.UTC).timestamp())
+    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now)
 
 
 def duration(seconds: float | None) -> str:
@@ -173,11 +174,13 @@ def _workers(status: Status) -> RenderableType | None:
     if not status.alive:
         return None
     table = Table(title="workers", title_justify="left")
-    for name in ("worker", "device", "trials", "progress", "tokens/s", "told"):
+    for name in ("worker", "device", "trials", "progress", "tokens/s", "told", "last sign", "last progress"):
         table.add_column(name, overflow="fold")
     for w in status.alive[:_ROWS]:
         share = f"{w.samples / w.total:.0%}" if w.total else "–"
-        table.add_row(w.worker, w.device, _numbers(w.trials), share, f"{w.tokens_per_s:,.0f}", str(w.finished))
+        ages = [duration(None if age is None else max(0.0, age)) for age in (w.age, w.progress_age)]
+        speed, told = f"{w.tokens_per_s:,.0f}", str(w.finished)
+        table.add_row(w.worker, w.device, _numbers(w.trials), share, speed, told, *ages)
     return table
 
 
@@ -223,9 +226,10 @@ def list_table(store: Store) -> Table:
         table.add_column(_NAMES[state], justify="right")
     for name in ("workers alive", "stopped"):
         table.add_column(name, justify="right")
+    now = store.now().replace(tzinfo=dt.UTC).timestamp()
     for name, study_id in ids.items():
         known = queries.attributes(store.engine, study_id, "saeopt:")
-        alive = sum(worker.alive for worker in presence.workers(known))
+        alive = sum(worker.alive for worker in presence.workers(known, now))
         states = [str(counts.get(study_id, {}).get(state, 0)) for state in STATES]
         table.add_row(name, *states, str(alive), "yes" if known.get(claims.STOPPED) else "no")
     return table

@@ -5,7 +5,10 @@ Every connection survives a server that restarts; every message shows the URL wi
 
 from __future__ import annotations
 
+import datetime as dt
+import json
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,10 +31,14 @@ from saeopt.errors import UserError
 from saeopt.search import internals as db
 
 T = TypeVar("T")
-SPEC_KEY = "saeopt:spec"
+SPEC_KEY, IDENTITY_KEY = "saeopt:spec", "saeopt:identity"
 _HOPELESS = ("password authentication failed", "no password supplied", "does not exist", "no pg_hba.conf entry")
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class StudyGone(Exception):
+    """The study was deleted, or another one has its key now."""
 
 
 def store_url(url: str | None = None) -> URL:
@@ -71,8 +78,13 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
-def persistently(action: Callable[[], T], what: str, patience: float = 900.0) -> T:
-    """Run `action` until it succeeds, over `patience` seconds of a store that cannot be reached."""
+def patience() -> float:
+    """Seconds that a worker waits for a lost store (`SAEOPT_STORE_PATIENCE`)."""
+    return settings().store_patience
+
+
+def persistently(action: Callable[[], T], what: str, seconds: float | None = None) -> T:
+    """Run `action` until it succeeds, over so many seconds of a store that cannot be reached (None: `patience()`)."""
 
     def told(state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
@@ -82,7 +94,7 @@ def persistently(action: Callable[[], T], what: str, patience: float = 900.0) ->
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=3),
-        stop=tenacity.stop_after_delay(patience),
+        stop=tenacity.stop_after_delay(patience() if seconds is None else seconds),
         before_sleep=told,
         reraise=True,
     )
@@ -184,6 +196,11 @@ class Store:
         with _lock(self.url, self.engine, name):
             yield
 
+    def now(self) -> dt.datetime:
+        """The store's clock: naive UTC."""
+        with self.read() as connection:
+            return db.db_now(connection)
+
     def study_names(self) -> list[str]:
         """All studies, oldest first."""
         with self.read() as connection:
@@ -210,6 +227,14 @@ class Store:
             raise UserError(f"study '{name}' in {self.shown} was not made by 'saeopt.study create'")
         return StudySpec.from_json(text)
 
+    def identity(self, study_id: int) -> str:
+        """What no other study ever has, unlike name and key; a study of an older version is given one."""
+        with self.write() as connection:
+            if identity_of(connection, study_id) is None:
+                fresh = {"study_id": study_id, "key": IDENTITY_KEY, "value_json": json.dumps(new_identity())}
+                db.insert_missing(connection, db.study_attrs, ("study_id", "key"), fresh)
+            return str(identity_of(connection, study_id))
+
     def study(self, name: str, **kwargs: Any) -> optuna.Study:
         """The study as an Optuna object."""
         self.study_id(name)
@@ -227,6 +252,23 @@ class Store:
         """Close all connections."""
         self.optuna.remove_session()
         self.engine.dispose()
+
+
+def identity_of(connection: sa.Connection, study_id: int) -> str | None:
+    """The identity of the study that has this key now."""
+    found = db.get_attrs(connection, db.study_attrs, study_id, IDENTITY_KEY).get(IDENTITY_KEY)
+    return None if found is None else str(found)
+
+
+def check_identity(connection: sa.Connection, study_id: int, identity: str | None) -> None:
+    """Raise :class:`StudyGone` where the study is not the one with this identity (None: any)."""
+    if identity is not None and identity_of(connection, study_id) != identity:
+        raise StudyGone(f"study {study_id}")
+
+
+def new_identity() -> str:
+    """A name for a study that is never used twice."""
+    return uuid.uuid4().hex
 
 
 def _while_others_set_up(error: BaseException) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from saeopt.config.settings import redact
 from saeopt.console import log
+from saeopt.files import is_owned
 
 NAME = "trial.log"
 
@@ -19,9 +21,13 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
+def _still_ours(folder: Path, _record: logging.LogRecord) -> bool:
+    return is_owned(folder)
+
+
 @contextmanager
 def trial_logs(folders: Iterable[Path]) -> Iterator[None]:
-    """Write the log into `trial.log` of every folder; a folder that cannot be written is passed over."""
+    """Write the log into `trial.log` of every folder, while it is ours; one that cannot be written is left out."""
     with ExitStack() as stack:
         for folder in folders:
             try:
@@ -30,6 +36,7 @@ def trial_logs(folders: Iterable[Path]) -> Iterator[None]:
             except OSError as error:
                 log.warning("no log in %s: %s", folder, error.strerror)
                 continue
+            handler.addFilter(partial(_still_ours, folder))
             handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
             log.addHandler(handler)
             stack.callback(handler.close)

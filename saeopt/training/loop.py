@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -17,11 +17,12 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.plots import plot_run
-from saeopt.files import is_evaluation, write_json
+from saeopt.files import LostRun, is_evaluation, write_json
+from saeopt.owner import Owner
 from saeopt.training import checkpoint
-from saeopt.training.loggers import Sink, open_sinks
+from saeopt.training.loggers import open_sinks
 from saeopt.training.pack import Member, Pack
-from saeopt.training.plan import LOST, Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
 from saeopt.training.setup import (
@@ -33,28 +34,10 @@ from saeopt.training.setup import (
     measure_norm_limits,
     total_samples,
 )
+from saeopt.training.trial import Trial, named, scalars
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
-
-
-@dataclass
-class _Trial:
-    """A trial of the pack while it trains."""
-
-    plan: TrialPlan
-    folder: RunFolder
-    members: list[Member]
-    sinks: list[Sink] = field(default_factory=list)
-    ended: TrialResult | None = None
-    """How it had ended before, where it starts at its end: nothing is left to do and nothing is written."""
-    written: set[tuple[str, bool]] = field(default_factory=set)
-    """Rows that its metrics hold already at the samples at which it starts: hook point, whether an evaluation."""
-    result: TrialResult | None = None
-
-    @property
-    def active(self) -> list[Member]:
-        return [m for m in self.members if m.reason is None]
 
 
 def train_pack(
@@ -73,7 +56,7 @@ def train_pack(
     hooks = hook_points_of(plans, model)
     tokens = runtime.token_data(config, model)
     trials = [
-        _Trial(plan, RunFolder(plan.run_dir), blank_members(plan, hooks[plan.name], model, runtime)) for plan in plans
+        Trial(plan, RunFolder(plan.run_dir), blank_members(plan, hooks[plan.name], model, runtime)) for plan in plans
     ]
     loop = _Loop(trials, model, tokens, runtime, observer or Observer())
     try:
@@ -84,7 +67,7 @@ def train_pack(
 
 class _Loop:
     def __init__(
-        self, trials: list[_Trial], model: LanguageModel, tokens: TokenData, runtime: Runtime, observer: Observer
+        self, trials: list[Trial], model: LanguageModel, tokens: TokenData, runtime: Runtime, observer: Observer
     ) -> None:
         self.trials, self.model, self.tokens = trials, model, tokens
         self.runtime, self.observer = runtime, observer
@@ -125,19 +108,11 @@ class _Loop:
         self.last_save = first.samples if first and not fresh else None
         for trial in self.trials:
             if found := restored.get(trial.plan.name):
-                trial.ended = self.runtime.agree(self._ended(trial.folder, found) if self.runtime.is_main else None)
+                trial.ended = self.runtime.agree(
+                    trial.ended_before(found, self.total, self._evaluates) if self.runtime.is_main else None
+                )
         states = {name: found.states for name, found in restored.items()}
         return (first.samples, first.cursor, states) if first else (0, {}, {})
-
-    def _ended(self, folder: RunFolder, found: checkpoint.Restored) -> TrialResult | None:
-        """How a trial ended at this very checkpoint, all its files written; None where something is left to do."""
-        status = folder.status()
-        if found.ended is not None or found.samples < self.total or status.get("status") != "finished":
-            return found.ended
-        evaluation = folder.evaluation() if self._evaluates else {}
-        if evaluation is None:
-            return None
-        return TrialResult("finished", found.samples, status.get("reason"), evaluation)
 
     @property
     def _evaluates(self) -> bool:
@@ -157,7 +132,8 @@ class _Loop:
                 cursor=self.cursor,
             )
         for trial in self.trials:  # after the stream: a cache that cannot be made leaves no run folders
-            self._open(trial)
+            with self._writing(trial):
+                self._open(trial)
         if self.stream is not None:
             self._train()
         for trial in self.trials:
@@ -165,9 +141,11 @@ class _Loop:
                 self._finish(trial)
         return {t.plan.name: t.result for t in self.trials if t.result is not None}
 
-    def _open(self, trial: _Trial) -> None:
+    def _open(self, trial: Trial) -> None:
         if self.runtime.is_main and trial.ended is None:
-            trial.folder.path.mkdir(parents=True, exist_ok=True)
+            if trial.plan.owner is None:
+                trial.owner = Owner(turn=time.time_ns())
+                trial.owner.take(trial.folder.path)
             trial.folder.write_config(trial.plan.config)
             trial.folder.rewind(self.samples)
             trial.written = trial.folder.rows_at(self.samples)
@@ -188,6 +166,7 @@ class _Loop:
                 self.pack.accumulate(next(self.stream), after)
             self.pack.apply(after)
             before, self.samples, windows = self.samples, after, windows + 1
+            self._part_with_lost()
             due = self._due(before)
             if due["log"]:
                 measured = self.pack.metrics(self.samples)  # waits for the device: only now has the work been done
@@ -215,6 +194,29 @@ class _Loop:
             "eval": crossed(config.eval_every_n_samples),
             "save": crossed(config.save_every_n_samples),
         }
+
+    def _part_with_lost(self) -> None:
+        """What another worker trains now is dropped without a word in its folder."""
+        for trial in self.trials:
+            if trial.result is None and self.observer.lost(trial.plan.name):
+                self._abandon(trial, "its claim was lost: another worker trains it")
+
+    def _abandon(self, trial: Trial, reason: str) -> None:
+        log.warning("%s: %s", trial.plan.name, reason)
+        trial.result = TrialResult("lost", self.samples, reason)
+        self._drop(trial.active, reason)
+        self._finish_sinks(trial, "interrupted")
+        self.observer.on_end(trial.plan.name, trial.result)
+
+    @contextmanager
+    def _writing(self, trial: Trial) -> Iterator[None]:
+        """Around all that is written for a trial: if another process has taken its folder over, the rest go on."""
+        try:
+            yield
+        except LostRun as error:
+            if self.runtime.world > 1:
+                raise
+            self._abandon(trial, str(error))
 
     def _interrupted(self, windows: int) -> bool:
         interrupted = self.observer.should_interrupt()
@@ -247,6 +249,8 @@ class _Loop:
             for values in metrics.values():
                 values["tokens_per_s"] = tokens_per_s
             self._write(trial, metrics)
+            if trial.result is not None:
+                continue
             broken = [m for m, values in measured if m.trial == trial.plan.name and not values["finite"]]
             if broken:
                 reason = f"NaN or Inf in loss or gradient before sample {self.samples}"
@@ -263,11 +267,11 @@ class _Loop:
         found = self._measure(running)
         for trial in running:
             metrics = found.get(trial.plan.name, {})
-            self._write(trial, _named(metrics))
+            self._write(trial, named(metrics))
             if reason := self.runtime.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason, metrics)
 
-    def _measure(self, trials: Sequence[_Trial]) -> dict[str, Metrics]:
+    def _measure(self, trials: Sequence[Trial]) -> dict[str, Metrics]:
         """Held-out metrics of trials: one language-model pass for all of them."""
         if not self._evaluates or not trials:
             return {}
@@ -282,16 +286,17 @@ class _Loop:
         return found
 
     # ---- writing
-    def _write(self, trial: _Trial, metrics: Metrics) -> None:
+    def _write(self, trial: Trial, metrics: Metrics) -> None:
         if self.samples == self.start:  # a run that was killed between its last rows and its end
             metrics = {h: row for h, row in metrics.items() if (h, is_evaluation(row)) not in trial.written}
         if not self.runtime.is_main or not metrics:
             return
-        trial.folder.append_metrics(
-            {"samples": self.samples, "hook_point": hook, **_scalars(row)} for hook, row in metrics.items()
-        )
-        for sink in trial.sinks:
-            sink.log(self.samples, {hook: _scalars(row) for hook, row in metrics.items()})
+        with self._writing(trial):
+            trial.folder.append_metrics(
+                {"samples": self.samples, "hook_point": hook, **scalars(row)} for hook, row in metrics.items()
+            )
+            for sink in trial.sinks:
+                sink.log(self.samples, {hook: scalars(row) for hook, row in metrics.items()})
 
     def _save(self) -> None:
         if self.last_save == self.samples:
@@ -303,26 +308,26 @@ class _Loop:
                 self._checkpoint(trial)
         self.last_save = self.samples
 
-    def _checkpoint(self, trial: _Trial, ended: TrialResult | None = None) -> None:
+    def _checkpoint(self, trial: Trial, ended: TrialResult | None = None) -> None:
         """Rank 0 writes; the others wait for it, and fail as it does."""
         failed: UserError | None = None
         if self.runtime.is_main:
             try:
-                path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor, ended)
-                self.observer.on_checkpoint(trial.plan.name, self.samples, path)
+                with self._writing(trial):
+                    path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor, ended)
+                    self.observer.on_checkpoint(trial.plan.name, self.samples, path)
             except UserError as error:
                 failed = error
         if message := self.runtime.agree(None if failed is None else str(failed)):
             raise failed or UserError(message)
 
     # ---- the end of a trial
-    def _stop(self, trial: _Trial, status: Any, reason: str, evaluation: Metrics | None = None) -> None:
+    def _stop(self, trial: Trial, status: Any, reason: str, evaluation: Metrics | None = None) -> None:
         if self.stream is not None:
             self.cursor = self.stream.cursor()
         result = TrialResult(status, self.samples, reason, evaluation or {})
         self._drop(trial.active, reason)
-        if reason != LOST:
-            self._checkpoint(trial, result)  # says how it ended: who goes on from here has nothing more to do
+        self._checkpoint(trial, result)  # says how it ended: who goes on from here has nothing more to do
         self._close(trial, result)
 
     def _drop(self, members: list[Member], reason: str) -> None:
@@ -330,7 +335,7 @@ class _Loop:
         if self.stream is not None:
             self.stream.keep_only(self.pack.hook_points)
 
-    def _finish(self, trial: _Trial) -> None:
+    def _finish(self, trial: Trial) -> None:
         """All trials that reached the end together share one evaluation pass."""
         self._save()
         together = [t for t in self.trials if t.result is None]
@@ -338,37 +343,36 @@ class _Loop:
         for other in together:
             metrics = found.get(other.plan.name, {})
             if self.runtime.is_main and metrics:
-                write_json(other.folder.evaluation_path, metrics)
-            self._write(other, _named(metrics))
+                with self._writing(other):
+                    write_json(other.folder.evaluation_path, metrics)
+            self._write(other, named(metrics))
             lost = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
             self._close(other, TrialResult("finished", self.samples, "; ".join(lost) or None, metrics))
 
-    def _close(self, trial: _Trial, result: TrialResult) -> None:
+    def _close(self, trial: Trial, result: TrialResult) -> None:
+        """The trial's last word, unless it has had one (its folder is another's)."""
         weights = trial.folder.weights_path(self.samples)
         result.checkpoint = weights if weights.exists() else None
-        trial.result = result
-        if self.runtime.is_main and result.reason != LOST:
-            news = trial.folder.write_status(result.status, result.samples, result.reason)
-            if news and result.status != "interrupted":
-                plot_run(trial.folder.path)
+        if self.runtime.is_main and trial.result is None:
+            with self._writing(trial):
+                news = trial.folder.write_status(result.status, result.samples, result.reason)
+                if news and result.status != "interrupted":
+                    plot_run(trial.folder.path)
+        if trial.result is None:
+            trial.result = result
+            self._finish_sinks(trial, result.status)
+            self.observer.on_end(trial.plan.name, result)
+
+    def _finish_sinks(self, trial: Trial, status: str) -> None:
         for sink in trial.sinks:
-            sink.finish(result.status)
+            sink.finish(status)
         trial.sinks = []
-        self.observer.on_end(trial.plan.name, result)
 
     def close(self) -> None:
         """Stop background work, also after an error."""
         if self.stream is not None:
             self.stream.close()
         for trial in self.trials:
-            for sink in trial.sinks:
-                sink.finish("failed")
-
-
-def _named(metrics: Metrics) -> Metrics:
-    """Held-out metrics under the names that they have beside those of training."""
-    return {hook: {f"eval_{name}": value for name, value in row.items()} for hook, row in metrics.items()}
-
-
-def _scalars(row: dict[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if isinstance(v, int | float)}
+            self._finish_sinks(trial, "failed")
+            if trial.owner is not None:
+                trial.owner.leave(trial.folder.path)

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from saeopt.config.run import RunConfig
+from saeopt.owner import Owner
 
 Metrics = dict[str, dict[str, float]]
 """Hook point → metric → value."""
-
-LOST = "its claim was lost: another worker trains it"
-"""The reason of an observer for a trial that is no longer its own: nothing of this end may be stored in its folder."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class TrialPlan:
     config: RunConfig
     run_dir: Path
     resume: bool = False
+    owner: Owner | None = None
+    """Who has taken the folder for this run; None: the run takes it."""
 
 
 @dataclass
@@ -30,11 +30,11 @@ class TrialResult:
     """How a trial of a pack ended.
 
     finished: all samples were consumed; stopped: the observer gave a reason; diverged: NaN or Inf in every
-    member; interrupted: a checkpoint was written and the trial can be resumed. `reason` also names single
-    members that diverged in a trial that finished.
+    member; interrupted: a checkpoint was written and the trial can be resumed; lost: another process has the trial
+    now, and nothing was written. `reason` also names single members that diverged in a trial that finished.
     """
 
-    status: Literal["finished", "stopped", "diverged", "interrupted"]
+    status: Literal["finished", "stopped", "diverged", "interrupted", "lost"]
     samples: int
     reason: str | None = None
     evaluation: Metrics = field(default_factory=dict)
@@ -57,6 +57,10 @@ class Observer:
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         """A checkpoint is complete on the disk."""
+
+    def lost(self, name: str) -> bool:
+        """True: another worker has the trial; it is dropped and nothing is written. Polled at every step."""
+        return False
 
     def on_end(self, name: str, result: TrialResult) -> None:
         """A trial has ended, also where others of its pack go on."""

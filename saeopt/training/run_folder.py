@@ -15,10 +15,12 @@ from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
 from saeopt.files import (
     atomic_write,
+    check_owned,
     is_evaluation,
     jsonable,
     read_error,
     read_metrics,
+    remove,
     remove_temporaries,
     write_error,
     write_json,
@@ -94,12 +96,17 @@ class RunFolder:
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to `metrics.jsonl`; NaN and infinities become null.
 
+        The file is opened before the right to write is looked at: who takes the run over rewrites it, so what is open
+        here is either ours or no longer there.
+
         Raises:
-            UserError: the disk is full.
+            HostError: the disk is full.
+            LostRun: another process has taken the run over.
         """
         text = "".join(json.dumps(jsonable(row), allow_nan=False) + "\n" for row in rows)
         try:
             with self.metrics_path.open("a", encoding="utf-8") as file:
+                check_owned(self.path)
                 file.write(text)
         except OSError as error:
             raise write_error(self.metrics_path, error) from error
@@ -159,19 +166,20 @@ class RunFolder:
         """Delete states beyond the last two, and weights beyond `keep_checkpoints` (never those of a kept state)."""
         states = self.states()
         for samples in states[STATES_KEPT:]:
-            self.state_path(samples).unlink(missing_ok=True)
+            remove(self.state_path(samples))
         if keep_checkpoints is not None:
             for samples in self.weights()[max(keep_checkpoints, 1) :]:
                 if samples not in states[:STATES_KEPT]:
-                    self.weights_path(samples).unlink(missing_ok=True)
+                    remove(self.weights_path(samples))
 
     def rewind(self, samples: int) -> None:
         """Make ready to go on from `samples`: what comes later is written again, half-written files go.
 
         Later states were found unusable, and would count among the two that are kept.
         """
+        check_owned(self.path)
         for later in (n for n in self.states() if n > samples):
-            self.state_path(later).unlink(missing_ok=True)
+            remove(self.state_path(later))
         for folder in (self.path, self.path / "state"):
             remove_temporaries(folder)
         self.rewind_metrics(samples)

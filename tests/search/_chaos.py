@@ -8,7 +8,8 @@ from pathlib import Path
 from saeopt.config.study import StudySpec
 
 PRELOAD = [
-    "saeopt.worker", "saeopt.worker_loop", "saeopt.training.loop", "saeopt.training.launch", "saeopt.saes.relu",
+    "saeopt.worker", "saeopt.worker_loop", "saeopt.worker_child", "saeopt.training.loop", "saeopt.training.launch",
+    "saeopt.saes.relu",
     "saeopt.evaluation.plots", "saeopt.evaluation.__main__", "psycopg",
 ]  # fmt: skip
 
@@ -17,12 +18,21 @@ def run_worker(address: str, study: str, log: Path) -> None:
     """A worker as `python -m saeopt.worker` runs it."""
     _stderr_to(log)
     _no_pictures()
+    import multiprocessing
+
     from saeopt.console import set_up_logging
     from saeopt.worker import stop_on_signals, work
     from saeopt.worker_loop import Options
 
     set_up_logging()
-    work(address, study, Options(device="cpu", idle_timeout=0, poll=0.3), None, stop_on_signals())
+    work(
+        address,
+        study,
+        Options(device="cpu", idle_timeout=0, poll=0.3),
+        None,
+        stop_on_signals(),
+        multiprocessing.get_context("forkserver"),
+    )
 
 
 def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> None:

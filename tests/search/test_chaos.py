@@ -85,7 +85,7 @@ class Chaos:
         self.alive = [p for p in self.alive if p.is_alive()]
         while len(self.alive) < WORKERS:
             log = self.folder / f"worker{self.started}.log"
-            process = forks.Process(target=run_worker, args=(self.address, "chaos", log), daemon=True)
+            process = forks.Process(target=run_worker, args=(self.address, "chaos", log))  # it has a child of its own
             process.start()
             self.alive.append(process)
             self.started += 1

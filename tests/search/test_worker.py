@@ -14,13 +14,14 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.config.study import StudySpec, study_spec
-from saeopt.errors import UserError
+from saeopt.errors import UserError, WorkerFault
 from saeopt.search import claims, monitoring, presence
 from saeopt.search import internals as db
 from saeopt.search.attributes import evaluation_of
 from saeopt.search.create import create_study
 from saeopt.search.storage import Store
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
+from saeopt.worker_faults import TrainingDied, TrainingStalled
 from saeopt.worker_loop import Options, Worker, start_of
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -375,13 +376,13 @@ def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: P
     import torch
 
     from saeopt.search.space import Space
-    from saeopt.worker import _Trainer
+    from saeopt.worker_local import LocalTraining
 
     base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir)}
     base["data"] = base["data"] | {"context_length": 16}
     spec = spec_in(tmp_path, base=base, space={"saes.dict_size_to_input_ratio": [8, 512]})
-    trainer = _Trainer("cpu")
-    assert trainer.fitting(Space(spec)) == 8
+    trainer = LocalTraining("cpu")
+    assert trainer.fitting(Space(spec).largest().config) == 8
 
     class Runtime:
         device = torch.device("cuda")
@@ -390,7 +391,7 @@ def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: P
     sizes = {}
     for free in (2**20, 2**27, 2**40):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        sizes[free] = trainer.fitting(Space(spec))
+        sizes[free] = trainer.fitting(Space(spec).largest().config)
     assert sizes[2**20] == 1
     assert 1 < sizes[2**27] < 64
     assert sizes[2**40] == 64
@@ -404,21 +405,21 @@ def test_packs_are_sized_for_the_language_models_precision(
 
     from saeopt.search.space import Space
     from saeopt.training import dry_run
-    from saeopt.worker import _Trainer
+    from saeopt.worker_local import LocalTraining
 
     base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir), "lm_dtype": dtype}
     base["data"] = base["data"] | {"context_length": 16}
-    trainer = _Trainer("cuda")
+    trainer = LocalTraining("cuda")
     trainer._runtime = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
     asked = []
     estimate = dry_run.estimate
     monkeypatch.setattr(dry_run, "estimate", lambda *a, **k: asked.append(a[3]) or estimate(*a, **k))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
-    trainer.fitting(Space(spec_in(tmp_path, base=base)))
+    trainer.fitting(Space(spec_in(tmp_path, base=base)).largest().config)
     assert set(asked) == {size}
 
 
-def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in_seconds(
+def test_a_fault_of_the_host_is_booked_on_no_trial_and_ends_the_worker(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -428,13 +429,111 @@ def test_a_full_disk_is_a_failure_with_its_reason_and_does_not_use_up_a_study_in
     def before(names: list[str]) -> None:
         raise UserError("samples_8.safetensors: the disk is full") from OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(worker_loop, "_FULL_DISK_PAUSE", 0.4)
-    began = time.monotonic()
-    start(store, spec_in(tmp_path, 1, retries=1), Trainer(before=before)).run()
-    assert time.monotonic() - began > 0.8
-    (trial,) = store.study("s").trials
-    assert trial.state.name == "FAIL"
-    assert "the disk is full" in trial.user_attrs["reason"]
+    monkeypatch.setattr(worker_loop, "_HOST_PAUSE", 0.0)
+    trainer = Trainer(before=before)
+    worker = start(store, spec_in(tmp_path, 5, retries=0), trainer, pack=1)
+    with pytest.raises(WorkerFault, match="the disk is full"):
+        worker.run()
+    assert trainer.packs == [["0"], ["1"], ["2"]]  # what failed goes behind what nobody has tried
+    assert states(store) == ["WAITING"] * 5
+    first = store.study("s").trials[0]
+    assert "failures" not in first.user_attrs
+    assert "the disk is full" in first.user_attrs["reason"]
+
+
+def test_three_different_trials_that_fail_of_the_same_end_the_worker_and_a_success_between_does_not(
+    store: Store, tmp_path: Path
+) -> None:
+    def before(names: list[str]) -> None:
+        if names != ["2"]:
+            raise ValueError(f"cannot read /data/{names[0]}")
+
+    trainer = Trainer(before=before)
+    with pytest.raises(WorkerFault, match="3 different trials failed of the same"):
+        start(store, spec_in(tmp_path, 8, retries=0), trainer, pack=1).run()
+    assert trainer.packs == [["0"], ["1"], ["2"], ["3"], ["4"], ["5"]]
+    assert states(store) == ["FAIL", "FAIL", "COMPLETE", "FAIL", "FAIL", "WAITING", "WAITING", "WAITING"]
+
+
+def test_nothing_is_claimed_where_the_probe_fails(store: Store, tmp_path: Path) -> None:
+    def probe(config: Any, architecture: bool, observer: Observer) -> None:
+        raise UserError("no such model")
+
+    trainer = Trainer()
+    worker = start(store, spec_in(tmp_path, 2), trainer)
+    worker._probe = probe
+    with pytest.raises(WorkerFault, match="no such model"):
+        worker.run()
+    assert (trainer.packs, states(store)) == ([], ["WAITING", "WAITING"])
+
+
+def test_cells_that_this_version_does_not_know_go_back_uncounted(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from saeopt.search.space import Space
+
+    config = Space.config
+
+    def newer(self: Space, params: dict[str, Any]) -> Any:
+        if params["lr"] > 2.5e-3:
+            raise UserError("unknown field 'lr_scheduler_2'")
+        return config(self, params)
+
+    worker = start(store, spec_in(tmp_path, 6, retries=0), Trainer(), pack=1)
+    monkeypatch.setattr(Space, "config", newer)
+    with pytest.raises(WorkerFault, match="lr_scheduler_2"):
+        worker.run()
+    assert states(store) == ["COMPLETE", "COMPLETE"] + ["WAITING"] * 4
+
+
+def test_a_process_that_dies_counts_against_its_trials_which_go_behind_alone_and_fail_after_three(
+    store: Store, tmp_path: Path
+) -> None:
+    def before(names: list[str]) -> None:
+        if "1" in names:
+            raise TrainingDied("its training process was ended by SIGKILL")
+
+    trainer = Trainer(before=before)
+    start(store, spec_in(tmp_path, 6), trainer, pack=2).run()
+    assert trainer.packs == [["0", "1"], ["2", "3"], ["4", "5"], ["0"], ["1"], ["1"]]
+    assert states(store) == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 4
+    assert "SIGKILL (3 times without a new checkpoint" in store.study("s").trials[1].user_attrs["reason"]
+
+
+def test_deaths_with_a_checkpoint_in_between_never_fail_a_trial(store: Store, tmp_path: Path) -> None:
+    study_id = create_study(store, spec_in(tmp_path, 1)).study_id
+    for samples in range(8, 80, 8):
+        (claim,) = claims.claim(store, study_id, 1, {"worker": "w"})
+        assert claims.checkpointed(store, claim, samples)
+        assert claims.died(store, claim, "killed") == "waiting"
+
+
+def test_a_deaf_training_goes_back_to_the_queue_with_its_reason(store: Store, tmp_path: Path) -> None:
+    trainer = Trainer()
+
+    def before(names: list[str]) -> None:
+        if len(trainer.packs) == 1:
+            raise TrainingStalled("no progress for 60 s")
+
+    trainer.before = before
+    start(store, spec_in(tmp_path, 2), trainer, pack=1).run()
+    assert trainer.packs == [["0"], ["1"], ["0"]]
+    assert states(store) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_study_that_was_made_again_under_its_name_is_not_trained_with_the_old_spec(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = start(store, spec_in(tmp_path, 2), Trainer())
+    store.optuna.delete_study(worker.study_id)
+    again = create_study(store, spec_in(tmp_path, 2, max_losses=7)).study_id
+    assert again == worker.study_id  # SQLite gives the key anew
+    with caplog.at_level(logging.WARNING, "saeopt"):
+        assert worker.run() == 0
+    assert "was deleted, or made again" in caplog.text
+    assert states(store) == ["WAITING", "WAITING"]
+    with store.read() as connection:
+        assert presence.workers(db.get_attrs(connection, db.study_attrs, again)) == []
 
 
 def test_a_result_that_cannot_be_stored_fails_its_trial_alone(

@@ -17,7 +17,6 @@ from saeopt.evaluation.load import load_checkpoint, load_run, load_weights
 from saeopt.saes.registry import get_sae
 from saeopt.training import Observer, TrialPlan, loop, setup, train_pack
 from saeopt.training.pack import Member, Pack
-from saeopt.training.plan import LOST
 from saeopt.training.run_folder import RunFolder, resume_point
 from saeopt.training.runtime import Runtime
 
@@ -337,11 +336,16 @@ def test_a_trial_that_was_killed_after_its_stop_is_still_stopped(make_config, ru
 
 def test_a_trial_that_is_no_longer_its_own_leaves_no_end_in_its_folder(make_config, runtime, tmp_path):
     class Lose(Observer):
-        def on_log(self, name, samples, metrics):
-            return LOST if samples == 128 else None
+        at = 0
+
+        def progress(self, samples, total, tokens_per_s):
+            self.at = samples
+
+        def lost(self, name):
+            return self.at == 128
 
     config = make_config(save_every_n_samples=96)
-    train_pack([plan(config, tmp_path, "a")], runtime, Lose())
+    assert train_pack([plan(config, tmp_path, "a")], runtime, Lose())["a"].status == "lost"
     assert RunFolder(tmp_path / "a").weights() == [96]
     assert RunFolder(tmp_path / "a").status()["status"] == "running"
 

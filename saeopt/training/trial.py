@@ -1,0 +1,54 @@
+"""A trial of a pack while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from saeopt.owner import Owner
+from saeopt.training.checkpoint import Restored
+from saeopt.training.loggers import Sink
+from saeopt.training.pack import Member
+from saeopt.training.plan import Metrics, TrialPlan, TrialResult
+from saeopt.training.run_folder import RunFolder
+
+
+@dataclass
+class Trial:
+    """Its plan, its members, and what is known of its end."""
+
+    plan: TrialPlan
+    folder: RunFolder
+    members: list[Member]
+    sinks: list[Sink] = field(default_factory=list)
+    ended: TrialResult | None = None
+    """How it had ended before, where it starts at its end: nothing is left to do and nothing is written."""
+    written: set[tuple[str, bool]] = field(default_factory=set)
+    """Rows that its metrics hold already at the samples at which it starts: hook point, whether an evaluation."""
+    result: TrialResult | None = None
+    owner: Owner | None = None
+    """Whose the folder is where nobody had taken it before."""
+
+    @property
+    def active(self) -> list[Member]:
+        return [m for m in self.members if m.reason is None]
+
+    def ended_before(self, found: Restored, total: int, evaluates: bool) -> TrialResult | None:
+        """How a trial ended at this very checkpoint, all its files written; None where something is left to do."""
+        status = self.folder.status()
+        if found.ended is not None or found.samples < total or status.get("status") != "finished":
+            return found.ended
+        evaluation = self.folder.evaluation() if evaluates else {}
+        if evaluation is None:
+            return None
+        return TrialResult("finished", found.samples, status.get("reason"), evaluation)
+
+
+def named(metrics: Metrics) -> Metrics:
+    """Held-out metrics under the names that they have beside those of training."""
+    return {hook: {f"eval_{name}": value for name, value in row.items()} for hook, row in metrics.items()}
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row."""
+    return {k: v for k, v in row.items() if isinstance(v, int | float)}

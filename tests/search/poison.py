@@ -1,0 +1,35 @@
+"""SAEs of one's own that break the process in which they are trained."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from saeopt.saes.relu import ReluSAE
+
+
+class Killing(ReluSAE):
+    """Ends its process at its first step, as a driver or the out-of-memory killer does."""
+
+    def training_forward(self, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Leaving(ReluSAE):
+    """Ends the whole program."""
+
+    def training_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise SystemExit(5)
+
+
+class Stopping(ReluSAE):
+    """Freezes its process where the file says so, and never again."""
+
+    def training_forward(self, *args: Any, **kwargs: Any) -> Any:
+        flag = Path(os.environ["SAEOPT_TEST_FREEZE"])
+        if flag.exists():
+            flag.unlink()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().training_forward(*args, **kwargs)
