@@ -1,43 +1,43 @@
-"""The installed command `saeopt`: a sub-command is imported when it is called, so that `status` starts at once."""
+"""The installed command `saeopt`, one application of all commands. Each imports what is slow when it runs."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Sequence
+from typing import Annotated
 
-from saeopt.console import console
-from saeopt.errors import fail
+import typer
 
-COMMANDS = {
-    "train": ("saeopt.train", "train the SAEs of one config"),
-    "study": ("saeopt.study", "create, watch, mend and export studies"),
-    "worker": ("saeopt.worker", "train the trials of a study"),
-    "evaluate": ("saeopt.evaluation.__main__", "evaluate what a run saved"),
-}
-_ALIASES = {"evaluation": "evaluate"}
+from saeopt import dashboard, study, train, worker
+from saeopt.errors import run_cli
+from saeopt.evaluation import __main__ as evaluation
+from saeopt.options import new_app
+
+app = new_app(add_completion=True, no_args_is_help=True)
+app.command("train")(train.train)
+app.add_typer(study.app, name="study")
+app.command("worker")(worker.worker)
+app.command("evaluate")(evaluation.evaluate_run)
+app.command("evaluation", hidden=True)(evaluation.evaluate_run)
+app.command("dashboard")(dashboard.dashboard)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Hand the rest of the command line to one sub-command."""
-    from saeopt.config.base import nearest
-
-    given = list(sys.argv[1:] if args is None else args)
-    if not given or given[0] in ("-h", "--help", "help"):
-        console.print("Usage: saeopt COMMAND [ARGUMENTS]; saeopt COMMAND --help says more\n", markup=False)
-        for name, (_, text) in COMMANDS.items():
-            console.print(f"  {name:10}{text}")
-        return
-    name = _ALIASES.get(given[0], given[0])
-    if name == "--version":
+def _version(wanted: bool) -> None:
+    if wanted:
         from importlib.metadata import version
 
-        console.print(version("saeopt"))
-        return
-    if name not in COMMANDS:
-        fail(f"unknown command '{name}'{nearest(name, list(COMMANDS))} (known: {', '.join(COMMANDS)})")
-    sys.argv = [f"saeopt {name}", *given[1:]]  # what usage texts show
-    importlib.import_module(COMMANDS[name][0]).main()
+        typer.echo(version("saeopt"))
+        raise typer.Exit
+
+
+@app.callback()
+def saeopt(
+    _wanted: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    """Train and evaluate sparse autoencoders on language-model activations, at the scale of sweeps."""
+
+
+def main() -> None:
+    """The command."""
+    run_cli(app)
 
 
 if __name__ == "__main__":

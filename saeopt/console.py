@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import shutil
+import sys
 import warnings
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -47,3 +51,14 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.propagate = False
     # torch.compile's advice: what runs in float32 here is meant to
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+
+
+def program() -> str:
+    """How this installation's `saeopt` is called from the shell that this process was started from."""
+    own = Path(sys.executable).with_name("saeopt")
+    found = shutil.which("saeopt")
+    if found is not None and os.path.realpath(found) == os.path.realpath(own):
+        return "saeopt"
+    if own.exists():
+        return shlex.quote(str(own))
+    return f"{shlex.quote(sys.executable)} -m saeopt"

@@ -1,4 +1,4 @@
-"""Studies: `python -m saeopt.study COMMAND`, installed as `saeopt study`. A thin command line over `saeopt.search`."""
+"""Studies: `saeopt study COMMAND`, also `python -m saeopt.study`. A thin command line over `saeopt.search`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import typer
 
 from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
+from saeopt.options import Changes, Storage, StudyName, new_app
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
     from saeopt.search.storage import Store
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="Studies.")
+app = new_app(no_args_is_help=True, help="Create, watch, mend and export studies.")
 PATIENCE_S = 10.0
 """How long a store that does not answer is asked again."""
-Storage = Annotated[
-    str | None,
-    typer.Option("--storage", metavar="URL", help="Default: SAEOPT_STORAGE, else sqlite:///studies/saeopt.db"),
-]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The study's name.")]
 
 
 def _open(storage: str | None, *, create: bool = False) -> Store:
@@ -41,31 +37,28 @@ def _say(text: str) -> None:
 
 @app.command()
 def create(
-    file: Annotated[Path | None, typer.Argument(metavar="[STUDY_FILE]", help="A native study file.")] = None,
-    name: Annotated[str | None, typer.Option(help="Default: the study file's name.")] = None,
-    base_config: Annotated[
-        Path | None, typer.Option("--base-config", "--base_config", help="A run's YAML file.")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(metavar="STUDY_FILE", help="A study's YAML file.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the name of the (base) file.")] = None,
+    base_config: Annotated[Path | None, typer.Option(metavar="FILE", help="A run's YAML file.")] = None,
     sweep_config: Annotated[
-        Path | None, typer.Option("--sweep-config", "--sweep_config", help="Lists of values for it: a grid study.")
+        Path | None, typer.Option(metavar="FILE", help="Lists of values for it: a grid study.")
     ] = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output-dir", "--output_dir", help="Run folders go to DIR/NAME/TRIAL.")
-    ] = None,
+    output_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Run folders go to DIR/NAME/TRIAL.")] = None,
     max_trials: Annotated[
-        int | None, typer.Option("--max-trials", "--limit", min=1, help="Keep the first cells.")
+        int | None, typer.Option(metavar="N", min=1, help="The study has at most N trials: of a grid the first.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the base config.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, hidden=True)] = None,  # its old name
+    overrides: Changes = None,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", "--dry_run", help="Print cells, packs, estimated memory and time; store nothing."),
+        bool, typer.Option("--dry-run", help="Print cells, packs, estimated memory and time; store nothing.")
     ] = False,
     storage: Storage = None,
 ) -> None:
-    """Create a study from a study file, or from --name, --base-config and --sweep-config. Again: no new cells."""
-    spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials)
+    """Create a study from a study file, or from two configs.
+
+    Two configs are --base-config and --sweep-config. The same command again makes no new cells.
+    """
+    spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
         spec = _with_base(spec, overrides)
     if dry_run:
@@ -75,7 +68,7 @@ def create(
         return
     from saeopt.config import recipe_notice
     from saeopt.search.create import create_study, planned_cells
-    from saeopt.search.monitoring import dashboard_command, on_study_created
+    from saeopt.search.monitoring import on_study_created
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store
     store = _open(storage, create=True)
@@ -86,9 +79,9 @@ def create(
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    _say(f"  work:      python -m saeopt.worker --study {spec.name}")
-    _say(f"  watch:     python -m saeopt.study status {spec.name} --watch")
-    _say(f"  dashboard: {dashboard_command(store, spec)}")
+    _say(f"  work:      {store.command('worker', spec.name)}")
+    _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
+    _say(f"  dashboard: {store.command('dashboard')}")
 
 
 def _spec(
@@ -104,9 +97,9 @@ def _spec(
     from saeopt.config.sweep import sweep_spec
 
     if file is None:
-        if name is None or base_config is None or sweep_config is None:
-            raise UserError("create needs a study file, or --name, --base-config and --sweep-config")
-        return sweep_spec(base_config, sweep_config, name, output_dir, max_trials)
+        if base_config is None or sweep_config is None:
+            raise UserError("STUDY_FILE is missing (or --base-config FILE and --sweep-config FILE)")
+        return sweep_spec(base_config, sweep_config, name or base_config.stem, output_dir, max_trials)
     if base_config is not None or sweep_config is not None:
         raise UserError("create takes a study file or --base-config and --sweep-config, not both")
     raw = read_yaml(file)
@@ -139,29 +132,31 @@ def list_studies(storage: Storage = None) -> None:
 
 
 @app.command()
-def show(name: Name, storage: Storage = None) -> None:
+def show(name: StudyName, storage: Storage = None) -> None:
     """What a study searches and where its files are, as YAML."""
     import json
 
     import yaml
 
-    from saeopt.search.monitoring import artifact_dir, dashboard_command
+    from saeopt.search.monitoring import artifact_dir
 
     store = _open(storage)
     spec = store.spec(name)
     _say(yaml.safe_dump(json.loads(spec.to_json()), sort_keys=False, allow_unicode=True).rstrip())
     _say(f"# storage: {store.shown}\n# run folders: {spec.runs}\n# artifacts: {artifact_dir(spec)}")
-    _say(f"# dashboard: {dashboard_command(store, spec)}")
+    _say(f"# dashboard: {store.command('dashboard')}")
 
 
 @app.command()
 def status(
-    name: Name,
+    name: StudyName,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep the table up to date until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks with --watch.")] = 5.0,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.2, help="Seconds between two looks with --watch.")
+    ] = 5.0,
     storage: Storage = None,
 ) -> None:
-    """Trials by state, workers alive, throughput, time left, best so far."""
+    """Trials, workers, time left, and the best SAEs so far."""
     from saeopt.search.status import gather, render
 
     store = _open(storage)
@@ -182,13 +177,15 @@ def status(
 
 @app.command()
 def best(
-    name: Name,
-    hook: Annotated[str | None, typer.Option("--hook", help="Only this hook point.")] = None,
-    by: Annotated[str, typer.Option(help="Metric that the best of a range of L0 has, e.g. ce_recovered.")] = "fvu",
-    png: Annotated[Path | None, typer.Option(help="Also draw the fronts into this file.")] = None,
+    name: StudyName,
+    hook: Annotated[str | None, typer.Option("--hook", metavar="NAME", help="Only this hook point.")] = None,
+    by: Annotated[
+        str, typer.Option(metavar="METRIC", help="Metric that the best of a range of L0 has, e.g. ce_recovered.")
+    ] = "fvu",
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the fronts into this file.")] = None,
     storage: Storage = None,
 ) -> None:
-    """The Pareto front and the best SAE per range of L0, for each hook point."""
+    """The Pareto front and the best SAE per range of L0."""
     from saeopt.search.best import best_tables, chosen, load_points
 
     store = _open(storage)
@@ -203,7 +200,7 @@ def best(
 
 @app.command()
 def export(
-    name: Name,
+    name: StudyName,
     configs: Annotated[Path | None, typer.Option(metavar="DIR", help="One runnable YAML per cell.")] = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row per trial and hook point.")] = None,
     parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as Parquet.")] = None,
@@ -231,13 +228,14 @@ def export(
 
 @app.command()
 def retry(
-    name: Name,
-    trials: Annotated[
-        list[int] | None, typer.Argument(metavar="[TRIAL]...", help="Default: all failed trials.")
-    ] = None,
+    name: StudyName,
+    trials: Annotated[list[int] | None, typer.Argument(metavar="TRIAL", help="Default: all failed trials.")] = None,
     storage: Storage = None,
 ) -> None:
-    """Put failed trials back into the queue; they go on from their last checkpoint."""
+    """Put failed trials back into the queue.
+
+    They go on from their last checkpoint.
+    """
     from saeopt.search import claims
     from saeopt.search.logs import find_trial
 
@@ -252,29 +250,31 @@ def retry(
 
 
 @app.command()
-def stop(name: Name, storage: Storage = None) -> None:
-    """Ask all workers to finish the step, write checkpoints and hand their trials back."""
-    _set_stopped(name, storage, True)
-    _say(f"study {name} is stopped: workers checkpoint and release; 'saeopt study resume {name}' lets them go on")
+def stop(name: StudyName, storage: Storage = None) -> None:
+    """Ask all workers to checkpoint and to hand their trials back."""
+    store = _set_stopped(name, storage, True)
+    go_on = store.command("study", "resume", name)
+    _say(f"study {name} is stopped: workers checkpoint and release; they go on after {go_on}")
 
 
 @app.command()
-def resume(name: Name, storage: Storage = None) -> None:
+def resume(name: StudyName, storage: Storage = None) -> None:
     """Let workers go on with a stopped study."""
     _set_stopped(name, storage, False)
     _say(f"study {name} goes on: its trials can be claimed again")
 
 
-def _set_stopped(name: str, storage: str | None, stopped: bool) -> None:
+def _set_stopped(name: str, storage: str | None, stopped: bool) -> Store:
     from saeopt.search import claims
 
     store = _open(storage)
     claims.set_stopped(store, store.study_id(name), stopped)
+    return store
 
 
 @app.command()
 def delete(
-    name: Name,
+    name: StudyName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     storage: Storage = None,
 ) -> None:
@@ -296,7 +296,7 @@ def delete(
 
 @app.command()
 def logs(
-    name: Name,
+    name: StudyName,
     trial: Annotated[str, typer.Argument(metavar="TRIAL", help="The trial's number.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until the trial ends.")] = False,
     storage: Storage = None,

@@ -1,6 +1,6 @@
-"""One run from one config: `accelerate launch saeopt/train.py --config FILE`.
+"""One run from one config: `saeopt train CONFIG`.
 
-Also `python saeopt/train.py`, `python -m saeopt.train` and the installed `saeopt train`.
+Also `python -m saeopt.train`, `python saeopt/train.py`, and `accelerate launch saeopt/train.py` for several processes.
 """
 
 from __future__ import annotations
@@ -18,36 +18,33 @@ if __name__ == "__main__" and not __package__:
 import typer
 
 from saeopt.errors import UserError, run_cli
+from saeopt.options import Changes, ConfigArgument, Device, either, new_app
 
 if TYPE_CHECKING:
     from saeopt.config import RunConfig
     from saeopt.training.plan import TrialPlan, TrialResult
     from saeopt.training.runtime import Runtime
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.command()
 def train(
+    file: ConfigArgument = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "--config-path", "--config_path", "-c", help="The run's YAML file.")
+        Path | None, typer.Option("--config", "--config-path", "-c", metavar="FILE", help="The same as an option.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a field, e.g. data.n_train_samples=1000."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    wandb_project: Annotated[
-        str | None, typer.Option("--wandb-project", "--wandb_project", help="W&B project; null: none.")
-    ] = None,
+    overrides: Changes = None,
+    device: Device = "auto",
+    wandb_project: Annotated[str | None, typer.Option(metavar="NAME", help="W&B project; null: none.")] = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN_DIR", help="Go on from the last checkpoint of this run folder.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "--dry_run", help="Print config, SAEs and estimated memory; train nothing.")
+        bool, typer.Option("--dry-run", help="Print config, SAEs and estimated memory; train nothing.")
     ] = False,
     num_processes: Annotated[
-        int | None, typer.Option("--num-processes", "--num_processes", min=1, help="Fail unless so many processes run.")
+        int | None, typer.Option(metavar="N", min=1, help="Fail unless so many processes run.")
     ] = None,
 ) -> None:
     """Train the SAEs of one config on one language model."""
@@ -59,7 +56,7 @@ def train(
     changes = list(overrides or [])
     if wandb_project is not None:
         changes.append(f"wandb_project={wandb_project}")
-    run_config, run_dir = resolve(config, changes, resume)
+    run_config, run_dir = resolve(either(file, config, "--config"), changes, resume)
     check_sinks(run_config)
     check_processes(num_processes)
     if dry_run:

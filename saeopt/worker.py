@@ -1,4 +1,4 @@
-"""Pull trials of a study and train them: `python -m saeopt.worker --study NAME`, or `saeopt worker`."""
+"""Pull trials of a study and train them: `saeopt worker STUDY`, or `python -m saeopt.worker`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from saeopt.config.settings import settings
 from saeopt.config.study import CPU_PACK
 from saeopt.errors import UserError, run_cli
+from saeopt.options import Storage, StudyArgument, either, new_app
 
 if TYPE_CHECKING:
     from saeopt.config.run import RunConfig
@@ -24,29 +25,41 @@ if TYPE_CHECKING:
     from saeopt.search.space import Space
     from saeopt.training.plan import Observer
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = new_app()
 _SAME_REQUEST = 1.0
 
 
 @app.command()
 def worker(
-    study: Annotated[str | None, typer.Option("--study", help="The study's name.")] = None,
-    storage: Annotated[str | None, typer.Option(help="URL of the store; default SAEOPT_STORAGE.")] = None,
-    devices: Annotated[str, typer.Option(help="auto, or a list (cuda:0,cuda:1 or cpu,cpu): a process each.")] = "auto",
-    max_trials: Annotated[
-        int | None, typer.Option("--max-trials", "--limit", min=1, help="End after so many trials.")
+    name: StudyArgument = None,
+    study: Annotated[str | None, typer.Option("--study", metavar="NAME", help="The same as an option.")] = None,
+    storage: Storage = None,
+    devices: Annotated[
+        str,
+        typer.Option(
+            envvar="SAEOPT_DEVICES", metavar="LIST", help="auto, or a list (cuda:0,cuda:1 or cpu,cpu): a process each."
+        ),
+    ] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="End after N trials (of all devices together).")
     ] = None,
-    pack: Annotated[str | None, typer.Option(help="Most trials at once, or auto; default: the study's.")] = None,
+    max_trials: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # the old name of --limit
+    pack: Annotated[
+        str | None, typer.Option(metavar="N", help="Most trials at once, or auto; default: the study's.")
+    ] = None,
     idle_timeout: Annotated[
-        float, typer.Option("--idle-timeout", min=0, help="End after so many seconds without any trial to wait for.")
+        float,
+        typer.Option(
+            envvar="SAEOPT_IDLE_TIMEOUT", metavar="SECONDS", min=0, help="End when no trial is waiting for so long."
+        ),
     ] = 0.0,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="One trial at a time; the first error ends the worker, with traceback.")
     ] = False,
-    show_devices: Annotated[
-        bool, typer.Option("--show-devices", "--show_devices", help="List the devices and end.")
-    ] = False,
-    poll: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at an empty queue.")] = 1.0,
+    show_devices: Annotated[bool, typer.Option("--show-devices", help="List the devices and end.")] = False,
+    poll: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.05, help="Time between looks at an empty queue.")
+    ] = 1.0,
 ) -> None:
     """Train the trials of a study until none is left."""
     from saeopt.config.settings import export_tokens
@@ -55,11 +68,13 @@ def worker(
     from saeopt.worker_loop import Options
 
     if show_devices:
-        for name, text in dev.show_devices():
-            console.print(f"{name:10}{text}")
+        for device, text in dev.show_devices():
+            console.print(f"{device:10}{text}")
         return
+    study = either(name, study, "--study") or os.environ.get("SAEOPT_STUDY")
     if study is None:
-        raise UserError("--study NAME is missing")
+        raise UserError("STUDY is missing: the name of the study whose trials are to be trained")
+    limit = limit or max_trials
     size = pack_size(pack)
     set_up_logging()
     export_tokens()
@@ -72,8 +87,8 @@ def worker(
         if len(names) > 1 and not sequential:
             arguments = ["--study", study, "--idle-timeout", str(idle_timeout), "--poll", str(poll)]
             arguments += ["--pack", pack] if pack is not None else []
-            raise typer.Exit(dev.run_children(names, arguments, dev.split(max_trials, len(names)), interrupted))
-        options = Options(names[0], max_trials, idle_timeout, poll, sequential)
+            raise typer.Exit(dev.run_children(names, arguments, dev.split(limit, len(names)), interrupted))
+        options = Options(names[0], limit, idle_timeout, poll, sequential)
         work(storage, study, options, size, interrupted)
 
 

@@ -11,6 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh
 
+case ${1:-} in -h | --help) sed -n 's/^# \{0,1\}//p' scripts/quickstart.sh | sed -n '2,8p'; exit ;; esac
 venv=${SAEOPT_VENV:-.venv}
 if [ -z "${SAEOPT_VENV:-}" ] || [ ! -x "$venv/bin/python" ]; then
   ensure_venv "$venv" gguf
@@ -25,10 +26,10 @@ model=$("$python" scripts/fetch_smollm2.py)
 text=$("$python" scripts/quickstart_data.py)
 
 echo "saeopt: eight SAEs on layer 2 of SmolLM2-135M, trained together" >&2
-"$python" -m saeopt.study create studies/smollm2-quickstart.yaml --name "$study" \
+"$python" -m saeopt study create studies/smollm2-quickstart.yaml --name "$study" \
   --set tlens_model_path="$model" --set data.dataset_name="$text" "$@"
-"$python" -m saeopt.worker --study "$study"
-"$python" -m saeopt.study best "$study" --png "output/$study/pareto_front.png"
+"$python" -m saeopt worker "$study"
+"$python" -m saeopt study best "$study" --png "output/$study/pareto_front.png"
 echo
 echo "The dashboard of this study, at http://127.0.0.1:8080 (front, curves, notes; weights are in output/$study/TRIAL):"
-"$python" -m saeopt.study show "$study" | sed -n "s|^# dashboard: |  $venv/bin/|p"
+"$python" -m saeopt study show "$study" | sed -n "s|^# dashboard: |  |p"

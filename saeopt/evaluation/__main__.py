@@ -1,4 +1,4 @@
-"""`python -m saeopt.evaluation RUN_DIR`, also `saeopt evaluate RUN_DIR`: evaluate what any run saved."""
+"""`saeopt evaluate RUN_DIR`, also `python -m saeopt.evaluation RUN_DIR`: evaluate what any run saved."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_
 from saeopt.config.io import parse_override
 from saeopt.console import console, error_console, log, set_up_logging
 from saeopt.errors import UserError, run_cli
+from saeopt.options import AsJson, Changes, Device, new_app
 
 if TYPE_CHECKING:
     import torch
@@ -22,23 +23,22 @@ if TYPE_CHECKING:
     from saeopt.evaluation.load import Checkpoint
     from saeopt.evaluation.metrics import Metrics
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.command()
 def evaluate_run(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder, or a samples_<N>.safetensors file.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="A run folder, or a samples_<N>.safetensors file.")
+    ],
     checkpoint: Annotated[
-        str | None, typer.Option(help="Number of samples or file; default: the newest that is whole.")
+        str | None, typer.Option(metavar="N", help="Number of samples or file; default: the newest that is whole.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    device: Device = "auto",
     n_eval_samples: Annotated[
-        int | None, typer.Option(min=1, help="Held-out samples; default: those of the run's config.")
+        int | None, typer.Option(metavar="N", min=1, help="Held-out samples; default: those of the run's config.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the run's config, e.g. a moved model."),
-    ] = None,
+    overrides: Changes = None,
     data: Annotated[
         str | None, typer.Option(metavar="FILE", help="Other data than the run's: a file, folder or hub name.")
     ] = None,
@@ -48,9 +48,12 @@ def evaluate_run(
     cross_entropy: Annotated[
         bool, typer.Option("--cross-entropy/--no-cross-entropy", help="Also splice x̂ into the language model.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Evaluate the SAEs of a run on its held-out samples; writes evaluation.json and plots into the run folder."""
+    """Evaluate what a run saved on its held-out samples.
+
+    Writes evaluation.json and plots into the run folder.
+    """
     from saeopt.evaluation.load import load_checkpoint
     from saeopt.evaluation.plots import plot_run
     from saeopt.evaluation.report import print_run

@@ -34,7 +34,7 @@ def read_evaluation(run_dir: str | Path) -> dict[str, dict[str, Any]]:
     try:
         found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; python -m saeopt.evaluation {run_dir} writes it") from None
+        raise UserError(f"{path}: no such file; saeopt evaluate {run_dir} writes it") from None
     except ValueError:
         raise UserError(f"{path}: not valid JSON") from None
     return found

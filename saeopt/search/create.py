@@ -131,7 +131,7 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
     if _today(text) not in (spec.to_json(), spec.older and spec.older.to_json()):
         raise UserError(
             f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
-            " choose another --name, or delete the old one with 'saeopt.study delete'"
+            f" choose another --name, or delete the old one with '{store.command('study', 'delete', spec.name)}'"
         )
     return Created(study_id, n_trials, False)
 

@@ -75,7 +75,7 @@ def run_children(
     def start(index: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "saeopt.worker", *arguments, "--devices", devices[index]]
         if shares[index] is not None:
-            command += ["--max-trials", str(shares[index])]
+            command += ["--limit", str(shares[index])]
         preexec = _die_with_parent if sys.platform == "linux" else None
         # A session of its own: Ctrl-C reaches the parent alone, which passes it on once.
         return subprocess.Popen(command, env=environment, preexec_fn=preexec, start_new_session=True)

@@ -33,6 +33,8 @@ from saeopt.search.storage import Store, StudyGone, check_identity
 ARTIFACTS = "artifacts"
 FRONT = "pareto_front.png"
 PROGRESS_EVERY_S = 60.0
+ARTIFACTS_AT = "saeopt:artifacts"
+"""Study: the absolute folder of its artifacts on the hosts that train."""
 _DRAWN = "saeopt:front_drawn"
 _P = ParamSpec("_P")
 
@@ -54,13 +56,8 @@ def harmless(function: Callable[_P, None]) -> Callable[_P, None]:
 
 
 def artifact_dir(spec: StudySpec) -> Path:
-    """Where the study's artifacts lie: `optuna-dashboard STORAGE --artifact-dir` wants this folder."""
+    """Where the study's artifacts lie."""
     return spec.runs / ARTIFACTS
-
-
-def dashboard_command(store: Store, spec: StudySpec) -> str:
-    """The command that opens the dashboard with its artifacts, the password left out."""
-    return f"optuna-dashboard {store.shown} --artifact-dir {artifact_dir(spec)}"
 
 
 def _is_lost(store: Store, claim: Claim | None) -> bool:
@@ -106,7 +103,7 @@ def on_trial_end(
     if rows:
         training_curves(rows, picture)
     if picture.exists():
-        put_artifact(store, trial, artifact_dir(spec), picture)
+        put_artifact(store, study_id, trial, artifact_dir(spec), picture)
 
 
 @harmless
@@ -127,7 +124,7 @@ def on_study_progress(
         return
     study = store.study(spec.name)
     with tempfile.TemporaryDirectory() as scratch:
-        put_artifact(store, study, artifact_dir(spec), pareto_plot(found, Path(scratch) / FRONT))
+        put_artifact(store, study_id, study, artifact_dir(spec), pareto_plot(found, Path(scratch) / FRONT))
     _interactive_front(study, found)
 
 
@@ -147,7 +144,7 @@ def _interactive_front(study: optuna.Study, found: list[Point]) -> None:
     save_plotly_graph_object(study, plot, graph_object_id="front")
 
 
-def put_artifact(store: Store, owner: optuna.Study | FrozenTrial, folder: Path, file: Path) -> None:
+def put_artifact(store: Store, study_id: int, owner: optuna.Study | FrozenTrial, folder: Path, file: Path) -> None:
     """Upload a file, or overwrite the artifact of the same name (a retried trial, a front that has grown)."""
     folder.mkdir(parents=True, exist_ok=True)
     files, storage = FileSystemArtifactStore(folder), store.optuna
@@ -156,3 +153,5 @@ def put_artifact(store: Store, owner: optuna.Study | FrozenTrial, folder: Path, 
             write_bytes(folder / known.artifact_id, file.read_bytes())
             return
     upload_artifact(artifact_store=files, file_path=str(file), study_or_trial=owner, storage=storage)
+    with store.write() as connection:  # for a dashboard that was started in another folder
+        db.set_attrs(connection, db.study_attrs, study_id, {ARTIFACTS_AT: str(folder.resolve())})

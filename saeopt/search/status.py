@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class Status:
     workers: list[Presence]
     stopped: bool
     now: dt.datetime
+    command: Callable[..., str]
+    """How a person types a command for this store."""
 
     def count(self, state: str) -> int:
         """Trials in a state."""
@@ -86,7 +89,7 @@ def gather(store: Store, name: str) -> Status:
     known = queries.attributes(store.engine, study_id, "saeopt:")
     now = store.now()
     workers = presence.workers(known, now.replace(tzinfo=dt.UTC).timestamp())
-    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now)
+    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now, store.command)
 
 
 def duration(seconds: float | None) -> str:
@@ -119,7 +122,7 @@ def _states(status: Status) -> RenderableType:
     table.add_column("all", justify="right")
     table.add_row(*[str(status.count(state)) for state in STATES], str(len(status.rows)))
     if status.stopped:
-        table.caption = f"stopped; 'saeopt study resume {status.spec.name}' lets workers go on"
+        table.caption = f"stopped; workers go on after {status.command('study', 'resume', status.spec.name)}"
     return table
 
 
@@ -210,7 +213,9 @@ def _reasons(status: Status) -> RenderableType | None:
     rows = [row for row in status.rows if row.state == "FAIL"]
     if not rows:
         return None
-    text = Text("failed trials (their logs: saeopt study logs NAME TRIAL; again: saeopt study retry NAME)\n")
+    name, first = status.spec.name, rows[0].number
+    text = Text(f"failed trials (why: {status.command('study', 'logs', name, first)};")
+    text.append(f" again: {status.command('study', 'retry', name)})\n")
     for row in rows[:5]:
         text.append(f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}\n")
     return text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shlex
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from saeopt.config.settings import DEFAULT_STORAGE, redact, remember_secret, settings
 from saeopt.config.study import StudySpec
-from saeopt.console import log
+from saeopt.console import log, program
 from saeopt.errors import UserError
 from saeopt.search import internals as db
 
@@ -127,6 +128,8 @@ class Store:
     optuna: optuna.storages.RDBStorage
     _cached: Any = field(default=None, repr=False)
     _blind: Any = field(default=None, repr=False)
+    given: bool = False
+    """Whether the address was given with the command, so that the next command needs it too."""
 
     @classmethod
     def open(cls, url: str | None = None, *, create: bool = True, patience: float = 10.0) -> Store:
@@ -148,7 +151,7 @@ class Store:
             reraise=True,
         )
         try:
-            return cls(parsed, retrying(_open, parsed))
+            return cls(parsed, retrying(_open, parsed), given=url is not None)
         except (sa.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, OSError) as error:
             cause = " ".join(str(getattr(error, "orig", None) or error).split())
             raise UserError(f"cannot open the store {shown(parsed)}: {redact(cause)[:300]}") from None
@@ -162,6 +165,11 @@ class Store:
     def shown(self) -> str:
         """The address without its password."""
         return shown(self.url)
+
+    def command(self, *words: object) -> str:
+        """`saeopt WORDS` as a person would type it for this store (a password stays hidden)."""
+        more = ["--storage", self.shown] if self.given else []
+        return " ".join([program(), *(shlex.quote(str(word)) for word in (*words, *more))])
 
     @property
     def is_sqlite(self) -> bool:
@@ -224,7 +232,7 @@ class Store:
         with self.read() as connection:
             text = db.get_attrs(connection, db.study_attrs, study_id, SPEC_KEY).get(SPEC_KEY)
         if text is None:
-            raise UserError(f"study '{name}' in {self.shown} was not made by 'saeopt.study create'")
+            raise UserError(f"study '{name}' in {self.shown} was not made by 'saeopt study create'")
         return StudySpec.from_json(text)
 
     def identity(self, study_id: int) -> str:

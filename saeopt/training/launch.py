@@ -35,7 +35,7 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
     """
     if resume is None:
         if path is None:
-            raise UserError("--config FILE is missing (or --resume RUN_DIR)")
+            raise UserError("CONFIG is missing: a YAML file (or --resume RUN_DIR)")
         return load_run_config(path, overrides), None
     if not resume.is_dir():
         raise UserError(f"--resume {resume}: no such folder")

@@ -18,7 +18,8 @@ SECRET = "p@ss:w/rd%of the?test#$"
 def tools(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    program = '#!/bin/sh\necho "arguments: $*"\necho "storage: $SAEOPT_STORAGE"\necho "token: ${HF_TOKEN-unset}"\n'
+    said = {"arguments": "$*", "storage": "$SAEOPT_STORAGE", "token": "${HF_TOKEN-unset}", "study": "$SAEOPT_STUDY"}
+    program = "#!/bin/sh\n" + "".join(f'echo "{name}: {text}"\n' for name, text in said.items())
     (folder / "saeopt").write_text(program, encoding="utf-8")
     (folder / "saeopt").chmod(0o755)
     (folder / "python").symlink_to(sys.executable)
@@ -52,7 +53,13 @@ def test_a_given_storage_wins_over_the_service(tools: Path) -> None:
 
 def test_the_worker_serves_the_study_of_the_study_file(tools: Path) -> None:
     done = run(tools, "worker", "--pack", "2", STUDY_FILE="studies/demo.yaml", SAEOPT_DEVICES="cpu")
-    assert line(done, "arguments") == "worker --study demo --devices cpu --idle-timeout 0 --pack 2"
+    assert line(done, "arguments") == "worker --pack 2"
+    assert line(done, "study") == "demo"
+
+
+@pytest.mark.parametrize("command", ["train", "study", "evaluate", "dashboard", "worker"])
+def test_every_command_takes_the_flags_that_it_has_outside(tools: Path, command: str) -> None:
+    assert line(run(tools, command, "a", "--flag", "b"), "arguments") == f"{command} a --flag b"
 
 
 def test_migrate_creates_the_study_or_the_tables_alone(tools: Path, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "--study NAME is missing"),
+        ([], "STUDY is missing"),
+        (["x", "--study", "y"], "give one of them"),
         (["--study", "x"], "no such store"),
         (["--study", "x", "--pack", "many"], "--pack many"),
         (["--study", "x", "--devices", "tpu"], "'tpu' is no device"),

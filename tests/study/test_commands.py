@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,18 @@ def test_create_twice_makes_no_new_cells_and_another_spec_is_refused(cli: Cli, s
     done = cli("create", study_file, "--max-trials", 2, code=2)
     assert "max_trials" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_next_commands_carry_the_storage_that_was_given(cli: Cli, study_file: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/my store.db"
+    text = cli("create", study_file, "--name", "mine", "--storage", url, storage=None).stdout
+    commands = [shlex.split(line.partition(": ")[2]) for line in text.splitlines()[1:]]
+    assert [c[c.index("--storage") + 1] for c in commands] == [url] * 3
+    assert commands[1][-5:-2] == ["status", "mine", "--watch"]
+    for words in (("stop", "mine"), ("show", "mine")):
+        assert f"--storage '{url}'" in cli(*words, "--storage", url, storage=None).stdout
+    assert f"--storage '{url}'" in cli("status", "mine", "--storage", url, storage=None).stdout
+    assert "--storage" not in cli("create", study_file).stdout
 
 
 def test_a_refused_study_leaves_no_store(cli: Cli, study_file: Path) -> None:

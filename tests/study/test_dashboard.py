@@ -17,12 +17,13 @@ import pytest
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Finish = Callable[..., None]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def dashboard(cli: Cli, study_file: Path, finish: Finish, store_url: str, tmp_path: Path) -> Iterator[str]:
     """URL of a dashboard over a study with three complete trials and a front."""
-    from saeopt.search.monitoring import artifact_dir, on_study_progress
+    from saeopt.search.monitoring import on_study_progress
     from saeopt.search.storage import Store
 
     cli("create", study_file)
@@ -35,10 +36,9 @@ def dashboard(cli: Cli, study_file: Path, finish: Finish, store_url: str, tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = Path(sys.executable).with_name("optuna-dashboard")
-    command = [str(program), store_url, "--artifact-dir", str(artifact_dir(spec)), "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "saeopt", "dashboard", "--storage", store_url]
     with (tmp_path / "dashboard.log").open("w") as log:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, cwd=REPOSITORY)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait(lambda: bool(_json(f"{url}/api/studies")), 60)

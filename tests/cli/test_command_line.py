@@ -1,0 +1,130 @@
+"""One application: help, completion, argument and option forms, old spellings. Nothing here trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from saeopt.cli import app
+from saeopt.config.settings import settings
+from saeopt.errors import run_cli
+
+ROOT = Path(__file__).resolve().parents[2]
+Call = Callable[..., SimpleNamespace]
+COMMANDS = ["train", "study", "worker", "evaluate", "dashboard"]
+STUDY_COMMANDS = ["create", "list", "show", "status", "best", "export", "retry", "stop", "resume", "delete", "logs"]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """`saeopt …` in this process, in an empty folder and 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("SAEOPT_STORAGE", "SAEOPT_STUDY"):
+        monkeypatch.delenv(name, raising=False)
+    settings.cache_clear()
+
+    def run(*args: object) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as ended:
+            run_cli(app, [str(a) for a in args])
+        shown = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=shown.out, err=shown.err)
+
+    return run
+
+
+@pytest.mark.parametrize("words", [[], *([c] for c in COMMANDS), *(["study", c] for c in STUDY_COMMANDS)])
+def test_help_has_two_forms_and_fits_into_eighty_columns(call: Call, words: list[str]) -> None:
+    short, long = call(*words, "-h"), call(*words, "--help")
+    assert short.code == 0
+    assert short.out == long.out
+    assert "Usage:" in short.out
+    assert all(len(line) <= 80 for line in short.out.splitlines())
+    assert "..." not in short.out.replace("[ARGS]...", "").replace("[TRIAL]...", "")
+    assert "bool" not in short.out
+    assert "int range" not in short.out
+    assert "…" not in short.out.replace("cuda:1, …", "")
+
+
+def test_the_help_of_the_whole_lists_every_command(call: Call) -> None:
+    assert all(f"  {name}" in call("-h").out for name in COMMANDS)
+    assert "Did you mean 'train'?" in call("tran").err
+    assert call("--version").out.strip()
+
+
+MODULES = [["-m", "saeopt"], ["-m", "saeopt.cli"], ["-m", "saeopt.study"], ["-m", "saeopt.worker"],
+           ["-m", "saeopt.evaluation"], ["-m", "saeopt.train"], [str(ROOT / "saeopt/train.py")]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", MODULES, ids=lambda words: words[-1].rpartition("/")[2])
+def test_every_way_to_start_a_command_has_the_same_help(words: list[str], call: Call, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    done = subprocess.run(
+        [sys.executable, *words, "-h"], capture_output=True, text=True, env=environment, cwd=tmp_path, check=True
+    )
+    name = {"evaluation": "evaluate"}.get(short := Path(words[-1]).stem if "/" in words[-1] else
+                                          words[-1].rpartition(".")[2], short)  # fmt: skip
+    expected = call(*([name] if name in COMMANDS else []), "-h").out
+    assert done.stdout.splitlines()[1:] == expected.splitlines()[1:] or name in ("saeopt", "cli")
+    assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["train", "none.yaml"], "none.yaml: no such file"),
+        (["train", "--config", "none.yaml"], "none.yaml: no such file"),
+        (["train", "--config_path", "none.yaml"], "none.yaml: no such file"),
+        (["train", "-c", "none.yaml", "none.yaml"], "none.yaml: no such file"),
+        (["train", "none.yaml", "--config", "other.yaml"], "none.yaml and --config other.yaml: give one of them"),
+        (["train"], "CONFIG is missing"),
+        (["worker", "s"], "no such store"),
+        (["worker", "--study", "s"], "no such store"),
+        (["worker", "s", "--study", "s", "--limit", 2], "no such store"),
+        (["worker", "--study", "s", "--max_trials", 2, "--idle_timeout", 0], "no such store"),
+        (["worker", "a", "--study", "b"], "a and --study b: give one of them"),
+        (["worker"], "STUDY is missing"),
+        (["study", "create", "none.yaml", "--max_trials", 2], "none.yaml: no such file"),
+        (["study", "create", "none.yaml", "--limit", 2], "none.yaml: no such file"),
+        (["evaluate", "none", "--n_eval_samples", 3, "--device", "cpu"], "none: no such run folder"),
+        (["evaluation", "none"], "none: no such run folder"),
+        (["dashboard"], "no such store"),
+    ],
+)
+def test_argument_option_and_old_spelling_are_the_same(call: Call, given: list[object], shown: str) -> None:
+    done = call(*given)
+    assert done.code == 2
+    assert shown in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def complete(words: str, tmp_path: Path) -> list[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "_SAEOPT_COMPLETE": "complete_bash", "COMP_WORDS": words,
+                                "COMP_CWORD": str(len(words.split(" ")) - 1)}  # fmt: skip
+    code = "import sys; sys.argv[0] = 'saeopt'; from saeopt.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    return done.stdout.split()
+
+
+def test_the_shell_completes_commands_options_and_names_of_studies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+
+    url = f"sqlite:///{tmp_path}/store.db"
+    optuna.create_study(storage=url, study_name="mine")
+    monkeypatch.setenv("SAEOPT_STORAGE", url)
+    assert complete("saeopt wo", tmp_path) == ["worker"]
+    assert complete("saeopt study st", tmp_path) == ["status", "stop"]
+    assert complete("saeopt train --dry", tmp_path) == ["--dry-run"]
+    assert complete("saeopt worker m", tmp_path) == ["mine"]
+    assert complete("saeopt study best m", tmp_path) == ["mine"]
+    monkeypatch.setenv("SAEOPT_STORAGE", f"sqlite:///{tmp_path}/none.db")
+    assert complete("saeopt worker m", tmp_path) == []
