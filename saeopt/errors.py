@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import typer
 # newer versions of typer bring a click of their own, older ones use the installed one: find its errors through typer
 _USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
-
+_TILDE = re.compile(r"^(--[\w-]+=|)(~[^/]*)")
+"""Shells leave the `~` of `--option=~/file` as it is."""
 _OTHER_RANK_SECONDS = 5
 """Every rank finds the same mistake: rank 0 tells it, and the launcher ends the others meanwhile."""
 
@@ -51,8 +53,10 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     from saeopt.config.settings import export_tokens, redact
 
     export_tokens()
+    given = sys.argv[1:] if args is None else args
+    words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
     try:
-        code = app(args=args, standalone_mode=False)
+        code = app(args=words, standalone_mode=False)
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):

@@ -69,8 +69,11 @@ def create(
     from saeopt.config import recipe_notice
     from saeopt.search.create import create_study, planned_cells
     from saeopt.search.monitoring import on_study_created
+    from saeopt.training.loggers import check_sinks
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store
+    for cell in planned[0]:
+        check_sinks(cell.config)
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:

@@ -103,12 +103,13 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
         fresh = run_dir is None
         run_dir = new_folder(config, runtime) if run_dir is None else run_dir
         plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
+        if fresh and runtime.is_main:
+            interrupt.unused = run_dir
         try:
             with out_of_memory(config, runtime):
                 result = train_pack([plan], runtime, observer)[plan.name]
-        except UserError:
-            if fresh and runtime.is_main and run_dir.is_dir() and not any(run_dir.iterdir()):
-                run_dir.rmdir()
+        except BaseException:
+            interrupt.remove_unused()
             raise
     code = _close(plan, result, runtime)
     if interrupt.signum is not None and result.status == "interrupted":

@@ -152,7 +152,7 @@ def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
     if max(trials, spec.max_trials or 0) > pack:
         kept = settings().cache_dir
-        root = spec.runs if kept is None else Path(kept)
+        root = spec.runs if kept is None else Path(kept).expanduser()
         os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))
 
 
@@ -179,8 +179,9 @@ def stop_on_signals() -> threading.Event:
         first[:] = first or [time.monotonic()]
         interrupted.set()
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, handle)
+    if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, handle)
     return interrupted
 
 

@@ -14,7 +14,7 @@ from saeopt.errors import UserError
 from saeopt.files import read_error
 from saeopt.owner import owners
 from saeopt.search.packing import Assignment
-from saeopt.training.launch import MAY_DIFFER
+from saeopt.training.launch import same_anywhere
 from saeopt.training.run_folder import RunFolder, resume_point
 
 
@@ -30,12 +30,11 @@ def start_of(run_dir: Path, config: RunConfig) -> int:
         return 0
     except OSError as error:
         raise read_error(saved, error) from error
-    kept = set(config.model_dump()) - MAY_DIFFER
     try:
-        before = load_run_config(saved).model_dump(mode="json", include=kept)
+        before = same_anywhere(load_run_config(saved))
     except UserError:
         before = {}
-    if before == config.model_dump(mode="json", include=kept):
+    if before == same_anywhere(config):
         return resume_point(run_dir)
     aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}-old-{i}")).exists())
     log.warning("%s holds the run of another config: it is now %s", run_dir, aside.name)

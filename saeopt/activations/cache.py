@@ -53,7 +53,7 @@ def cache_folder(config: RunConfig) -> Path | None:
     if choice == "off":
         return None
     root = os.environ.get(CACHE_VARIABLE) if choice == "auto" else choice
-    return Path(root) if root else None
+    return Path(root).expanduser() if root else None
 
 
 def cache_key(config: RunConfig, model: LanguageModel, tokens: TokenData, world: int, *layout: object) -> str:

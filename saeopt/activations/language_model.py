@@ -73,6 +73,8 @@ class LanguageModel:
         self.special_ids = special_token_ids(tokenizer, self.config) if special_ids is None else special_ids
         self.context_length = context_length_of(self.config)
         self.vocab_size: int = self.config.get_text_config().vocab_size
+        self.identity = ""
+        """The same for the same weights, wherever they lie, in which precision and by which version they are loaded."""
         self._model = model.eval().requires_grad_(False)
         plain = processing == "raw" and PlainDecoder.supports(model, self.config.model_type)
         self._plain = PlainDecoder(self._model) if plain else None
@@ -98,7 +100,9 @@ class LanguageModel:
         tokenizer = load_tokenizer(config.data.tokenizer_name or config.model, required=not config.data.is_tokenized)
         model = load_model(config.model, lm_dtype(config.lm_dtype, device), device)
         special = special_token_ids(tokenizer, model_config) | separator_token(config.data.separator, tokenizer)
-        return cls(model, tokenizer, device, config.lm_processing, special)
+        found = cls(model, tokenizer, device, config.lm_processing, special)
+        found.identity = _identity(model)  # before a bridge folds weights
+        return found
 
     @cached_property
     def _bridge(self) -> BridgedModel:
@@ -181,6 +185,13 @@ class LanguageModel:
             assert self._plain is not None
             return self._plain.spliced_logits(tokens_BT, at, same_kind)
         return self._bridge.spliced_logits(tokens_BT, hook, same_kind)
+
+
+def _identity(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    told = [f"{tuple(p.shape)} {p.flatten()[:8].to(torch.bfloat16).tolist()}" for p in model.parameters()]
+    digest.update("\n".join(sorted(told)).encode())
+    return digest.hexdigest()[:16]
 
 
 def check_hooks(patterns: Sequence[str], model_config: PretrainedConfig, raw: bool = True) -> None:

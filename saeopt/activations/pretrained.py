@@ -38,6 +38,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 def _explain(name: str, what: str, error: Exception) -> UserError:
     text = f"{type(error).__name__} {error}"
+    if isinstance(error, PermissionError) or "PermissionError" in text:
+        return UserError(f"{name}: {one_line(error)}; for downloads HF_HOME can name a folder that is writable")
     if "gated" in text.lower() or "401" in text or "403" in text:
         return UserError(f"{name}: this {what} is gated: accept its terms on the hub and set HF_ACCESS_TOKEN")
     if Path(name).is_dir():
@@ -65,9 +67,31 @@ def read_model_config(name: str, from_path: bool) -> PretrainedConfig:
             raise UserError(f"'tlens_model_path': {name}: no Hugging Face directory (it has no config.json)")
     try:
         with silent_libraries():
-            return AutoConfig.from_pretrained(name)
+            found: PretrainedConfig = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(name, "model", error) from None
+    _check_causal(name, found)
+    return found
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    """Refuse what does not predict the next token from those before it.
+
+    BERT-like models have a causal class too, which looks at later tokens all the same unless the config says
+    `is_decoder`.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder–decoder model"
+    elif kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        what = "a masked language model"
+    elif kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    else:
+        what = "another kind of model"
+    raise UserError(f"{name}: holds {what} ({kind}), and a causal language model is needed")
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

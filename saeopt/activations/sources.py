@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +27,7 @@ from saeopt.activations.local_files import (
 )
 from saeopt.activations.pretrained import one_line
 from saeopt.activations.token_files import open_token_files
+from saeopt.console import log
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,9 +149,27 @@ def _load(data: DataConfig, split: Split, files: list[Path]) -> Any:
     if local and sum(f.stat().st_size for f in local) <= SMALL_FILES:
         arguments["streaming"] = False
     try:
-        return datasets.load_dataset(name, **arguments)
+        return datasets.load_dataset(name, cache_dir=_cache_folder(), **arguments)
     except Exception as error:
         raise _explain(data, error) from None
+
+
+@cache
+def _cache_folder() -> str | None:
+    """Where `datasets` prepares tables: null for its own choice, or a folder for this process if that is closed."""
+    import datasets
+
+    usual = datasets.config.HF_DATASETS_CACHE
+    try:
+        os.makedirs(usual, exist_ok=True)
+        if os.access(usual, os.W_OK | os.X_OK):
+            return None
+    except OSError:
+        pass
+    made = tempfile.mkdtemp(prefix="saeopt-datasets-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    log.info("%s cannot be written: data are prepared anew in %s each time (see HF_HOME)", usual, made)
+    return made
 
 
 def _explain(data: DataConfig, error: Exception) -> UserError:

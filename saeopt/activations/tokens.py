@@ -7,6 +7,7 @@ Suffixes: b sequences of one rank, n sequences, T positions.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,10 +138,13 @@ class TokenData:
         yield from self._samples.rows(self.held_out[: n * self._fresh_tokens], n).split(batch) if n else ()
 
     def fingerprint(self) -> str:
-        """Changes when documents or their order change: held-out tokens, first samples, token count, local files."""
-        parts = [self.calibration(4).numpy(), self.engine.held_out, np.array(self.engine.tokens_per_pass or 0)]
-        parts += [np.array(state) for state in file_states(self.data.dataset_name)]
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+        """Changes when documents or their order change, and with every change of local files."""
+        return _hash([self.identity(), *file_states(self.data.dataset_name)])
+
+    def identity(self) -> str:
+        """The same for the same tokens wherever they lie: held-out tokens, first samples, token count."""
+        first, held_out = self.calibration(4).tolist(), self.held_out.tolist()
+        return _hash([first, held_out, self.engine.tokens_per_pass or 0])
 
     def _sequences(self, reader: Reader, n: int) -> Tensor:
         return self._samples.rows(reader.read(n * self._fresh_tokens), n)
@@ -170,6 +174,10 @@ class TokenData:
         if position.pass_ > 0 and not self._told:
             log.info("%s has been read to its end: it is repeated, in a new order each time", self.data.dataset_name)
             self._told = True
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class _Samples:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from saeopt.config.base import explain
+from saeopt.config.places import located
 from saeopt.config.run import ActivationsConfig, DataConfig, PerformanceConfig, RunConfig, run_model
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
@@ -113,9 +114,9 @@ def _sae_class(raw: Mapping[str, Any]) -> type[SAEConfig]:
 
 
 def validate_run(raw: Mapping[str, Any], source: str | Path) -> RunConfig:
-    """A run config from a mapping; :class:`UserError` names `source` and the field."""
+    """A run config from a mapping, its paths absolute; :class:`UserError` names `source` and the field."""
     try:
-        return run_model(_sae_class(raw)).model_validate(dict(raw))
+        return run_model(_sae_class(raw)).model_validate(located(raw))
     except ValidationError as error:
         saes = raw.get("saes")
         sae_type = str(saes.get("sae_type")) if isinstance(saes, dict) else ""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from saeopt.config.base import nearest
 from saeopt.config.fields import field_names, field_value, has_field
+from saeopt.config.places import expanded
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
 
@@ -24,7 +26,16 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
     from saeopt.config.io import validate_run
 
     base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
+    folder = spec.output_dir or base["save_dir"]
+    base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}
     return spec.model_copy(update={"base": base, "space": space})
+
+
+def _expanded(folder: str, source: str) -> str:
+    try:
+        return expanded(folder)
+    except ValueError as error:
+        raise UserError(f"{source}: 'output_dir': {error} (got {folder!r})") from None
 
 
 def _sae_types(spec: StudySpec, source: str) -> list[str]:

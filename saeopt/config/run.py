@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from saeopt.config.base import Float, Int, StrictModel, Text, word
+from saeopt.config.places import as_typed
 from saeopt.config.saes import SAEConfig
 
 PositiveInt = Annotated[Int, Field(gt=0)]
@@ -205,6 +206,8 @@ class RunConfig(StrictModel):
     """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
+    as_typed: dict[str, str] = Field(default_factory=dict)
+    """Written by the system: what stood in the config where an absolute path stands now."""
 
     @model_validator(mode="before")
     @classmethod
@@ -324,6 +327,7 @@ MEMBER_FIELDS = frozenset(
         "trackers",
         "keep_checkpoints",
         "performance",
+        "as_typed",
     ]
 )
 """Fields in which the trials of one pack may differ; every other field fixes the stream or its cadence."""
@@ -331,6 +335,6 @@ MEMBER_FIELDS = frozenset(
 
 def stream_key(config: RunConfig) -> str:
     """Hash of everything that fixes the stream: trials with equal keys may share a pack (hook points may differ)."""
-    fixed: dict[str, Any] = config.model_dump(mode="json", exclude=set(MEMBER_FIELDS))
+    fixed = as_typed(config.model_dump(mode="json", exclude=set(MEMBER_FIELDS) - {"as_typed"}))
     fixed["data"]["seed"] = config.data_seed
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]

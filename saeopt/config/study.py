@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from saeopt.config.base import Float, Int, StrictModel, explain, nearest
 from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
+from saeopt.config.places import expanded, first_made
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 
@@ -191,7 +192,8 @@ class StudySpec(StrictModel):
     """Seconds without progress after which a worker gives its trials back and starts a fresh training process. null:
     half an hour, or fifty times the longest pause seen, whichever is more; four times that while it loads."""
     output_dir: str | None = None
-    """null: `save_dir` of the base config. A relative path starts where the worker does."""
+    """null: `save_dir` of the base config. A relative path starts where the study was created, if its folder is there,
+    else where the worker does."""
     _older: StudySpec | None = PrivateAttr(None)
 
     @field_validator("sampler", mode="before")
@@ -257,7 +259,8 @@ class StudySpec(StrictModel):
     @property
     def runs(self) -> Path:
         """The folder that holds the run folders of all trials."""
-        return Path(self.output_dir or self.base.get("save_dir") or "output") / self.name
+        folder = self.output_dir or self.base.get("save_dir") or "output"
+        return first_made(self.base.get("as_typed") or {}, folder, self.name)
 
     def run_dir(self, number: int) -> Path:
         """The run folder of a trial."""
@@ -295,7 +298,7 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
     """A spec whose base and space are checked and normalised; :class:`UserError` names `source` and the field."""
     base = raw.get("base")
     if isinstance(base, str):
-        near = Path(source).parent / base
+        near = Path(source).parent / expanded(base)
         raw = {**raw, "base": read_run_yaml(near if near.exists() else base)}
     try:
         spec = StudySpec.model_validate(raw)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, stored, validate_run
+from saeopt.config.places import as_typed
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import read_error
@@ -59,7 +60,7 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
     """Write the SAEs of one run, by hook point, atomically."""
     described = {
-        "config": config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS),
+        "config": as_typed(config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS)),
         "samples": samples,
         "hook_points": {hook: _description(sae, config) for hook, sae in saes.items()},
     }

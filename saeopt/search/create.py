@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 
 from saeopt.config import validate_run
+from saeopt.config.places import as_typed
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search import internals as db
@@ -128,7 +129,8 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
         if n_trials:
             raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
         return None
-    if _today(text) not in (spec.to_json(), spec.older and spec.older.to_json()):
+    known = [spec] if spec.older is None else [spec, spec.older]
+    if _comparable(_today(text)) not in [_comparable(one.to_json()) for one in known]:
         raise UserError(
             f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
             f" choose another --name, or delete the old one with '{store.command('study', 'delete', spec.name)}'"
@@ -146,9 +148,15 @@ def _today(text: str) -> str:
     return spec.model_copy(update={"base": base}).to_json()
 
 
+def _comparable(text: str) -> dict[str, Any]:
+    """A spec with its paths as they were typed, wherever they lie."""
+    raw: dict[str, Any] = json.loads(text)
+    return {**raw, "base": as_typed(raw["base"])}
+
+
 def _difference(text: str, spec: StudySpec) -> str:
     """Names of the fields in which two specs differ, two levels deep."""
-    old, new = json.loads(text), json.loads(spec.to_json())
+    old, new = _comparable(text), _comparable(spec.to_json())
     found = []
     for key in {**old, **new}:
         a, b = old.get(key), new.get(key)

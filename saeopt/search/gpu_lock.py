@@ -51,7 +51,7 @@ class GpuLock:
 def lock_folder() -> Path | None:
     """The folder that `SAEOPT_GPU_LOCKS` names, or None: every GPU is then free for the taking."""
     value = os.environ.get(FOLDER_VARIABLE)
-    return Path(value) if value else None
+    return Path(value).expanduser() if value else None
 
 
 def visible_gpus() -> list[Gpu]:

@@ -25,6 +25,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from saeopt.config.places import expanded
 from saeopt.config.settings import DEFAULT_STORAGE, redact, remember_secret, settings
 from saeopt.config.study import StudySpec
 from saeopt.console import log, program
@@ -57,9 +58,14 @@ def store_url(url: str | None = None) -> URL:
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
         raise UserError(f"--storage {shown(parsed)}: sqlite:///… or postgresql://… is needed")
-    if parsed.drivername == "sqlite" and parsed.database in (None, "", ":memory:"):
+    if parsed.drivername != "sqlite":
+        return parsed
+    if parsed.database in (None, "", ":memory:"):
         raise UserError("--storage: an SQLite store needs a file, as in sqlite:///studies/saeopt.db")
-    return parsed
+    try:
+        return parsed.set(database=expanded(str(parsed.database)))
+    except ValueError as error:
+        raise UserError(f"--storage {shown(parsed)}: {error}") from None
 
 
 def shown(url: URL) -> str:

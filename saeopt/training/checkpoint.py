@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeopt.config.run import RunConfig
 from saeopt.console import log
+from saeopt.errors import UserError
 from saeopt.evaluation.load import save_weights
 from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 from saeopt.training.pack import Member, Pack
@@ -39,8 +41,11 @@ def save(
     samples: int,
     cursor: dict[str, Any],
     ended: TrialResult | None = None,
+    identity: Mapping[str, str] | None = None,
 ) -> Path:
     """Write state and weights of one trial, and how it ended if it goes no further; returns the weights file.
+
+    `identity`: fingerprints of the tokens and of the language model.
 
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
@@ -52,6 +57,7 @@ def save(
         "threads": torch.get_num_threads(),
         "world": pack.runtime.world,
         "stopped": {m.hook_point: m.reason for m in members if m.reason is not None},
+        **({} if identity is None else {"identity": dict(identity)}),
     }
     if ended is not None:
         metadata["ended"] = asdict(ended) | {"checkpoint": None}
@@ -61,14 +67,18 @@ def save(
     return folder.weights_path(samples)
 
 
-def restore(folder: RunFolder, members: Sequence[Member], world: int) -> Restored | None:
+def restore(
+    folder: RunFolder, members: Sequence[Member], world: int, identity: Mapping[str, str] | None = None
+) -> Restored | None:
     """Load the newest usable checkpoint's weights into `members`; None (with a warning) if there is none.
 
     Raises:
-        UserError: a checkpoint cannot be read; it may be whole, and starting over would replace it.
+        UserError: a checkpoint cannot be read (it may be whole, and starting over would replace it), or comes from
+            other tokens or another language model than `identity` says.
     """
     for samples in folder.usable():
         try:
+            _check_identity(folder, samples, members[0].config, identity or {})
             return _restore(folder, samples, members, world)
         except (CorruptCheckpoint, KeyError, TypeError, AttributeError) as error:
             log.warning("checkpoint %d of %s cannot be used: %s", samples, folder.path, error)
@@ -107,6 +117,19 @@ def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: 
             processes,
         )
     return found
+
+
+def _check_identity(folder: RunFolder, samples: int, config: RunConfig, identity: Mapping[str, str]) -> None:
+    before: Any = read_metadata(folder.state_path(samples)).get("identity") or {}
+    where = {
+        "tokens": f"'data.dataset_name': {config.data.dataset_name}",
+        "model": f"the language model {config.model}",
+    }
+    for what, fingerprint in identity.items():
+        if before.get(what, fingerprint) != fingerprint:
+            raise UserError(
+                f"{where[what]} does not give the {what} that {folder.path} was trained on: not the same run"
+            )
 
 
 def _load(member: Member, weights: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, load_run_config, recipe_notice
+from saeopt.config.places import DATA_AND_MODEL, as_typed
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.training.naming import run_name
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 MAY_DIFFER = {
     "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "log_every_n_grad_steps", "threads", "save_dir",
-    "keep_checkpoints", "performance",
+    "keep_checkpoints", "performance", "as_typed",
 }  # fmt: skip
 """Devices and logging: a resumed run may change these."""
 
@@ -54,11 +55,33 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
 def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
     """A resumed run is the same run: only devices and logging may change."""
     old, new = (flatten(c.model_dump(mode="json", exclude=MAY_DIFFER)) for c in (before, now))
-    differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    typed = [flatten(same_anywhere(c)) for c in (before, now)]
+    differing = [
+        key for key in {**old, **new} if old.get(key) != new.get(key) and typed[0].get(key) != typed[1].get(key)
+    ]
+    moved = [key for key in differing if key in DATA_AND_MODEL]
+    differing = [key for key in differing if key not in moved] or ([] if _knows_its_data(saved.parent) else moved)
     if differing:
         key = "recipe" if "recipe" in differing else differing[0]  # the others follow from it
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise UserError(f"'{key}' is {new.get(key)!r}, but {saved} says {old.get(key)!r}{more}: not the same run")
+    if moved:
+        log.info("%s: %s moved; what is there now must be the same", saved.parent, " and ".join(moved))
+
+
+def same_anywhere(config: RunConfig) -> dict[str, Any]:
+    """What fixes a run's result, its paths as they were typed: equal for the same run on every host."""
+    dumped = as_typed(config.model_dump(mode="json"))
+    return {key: value for key, value in dumped.items() if key not in MAY_DIFFER}
+
+
+def _knows_its_data(run_dir: Path) -> bool:
+    """Whether the newest checkpoint tells which tokens and language model it comes from (or there is none)."""
+    from saeopt.tensor_file import read_metadata
+
+    folder = RunFolder(run_dir)
+    samples = next(iter(folder.usable()), None)
+    return samples is None or "identity" in read_metadata(folder.state_path(samples))
 
 
 def flatten(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:

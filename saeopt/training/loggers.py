@@ -16,8 +16,11 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pydantic import ValidationError
 
 from saeopt.config.run import RunConfig
 from saeopt.config.settings import redact, settings
@@ -87,9 +90,34 @@ class TrackerSink(Sink):
 
 
 def check_sinks(config: RunConfig) -> None:
-    """Raise :class:`UserError` for a sink whose package is not installed."""
+    """Raise :class:`UserError` for a sink that would refuse the run: not installed, or W&B's rules are broken."""
     if "tensorboard" in config.trackers and importlib.util.find_spec("tensorboard") is None:
         raise UserError("'trackers': tensorboard is not installed (pip install 'saeopt[tensorboard]')")
+    if config.wandb_project is not None or "wandb" in config.trackers:
+        _check_wandb(config.wandb_project, tuple(config.wandb_tags))
+
+
+@cache
+def _check_wandb(project: str | None, tags: tuple[str, ...]) -> None:
+    """What W&B itself refuses when a run starts; its servers are not asked."""
+    import wandb
+
+    def refuse(name: str, error: Exception) -> NoReturn:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{name}: W&B refuses it: {redact(' '.join(reason.split()))}") from None
+
+    checks: dict[str, dict[str, Any]] = {"wandb_project": {"project": project}, "wandb_tags": {"run_tags": tags}}
+    for field, values in checks.items():
+        try:
+            wandb.Settings(**values)
+        except (ValueError, wandb.errors.UsageError) as error:
+            refuse(f"'{field}'", error)
+    for name, value in os.environ.items():
+        if name.startswith("WANDB_"):
+            try:
+                wandb.Settings().update_from_env_vars({name: value})
+            except (ValueError, wandb.errors.UsageError) as error:
+                refuse(name, error)
 
 
 def open_sinks(config: RunConfig, run_dir: Path, run_name: str) -> list[Sink]:

@@ -78,6 +78,7 @@ class _Loop:
             self.total = 0
         self.window = self.config.effective_batch * runtime.world
         self.last_save: int | None = None
+        self.identity = {"tokens": tokens.identity(), "model": model.identity}
         self.samples, cursor, states = self._restore()
         self.start = self.samples
         learning = [m for t in trials for m in t.members if m.sae_config.retrain_saes]
@@ -95,7 +96,7 @@ class _Loop:
         """Weights from checkpoints or from calibration; the samples at which the whole pack starts."""
         restored = {}
         for trial in self.trials:
-            if trial.plan.resume and (found := checkpoint.restore(trial.folder, trial.members, self.runtime.world)):
+            if trial.plan.resume and (found := self._restored(trial)):
                 restored[trial.plan.name] = found
         starts = {found.samples for found in restored.values()}
         fresh = [t for t in self.trials if t.plan.name not in restored]
@@ -117,6 +118,9 @@ class _Loop:
     @property
     def _evaluates(self) -> bool:
         return self.config.eval_every_n_samples is not None and self.config.data.n_eval_samples > 0
+
+    def _restored(self, trial: _Trial) -> checkpoint.Restored | None:
+        return checkpoint.restore(trial.folder, trial.members, self.runtime.world, self.identity)
 
     def run(self) -> dict[str, TrialResult]:
         if self.samples < self.total and self.pack.groups:
@@ -314,7 +318,9 @@ class _Loop:
         if self.runtime.is_main:
             try:
                 with self._writing(trial):
-                    path = checkpoint.save(trial.folder, trial.members, self.pack, self.samples, self.cursor, ended)
+                    path = checkpoint.save(
+                        trial.folder, trial.members, self.pack, self.samples, self.cursor, ended, self.identity
+                    )
                     self.observer.on_checkpoint(trial.plan.name, self.samples, path)
             except UserError as error:
                 failed = error

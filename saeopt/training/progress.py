@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,19 +33,30 @@ class Interrupt:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.training = False
+        self.unused: Path | None = None
+        """A run folder in which nothing lies yet: an end before training leaves none behind."""
 
     def install(self) -> None:
-        """Listen from now on."""
+        """Listen from now on. Python gives signals to the main thread alone: elsewhere a run goes without them."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
         if again or not self.training:
+            self.remove_unused()
             leave(128 + signum)
         watchdog = threading.Timer(GRACE_SECONDS, leave, [128 + signum])
         watchdog.daemon = True
         watchdog.start()
+
+    def remove_unused(self) -> None:
+        """Remove the run folder if nothing lies in it."""
+        with suppress(OSError):
+            if self.unused is not None:
+                self.unused.rmdir()
 
 
 def leave(code: int) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from saeopt.config import validate_run
 from saeopt.console import log
+from saeopt.errors import UserError
 from saeopt.training import loggers
-from saeopt.training.loggers import TrackerSink, open_sinks
+from saeopt.training.loggers import TrackerSink, check_sinks, open_sinks
 
 
 def config(**top: Any) -> Any:
@@ -121,3 +122,26 @@ def test_a_sink_that_fails_warns_once_and_goes_quiet(caplog: pytest.LogCaptureFi
         sink.log(i, {"h": {"loss": 1.0}})
     sink.finish("finished")
     assert caplog.text.count("quota") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wandb_project": "a/b"}, "'wandb_project': W&B refuses it: Invalid project name 'a/b'"),
+        ({"wandb_project": "p" * 129}, "'wandb_project'.*exceeded 128 characters"),
+        ({"wandb_project": "p", "wandb_tags": ["ok", "t" * 65]}, "'wandb_tags'.*is 65 characters"),
+        ({"trackers": "wandb", "wandb_tags": [""]}, "'wandb_tags'.*is empty"),
+    ],
+)
+def test_what_wandb_refuses_is_told_before_anything_trains(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_sinks(config(**changes))
+
+
+@pytest.mark.parametrize("name", ["WANDB_MODE", "WANDB_BASE_URL"])
+def test_settings_of_wandb_in_the_environment_are_checked_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "sometimes")
+    check_sinks(config(wandb_tags=["t" * 65]))  # no W&B is asked for
+    loggers._check_wandb.cache_clear()
+    with pytest.raises(UserError, match=f"{name}: W&B refuses it"):
+        check_sinks(config(wandb_project="p"))
