@@ -80,7 +80,7 @@ def test_what_differs_per_hook_point_comes_back(tmp_path: Path, config: RunConfi
     config = validate_run(raw, "test")
     save_weights(weights_path(tmp_path, 1), config, {hook: make_sae() for hook in HOOKS}, 1)
     saes = load_run(tmp_path)[1]
-    assert [saes[hook].config.decoder_norm for hook in HOOKS] == ["free", "unit"]
+    assert [saes[hook].config.decoder_norm for hook in HOOKS] == [None, "unit"]
 
 
 def test_double_precision_stays_double(tmp_path: Path, config: RunConfig, make_sae: MakeSAE) -> None:
