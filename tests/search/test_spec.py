@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import yaml
 from saeopt.config.study import StudySpec, load_study_spec, study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
+from saeopt.search import internals as db
+from saeopt.search.create import create_study
+from saeopt.search.storage import SPEC_KEY, Store
 
 BASE: dict[str, Any] = {
     "tlens_model_path": "somewhere",
@@ -103,3 +107,20 @@ def test_the_replaced_systems_names_are_read(tmp_path: Path) -> None:
 def test_a_key_that_matches_no_field_is_an_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UserError, match=r"s\.yaml"):
         sweep(tmp_path, text)
+
+
+def test_a_study_of_before_recipes_is_found_again_by_its_file(tmp_path):
+    """What is stored has no recipe and no field that is newer; the file, unchanged, would now mean recipe 2."""
+    made = spec(space={"lr": [1e-3, 2e-3]})
+    assert made.older is not None
+    stored = json.loads(made.older.to_json())
+    del stored["base"]["recipe"], stored["base"]["saes"]["sparsity_warmup_samples"]
+    store = Store.open(f"sqlite:///{tmp_path}/s.db")
+    study_id = create_study(store, made).study_id
+    with store.write() as connection:
+        db.set_attrs(connection, db.study_attrs, study_id, {SPEC_KEY: json.dumps(stored, sort_keys=True)})
+    again = create_study(store, spec(space={"lr": [1e-3, 2e-3]}))
+    assert (again.study_id, again.is_new) == (study_id, False)
+    assert store.spec("s").run_config({}).recipe == 1
+    with pytest.raises(UserError, match="different"):
+        create_study(store, spec(base=BASE | {"recipe": 2}, space={"lr": [1e-3, 2e-3]}))
