@@ -97,7 +97,8 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
         from saeopt.training import TrialPlan, train_pack
         from saeopt.training.launch import make_runtime, new_folder, notices, out_of_memory
 
-        local_files(config.data.dataset_name)  # a missing file is told before the language model is loaded
+        for name in filter(None, (config.data.dataset_name, config.data.eval_dataset_name)):
+            local_files(name)  # a missing file is told before the language model is loaded
         runtime = make_runtime(device)
         notices(config, resumed=run_dir is not None)
         fresh = run_dir is None

@@ -8,6 +8,7 @@ import gzip
 import importlib
 import json
 import lzma
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -97,7 +98,7 @@ def _one_kind(name: str, files: Sequence[Path]) -> None:
 def _in_folder(folder: Path, split: str | None, tell: bool) -> list[Path]:
     if is_saved(folder):
         return []
-    inside = [f.relative_to(folder) for f in sorted(folder.rglob("*")) if f.is_file()]
+    inside = [f.relative_to(folder) for f in files_below(folder)]
     shown = [f for f in inside if not any(part.startswith((".", "_")) for part in f.parts)]
     files = [folder / f for f in shown if kind_of(f) is not None and f.name.split(".")[0].lower() not in _ABOUT]
     if not files:
@@ -119,6 +120,25 @@ def _in_folder(folder: Path, split: str | None, tell: bool) -> list[Path]:
         return _of_split(folder, files, split)
     known = all(f.suffix in BUILDERS or (f.suffix == ".gz" and f.stem.endswith(tuple(BUILDERS))) for f in tables)
     return [] if known and suffix_of(tables[0]) != ".tsv" else tables
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and its subfolders, linked ones too, in order of their names.
+
+    Raises:
+        UserError: a subfolder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"'data.dataset_name': {error.filename}: cannot be read: {error.strerror}")
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(here))
+        folders[:] = [f for f in folders if os.path.realpath(os.path.join(here, f)) not in seen]  # links in a circle
+        found += [path for name in names if (path := Path(here, name)).is_file()]
+    return sorted(found)
 
 
 def _of_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
@@ -148,7 +168,7 @@ def is_saved(folder: Path) -> bool:
 def file_states(name: str) -> list[tuple[int, int]]:
     """Size and time of change (ns) of the local files that a name means; none where it means a hub's data set."""
     folder = Path(name)
-    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else local_files(name)
+    files = files_below(folder) if folder.is_dir() else local_files(name)
     return [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
 
 

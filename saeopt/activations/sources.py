@@ -18,6 +18,7 @@ from saeopt.activations.local_files import (
     BUILDERS,
     TEXT,
     TOKENS,
+    files_below,
     is_saved,
     json_list,
     kind_of,
@@ -145,7 +146,7 @@ def _load(data: DataConfig, split: Split, files: list[Path]) -> Any:
             arguments["sep"] = "\t"
     else:
         arguments["name"] = data.subset
-    local = files or ([f for f in Path(name).rglob("*") if f.is_file()] if Path(name).is_dir() else [])
+    local = files or (files_below(Path(name)) if Path(name).is_dir() else [])
     if local and sum(f.stat().st_size for f in local) <= SMALL_FILES:
         arguments["streaming"] = False
     try:

@@ -104,7 +104,8 @@ def _check_wandb(project: str | None, tags: tuple[str, ...]) -> None:
 
     def refuse(name: str, error: Exception) -> NoReturn:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{name}: W&B refuses it: {redact(' '.join(reason.split()))}") from None
+        reason = " ".join(reason.removeprefix("Value error, ").split())
+        raise UserError(f"{name}: W&B refuses it: {redact(reason)}") from None
 
     checks: dict[str, dict[str, Any]] = {"wandb_project": {"project": project}, "wandb_tags": {"run_tags": tags}}
     for field, values in checks.items():

@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,37 @@ def test_another_split_of_the_same_data_can_be_held_out(tmp_path: Path):
     DatasetDict({k: Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(tmp_path / "d")
     tokens: TokenData = load(tmp_path / "d", eval_split="test")
     assert {t for b in tokens.eval_batches(2) for t in b.flatten().tolist()} == {5, EOS}
+
+
+def test_linked_folders_are_read_and_closed_ones_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "elsewhere" / "a.txt", "w3 w4 " * 100)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")  # a circle
+    assert load(tmp_path / "data").engine.tokens_in_all == 201
+    closed = tmp_path / "data" / "closed"
+    closed.mkdir(mode=0)
+    listed = os.scandir
+
+    def scan(path: Any) -> Any:  # root may read what is closed to others
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(UserError, match="closed: cannot be read: Permission denied"):
+        load(tmp_path / "data")
+
+
+def test_a_cache_of_data_sets_that_cannot_be_written_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    sources._cache_folder.cache_clear()
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"text": "w3 w4 w5"}) for _ in range(50)))
+    try:
+        assert load(path).engine.tokens_in_all == 200
+    finally:
+        sources._cache_folder.cache_clear()
