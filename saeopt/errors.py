@@ -39,6 +39,19 @@ class WorkerFault(UserError):
     exit_code = 3
 
 
+class DeviceFault(RuntimeError):
+    """The device stopped by itself (an assertion in a kernel, an illegal access): this process can use it no more."""
+
+
+_DEVICE_FAULTS = ("device-side assert", "illegal memory access", "illegal instruction", "misaligned address",
+                  "unspecified launch failure", "hardware stack error")  # fmt: skip
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error of torch means that the CUDA context is lost."""
+    return isinstance(error, DeviceFault) or any(words in str(error) for words in _DEVICE_FAULTS)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Write one line to stderr and exit; of several ranks rank 0 speaks first."""
     if int(os.environ.get("RANK") or 0) > 0:

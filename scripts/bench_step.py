@@ -157,8 +157,7 @@ def run(case: Case, stack_kind: str, device: torch.device, performance: dict[str
 
 def _step(stack: Stack, x_Nd: torch.Tensor, i: int, case: Case, hyper: list[Hyper]) -> None:
     slots = math.gcd(case.batch, 8)
-    stack.accumulate(StackBatch(x_Nd, None, i * slots, slots, case.batch // slots), hyper)
-    stack.apply(hyper)
+    stack.step(StackBatch(x_Nd, None, i * slots, slots, case.batch // slots), hyper)
 
 
 def _time_on_gpu(stack: Stack, inputs: list[torch.Tensor], case: Case, hyper: list[Hyper], steps: int) -> list[float]:

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,14 +98,14 @@ class Rates(Observer):
 def timed(work: Callable[[], object], tokens: int, device: torch.device, repeats: int) -> float:
     """Median tokens/s of `work`, which handles `tokens` tokens."""
     found = []
-    for repeat in range(repeats + 2):
+    for turn in range(repeats + 2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if repeat >= 2:
+        if turn >= 2:
             found.append(tokens / (time.perf_counter() - start))
     return statistics.median(found)
 
@@ -146,9 +147,7 @@ def step_alone(configs: dict[str, RunConfig], runtime: Runtime, repeats: int) ->
 
     def steps() -> None:
         for _ in range(window):
-            for _ in range(config.gradient_accumulation_steps):
-                pack.accumulate(batch, config.effective_batch)
-            pack.apply(config.effective_batch)
+            pack.step(repeat(batch), config.effective_batch)
 
     try:
         return timed(steps, window * config.effective_batch * config.data.context_length, runtime.device, repeats)

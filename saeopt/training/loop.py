@@ -166,9 +166,7 @@ class _Loop:
         windows = 0
         while self.samples < self.total and self.pack.groups:
             after = self.samples + self.window
-            for _ in range(self.config.gradient_accumulation_steps):
-                self.pack.accumulate(next(self.stream), after)
-            self.pack.apply(after)
+            self.pack.step(self.stream, after)
             before, self.samples, windows = self.samples, after, windows + 1
             self._part_with_lost()
             due = self._due(before)

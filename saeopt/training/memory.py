@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from saeopt.config.run import RunConfig
 from saeopt.training.stacks.dense import ALONE, NARROW
 
-_PER_PARAMETER = 16
-"""GPU: weight and two moments in float32, weight and gradient in bfloat16. CPU: those three and the gradient."""
+_PER_PARAMETER, _PER_PARAMETER_GPU = 16, 14
+"""Weight, two moments and gradient in float32; fused step on a GPU: those three, and the weight in bfloat16."""
 _GRADIENT = 2
-"""Of these, on a GPU, the gradient."""
+"""Fused step on a GPU: the gradient, in bfloat16, of the stack whose turn it is."""
 _PER_PARAMETER_ACCUMULATED = 4
 """A float32 sum of gradients where a window has several micro-batches."""
 _GPU_PER_CODE = {
@@ -89,10 +89,11 @@ def estimate(
     passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
     step = gpu_step(members, micro, _gpu_products(config)) if on_gpu else _cpu_step(config, members, micro)
     logits = _evaluation(config, lm.vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
+    per_parameter = _PER_PARAMETER_GPU if on_gpu and _gpu_products(config) else _PER_PARAMETER
     accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {
         "language model": lm.parameters * lm_bytes + lm.buffer_bytes,
-        "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (_PER_PARAMETER + accumulated),
+        "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (per_parameter + accumulated),
         "activations": activations,
         "step and harvest": step + passing,
         "evaluation, beyond the step": max(0, logits - step - passing),
@@ -107,7 +108,7 @@ def _gpu_products(config: RunConfig) -> int:
 
 
 def gpu_step(members: list[MemberShape], tokens: int, product_bytes: int = 2) -> int:
-    """What the largest stack takes besides its gradients: stacks run one after another and share their memory.
+    """What the largest stack takes, its gradients included: stacks run one after another and share their memory.
 
     The step needs most either behind the code's gradient, before there are any of the weights, or at its end.
     Members of a topk stack have room for the largest k among them.
@@ -128,9 +129,10 @@ def _gpu_stack(members: list[MemberShape], tokens: int, product_bytes: int) -> i
     dead = _GPU_PER_DEAD * _DEAD_SHARE * first.h if k else 0.0
     dense = [(c * first.h + dead + _GPU_PER_WIDTH * first.d) * product_bytes / 2 for c in per_code]
     need = [tokens * (d + s * k) for d, s in zip(dense, _GPU_PER_SELECTED, strict=True)]
+    gradients = _GRADIENT * first.n_parameters
     if len(members) > 1 and k == 0 and per_code[0] and tokens * first.h >= ALONE:
-        return int(max(need))  # one member after another, into gradients that are there from the beginning
-    return int(len(members) * max(need[0] - _GRADIENT * first.n_parameters, need[1]))
+        return int(max(need) + len(members) * gradients)  # one after another, into gradients that are there already
+    return int(len(members) * max(need[0], need[1] + gradients))
 
 
 def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from saeopt.activations.stream import Batch
 from saeopt.config.run import RunConfig
 from saeopt.config.saes import SAEConfig
+from saeopt.errors import DeviceFault, is_device_fault
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import derived_seed
 from saeopt.training.runtime import Runtime
@@ -57,12 +59,18 @@ class _Group:
         """Which tokens of a batch count for these members."""
         return batch.keep(self.members[0].hook_point, self.members[0].sae.norm_limit)
 
+    def __str__(self) -> str:
+        first = self.members[0]
+        many = f" × {len(self.members)}" if len(self.members) > 1 else ""
+        return f"{first.sae_config.sae_type}{many} at {first.hook_point}, h {first.sae.h}"
+
 
 class Pack:
     """Trains its members on whatever batches it is given. Members never influence each other."""
 
     def __init__(self, members: Sequence[Member], runtime: Runtime, *, total_samples: int) -> None:
         self.members, self.runtime, self.total = list(members), runtime, total_samples
+        self.micro_batches = members[0].config.gradient_accumulation_steps if members else 1
         self.groups: list[_Group] = []
         by_key: dict[tuple[object, ...], list[Member]] = {}
         for member in members:
@@ -111,20 +119,38 @@ class Pack:
         """Members that train."""
         return [m for group in self.groups for m in group.members]
 
-    def accumulate(self, batch: Batch, samples_after: int) -> None:
-        """One micro-batch of the window that ends at `samples_after`."""
-        for group in self.groups:
-            hook, keep_N = group.members[0].hook_point, group.keep_N(batch)
-            rows = StackBatch(batch.x[hook], keep_N, batch.first_slot, batch.n_slots, batch.tokens_per_slot)
-            group.stack.accumulate(rows, self._hyper(group, samples_after))
-
-    def apply(self, samples_after: int) -> None:
-        """End the window: sum over ranks, then one optimiser step for every member."""
+    def step(self, batches: Iterator[Batch], samples_after: int) -> None:
+        """Train one window, which ends at `samples_after`: one optimiser step for every member."""
+        if self.micro_batches == 1 and self.runtime.world == 1:
+            self._each_stack(next(batches), samples_after, whole=True)
+            return
+        for _ in range(self.micro_batches):
+            self._each_stack(next(batches), samples_after, whole=False)
         if self.runtime.world > 1:
             for group in self.groups:
                 self.runtime.reduce(group.stack.sums())
         for group in self.groups:
-            group.stack.apply(self._hyper(group, samples_after))
+            with self._blamed(group):
+                group.stack.apply(self._hyper(group, samples_after))
+
+    def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
+        for group in self.groups:
+            x_Nd, keep_N = batch.x[group.members[0].hook_point], group.keep_N(batch)
+            rows = StackBatch(x_Nd, keep_N, batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+            with self._blamed(group):
+                (group.stack.step if whole else group.stack.accumulate)(rows, self._hyper(group, samples_after))
+
+    @contextmanager
+    def _blamed(self, group: _Group) -> Iterator[None]:
+        """A fault of the device says where it surfaced."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_device_fault(error):
+                raise
+            others = [str(other) for other in self.groups if other is not group]
+            beside = f" (or in what ran before it on the device: {', '.join(others)})" if others else ""
+            raise DeviceFault(f"{str(error).splitlines()[0]}: seen in the stack {group}{beside}") from error
 
     def _hyper(self, group: _Group, samples: int) -> list[Hyper]:
         if group.numbers[0] != samples:
@@ -136,7 +162,9 @@ class Pack:
         found = []
         for group in self.groups:
             numbers = self._hyper(group, samples)
-            for member, measured, number in zip(group.members, group.stack.metrics(), numbers, strict=True):
+            with self._blamed(group):
+                found_here = group.stack.metrics()
+            for member, measured, number in zip(group.members, found_here, numbers, strict=True):
                 measured["lr"] = number.lr
                 if member.sae.needs_noise:
                     measured["beta"] = number.beta

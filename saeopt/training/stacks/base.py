@@ -67,10 +67,18 @@ def check_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
 
 
 class Stack(ABC):
-    """Members stepped together. One window: `accumulate` per micro-batch, reduce `sums()` over ranks, `apply`."""
+    """Members stepped together. One window: `accumulate` per micro-batch, reduce `sums()` over ranks, `apply`.
+
+    A window of one micro-batch on one rank: `step`.
+    """
 
     def __init__(self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions) -> None:
         self.saes, self.seeds, self.options = list(saes), list(seeds), options
+
+    def step(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+        """A whole window of one micro-batch on one rank."""
+        self.accumulate(batch, hyper)
+        self.apply(hyper)
 
     @abstractmethod
     def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:

@@ -166,12 +166,12 @@ class FusedStack(Stack):
     @torch.no_grad()
     def apply(self, hyper: Sequence[Hyper]) -> None:
         n = self.window["x"][self.d + 1].clamp_min(1)
-        aux_M = self._settle(n)
+        aux_M = self._settle(self.grads, self.window, n)
         norms = torch.stack([self._apply_member(i, numbers, n) for i, numbers in enumerate(hyper)])
         self._count(n, aux_M, norms)
         self._clear()
 
-    def _settle(self, n: Tensor) -> Tensor:
+    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
         """Finish the window's gradient sums; gives each member's auxiliary ratio."""
         return torch.zeros_like(self.flags["step"])
 

@@ -1,8 +1,9 @@
 """Fused stacks on a CUDA device: all members at once, elementwise stages compiled, the step replayed as graphs.
 
 Shape suffixes: M members, N tokens, d model width, h dictionary width, V vectors end to end. A micro-batch gives
-gradients in the dtype of the products; where a window has several, or ranks, they are added up in float32. Nothing
-here waits for the device: numbers of the step travel in `hyper` (M, 5): lr, λ, β, clip norm, first slot.
+gradients in the dtype of the products. A window of one micro-batch is one graph, gradients and optimiser; where it has
+several, or ranks, they are added up in float32, in memory of the stack's own. Nothing here waits for the device:
+numbers of the step travel in `hyper` (M, 5): lr, λ, β, clip norm, first slot.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ class GpuStack(FusedStack):
         super()._prepare()
         size = len(self.saes)
         self.graphs.clear()
-        self.grads, self.window = {}, {}
-        self.micro_batches, self.rows = 0, 0
-        self.sums_at: tuple[Sums, Sums] | None = None
-        self.replayed: Hashable | None = None
-        self.rows_per_window = 0
+        self.grads, self.window = {}, {}  # a window's lie in `summed`
+        self.micro_batches, self.rows, self.rows_per_window = 0, 0, 0
+        self.sums_at = Sums(self.dtype), Sums(self.dtype)
+        self.summed: dict[int, tuple[Store, Store]] = {}
+        """The window's gradients and statistics, by what their shapes depend on; always at the same place."""
         self.hyper = torch.zeros(size, 5, dtype=torch.float64, device=self.device)
         self.uploaded: tuple[tuple[float, ...], ...] = ()
         self.seed_M = torch.tensor(self.seeds, dtype=torch.int64, device=self.device)
@@ -93,45 +94,45 @@ class GpuStack(FusedStack):
 
     # ---- a micro-batch
     @torch.no_grad()
-    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
-        self._refresh_changed()
-        self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
-        if self.micro_batches == 1:
-            self._start_sums()
-        first, summed = self.micro_batches == 0, self.sums_at is not None
-        x_Nd, keep_N = batch.x_Nd, batch.keep_N
-        places = self._places()
-        key = ("accumulate", first, summed, tuple(x_Nd.shape), x_Nd.dtype, keep_N is None, batch.n_slots, places)
+    def step(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+        key = self._before(batch, hyper)
 
-        def run(x_Nd: Tensor, keep_N: Tensor | None) -> tuple[Store, Store]:
-            parts = self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot)
-            return self._add_up(parts, first) if summed else parts
+        def whole(x_Nd: Tensor, keep_N: Tensor | None) -> None:
+            self._finish(*self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot))
+
+        self.graphs(("step", *key), whole, batch.x_Nd, batch.keep_N)
+        self._end_window()
+
+    @torch.no_grad()
+    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+        key, first = self._before(batch, hyper), self.micro_batches == 0
+
+        def add_up(x_Nd: Tensor, keep_N: Tensor | None) -> None:
+            self._add_up(self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot), first)
 
         self.micro_batches += 1
-        self.rows += len(x_Nd)
-        self.grads, self.window = self.graphs(key, run, x_Nd, keep_N)
-        # how the end of the window finds its sums again: always at the same place, or where this graph leaves them
-        self.replayed = ("sums", places) if summed else key if self.graphs.is_captured(key) else None
+        self.graphs(("accumulate", first, *key), add_up, batch.x_Nd, batch.keep_N)
+
+    def _before(self, batch: StackBatch, hyper: Sequence[Hyper]) -> tuple[Hashable, ...]:
+        """What happens outside of graphs; gives what a graph of this micro-batch depends on."""
+        self._refresh_changed()
+        self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
+        if self.micro_batches == 0:
+            self.places = self._places()
+        self.rows += len(batch.x_Nd)
+        return (tuple(batch.x_Nd.shape), batch.x_Nd.dtype, batch.keep_N is None, batch.n_slots, self.places)
 
     def _places(self) -> int:
         """What shapes depend on besides the batch's."""
         return 0
 
-    def _start_sums(self) -> None:
-        """From here on windows are summed: what a second micro-batch or other ranks add to needs to stay."""
-        if self.sums_at is None:
-            self.sums_at = Sums(self.dtype), Sums(self.dtype)
-            self.grads, self.window = self._add_up((self.grads, self.window), True)
-            self.graphs.clear()
-            self.replayed = ("sums", self._places())
-
-    def _add_up(self, parts: tuple[Store, Store], first: bool) -> tuple[Store, Store]:
-        assert self.sums_at is not None
+    def _add_up(self, parts: tuple[Store, Store], first: bool) -> None:
         moved = [sums.make_room(part) for sums, part in zip(self.sums_at, parts, strict=True)]
-        if any(moved):
+        if any(moved):  # never while a graph is captured: its warm calls have made room
             self.graphs.clear()
+            self.summed.clear()
         grads, window = (sums.put(part, first=first) for sums, part in zip(self.sums_at, parts, strict=True))
-        return grads, window
+        self.summed[self.places] = grads, window
 
     def _gradients(self, x_Nd: Tensor, keep_N: Tensor | None, slots: int, tokens_per_slot: int) -> tuple[Store, Store]:
         keys = None
@@ -173,23 +174,22 @@ class GpuStack(FusedStack):
 
     # ---- the end of a window
     def sums(self) -> list[Tensor]:
-        self._start_sums()
-        return [*(tensor for tensor in self.grads.values() if tensor.is_floating_point()), *self.window.values()]
+        grads, window = self.summed[self.places]
+        return [*(tensor for tensor in grads.values() if tensor.is_floating_point()), *window.values()]
 
     @torch.no_grad()
     def apply(self, hyper: Sequence[Hyper]) -> None:
         self._upload(hyper, int(self.uploaded[0][4]) if self.uploaded else 0)
-        if self.replayed is None:
-            self._finish()
-        else:
-            self.graphs((APPLY, self.replayed), self._finish)
-        self.grads, self.window, self.replayed = {}, {}, None
+        self.graphs(("apply", self.places), lambda: self._finish(*self.summed[self.places]))
+        self._end_window()
+
+    def _end_window(self) -> None:
         self.micro_batches = 0
         self.rows_per_window, self.rows = max(self.rows_per_window, self.rows), 0
 
-    def _finish(self) -> None:
-        aux_M = self._settle(self.window["x"][self.d + 1].clamp_min(1))
-        packed, grads = self.packed, self.grads
+    def _finish(self, grads: Store, window: Store) -> None:
+        aux_M = self._settle(grads, window, window["x"][self.d + 1].clamp_min(1))
+        packed = self.packed
         coefficients, squares_Mh = kernels_rows.decoder_rows(
             grads["W_dec"], packed.weights["W_dec"], grads.get(PULL), self.factor_Mh, self.mode
         )
@@ -200,7 +200,7 @@ class GpuStack(FusedStack):
             squares_Mh,
             aux_M,
             (packed.weights[VECTORS], packed.m[VECTORS], packed.v[VECTORS], grads[VECTORS]),
-            self.window,
+            window,
             self.flags,
             self.pending,
             packed.buffers["tokens_since_fired"],

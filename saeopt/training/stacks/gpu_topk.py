@@ -62,8 +62,7 @@ class GpuSparseStack(GpuStack):
             self._send(torch.tensor(bound, device=self.device))
 
     def _places(self) -> int:
-        if self.micro_batches == 0:
-            self._look_for_dead()
+        self._look_for_dead()
         return self.capacity
 
     # ---- how many latents can be dead
@@ -152,13 +151,13 @@ class GpuSparseStack(GpuStack):
         return dict(zip(names, found, strict=True)) | {AUX + "places": places}
 
     # ---- the end of a window
-    def _settle(self, n: Tensor) -> Tensor:
+    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
         """The auxiliary gradients join the others times n / denominator, now that the window's is known."""
-        if AUX + "places" not in self.grads:
-            return self._call(ratio_parts, self.window["ratio"], n)[0]
-        grads, slices = self.grads, self.packed.slices
+        ratio, slices = window["ratio"], self.packed.slices
+        if AUX + "places" not in grads:
+            return self._call(ratio_parts, ratio, n)[0]
         small = (grads[VECTORS], grads[AUX + "b_enc"], grads[AUX + "b_dec"], grads[AUX + "places"])
-        value_M, factor_M = self._call(join_vectors, self.window["ratio"], n, *small, slices["b_enc"], slices["b_dec"])
+        value_M, factor_M = self._call(join_vectors, ratio, n, *small, slices["b_enc"], slices["b_dec"])
         kernels_topk.add_rows(
             grads[AUX + "places"],
             factor_M,

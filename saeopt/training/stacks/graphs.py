@@ -1,4 +1,10 @@
-"""CUDA graphs of functions whose tensors stay where they are."""
+"""CUDA graphs of functions that leave nothing behind but what they write to memory of their owner.
+
+All graphs of a process share one memory pool. A graph that is captured later may be given any memory that no tensor
+holds at that moment: that of an earlier graph's intermediates, which the earlier one writes to at every replay. A
+tensor that a graph makes and that is read after its replay would be overwritten by whichever stack is replayed in
+between. So no tensor of a graph outlives its replay: the functions return nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +18,9 @@ from torch import Tensor
 
 from saeopt.console import log
 
-APPLY = "apply"
-"""Keys (APPLY, key) belong to functions that read the outputs of the graph with that key."""
 _WARM_CALLS = 2
 _MOST = 6
-"""Graphs of one owner: each keeps its outputs, and a key may depend on a number that drifts."""
+"""Graphs of one owner: a key may depend on a number that drifts."""
 _retired: list[torch.cuda.CUDAGraph] = []
 """Graphs that are not replayed any more. Some versions of torch free a graph's workspaces with it although other
 graphs, captured on the same stream, still use them (pytorch#193402): they go when nothing is captured."""
@@ -24,7 +28,7 @@ graphs, captured on the same stream, still use them (pytorch#193402): they go wh
 
 @cache
 def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
-    """One memory pool for all graphs: they are replayed one after another, so that intermediates share space.
+    """One memory pool for all graphs: they are replayed one after another, and their intermediates share space.
 
     A pool dies with its last graph, hence the small one that is kept.
     """
@@ -37,9 +41,9 @@ def _pool(device: torch.device) -> tuple[Any, torch.cuda.CUDAGraph]:
 class Graphs:
     """Replays `function(*inputs)` once it has been called a few times under the same key.
 
-    What the function reads besides its inputs must keep its address (call :meth:`clear` when it moves). Its
-    outputs are overwritten by the next replay under the same key. A function that cannot be captured runs as it
-    is from then on, and says so once.
+    The function returns nothing. What it reads and writes besides its inputs must keep its address (call
+    :meth:`clear` when it moves) and must not be memory that another graph made. A function that cannot be captured
+    runs as it is from then on, and says so once.
     """
 
     def __init__(self, enabled: bool) -> None:
@@ -48,59 +52,48 @@ class Graphs:
             _retired.clear()
         _owners.add(self)
         self.calls: dict[Hashable, int] = {}
-        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Any]] = {}
+        self.captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor | None]]] = {}
 
     def clear(self) -> None:
         """Forget every graph."""
         self.calls.clear()
-        while self.captured:
-            self._forget(next(iter(self.captured)))
+        _retired.extend(graph for graph, _ in self.captured.values())
+        self.captured.clear()
 
     def __del__(self) -> None:
         if self.captured:
             self.clear()
 
-    def _forget(self, key: Hashable) -> None:
-        """A graph goes, and with it the one that reads its outputs."""
-        for gone in (key, (APPLY, key)):
-            if gone in self.captured:
-                _retired.append(self.captured.pop(gone)[0])
-
-    def __call__(self, key: Hashable, function: Callable[..., Any], *inputs: Tensor | None) -> Any:
-        """The function's outputs; see :meth:`is_captured` for how long they live."""
+    def __call__(self, key: Hashable, function: Callable[..., None], *inputs: Tensor | None) -> None:
+        """Run the function, or replay what it did under this key."""
         if not self.enabled:
             return function(*inputs)
         if key not in self.captured:
             self.calls[key] = self.calls.get(key, 0) + 1
             if self.calls[key] <= _WARM_CALLS or not self._capture(key, function, inputs):
                 return function(*inputs)
-        graph, own, outputs = self.captured[key]
+        graph, own = self.captured[key]
         for mine, given in zip(own, inputs, strict=True):
             if mine is not None and given is not None:
                 mine.copy_(given, non_blocking=True)
         graph.replay()
-        return outputs
 
-    def is_captured(self, key: Hashable) -> bool:
-        """Whether outputs under this key lie at fixed addresses."""
-        return key in self.captured
-
-    def _capture(self, key: Hashable, function: Callable[..., Any], inputs: tuple[Tensor | None, ...]) -> bool:
+    def _capture(self, key: Hashable, function: Callable[..., None], inputs: tuple[Tensor | None, ...]) -> bool:
         own = [None if tensor is None else tensor.clone() for tensor in inputs]
         device = torch.device("cuda", torch.cuda.current_device())
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the activation stream may allocate in its own thread meanwhile
             with torch.cuda.graph(graph, pool=_pool(device)[0], capture_error_mode="thread_local"):
-                outputs = function(*own)
+                function(*own)
         except RuntimeError as error:
             self.enabled = False
             log.warning("CUDA graphs are off: %s", str(error).splitlines()[0])
             torch.cuda.synchronize()
             return False
-        self.captured[key] = (graph, own, outputs)
+        self.captured[key] = (graph, own)
         if len(self.captured) > _MOST:
-            self._forget(next(k for k in self.captured if k != key and (APPLY, k) != key))
+            _retired.append(self.captured.pop(next(iter(self.captured)))[0])
         return True
 
 

@@ -171,15 +171,15 @@ class SparseStack(FusedStack):
         self._start_aux()
         return [*self.aux_grads.values(), *super().sums()]
 
-    def _settle(self, n: Tensor) -> Tensor:
+    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
         """The auxiliary loss has a denominator of its own, known now: its gradients join the others times n / it."""
         values = []
         for member in range(len(self.saes)):
-            parts = self.window["ratio"][member]
+            parts = window["ratio"][member]
             over = Ratio(parts[0], parts[1], parts[2:]).inverse_denominator(n)
             values.append(parts[0] * over)
             for name, tensor in self.aux_grads.items():
-                self.grads[name][member].add_(tensor[member] * (over * n).to(self.dtype))
+                grads[name][member].add_(tensor[member] * (over * n).to(self.dtype))
         return torch.stack(values)
 
     def _clear(self) -> None:
