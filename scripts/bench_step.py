@@ -2,15 +2,17 @@
 
     python scripts/bench_step.py                                  the usual cases of this device
     python scripts/bench_step.py --case relu:768:24576:4096:8     architecture:d:h:batch:members[:k[:dead share]]
+    python scripts/bench_step.py --data activations.safetensors   real activations (scripts/harvest_activations.py)
     python scripts/bench_step.py --against reference --json out.json
 
-Activations lie on the device; a step is forward, backward, clipping and Adam of all members. Medians over steps.
+Activations lie on the device; a step is forward, backward, clipping and Adam of all members. Medians over steps, after
+`--settle` steps of training: only then do latents fire as often, and as unevenly, as they do in a run.
 The share of the peak counts the products that the step makes and a bf16 (CPU: float32) product measured here.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import math
 import statistics
 import time
@@ -21,15 +23,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bench_data import Activations
 from pydantic import ValidationError
+from torch import Tensor
 
 from saeopt.config.base import explain
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
 from saeopt.errors import UserError, run_cli
 from saeopt.evaluation.__main__ import choose_device
+from saeopt.files import write_json
 from saeopt.saes.base import SAE
+from saeopt.saes.init import match_norm
 from saeopt.saes.registry import get_sae
+from saeopt.training.pack import detached
 from saeopt.training.stacks import make_stack
 from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
 
@@ -94,89 +101,153 @@ class Case:
         return PRODUCTS.get(self.sae_type, 10) * self.d * self.h + sparse
 
 
-def make_saes(case: Case, device: torch.device) -> list[SAE]:
-    """Members as they look early in training: unit decoder rows, tied encoder, some latents asleep if asked for."""
+def make_saes(case: Case, x_Nd: Tensor) -> list[SAE]:
+    """Members as they start: unit decoder rows, tied encoder of the right size, the mean as decoder bias."""
     cls = get_sae(case.sae_type)
     fields: dict[str, Any] = {"sae_type": case.sae_type, "sae_positions": ["x"]}
     if case.k:
         fields["k"] = case.k
     saes = []
     for i in range(case.members):
-        sae = cls(case.d, case.h, cls.Config(**fields), device=device)
-        generator = torch.Generator(device=device).manual_seed(i)
+        sae = cls(case.d, case.h, cls.Config(**fields), device=x_Nd.device)
+        generator = torch.Generator(device=x_Nd.device).manual_seed(i)
         with torch.no_grad():
-            rows = torch.randn(case.h, case.d, generator=generator, device=device)
-            rows /= rows.norm(dim=-1, keepdim=True)
-            sae.W_dec.copy_(rows)
-            sae.W_enc.copy_(rows.T * 0.5)
-            asleep = torch.randperm(case.h, generator=generator, device=device)[: int(case.dead * case.h)]
-            sae.W_enc[:, asleep] *= 0.05
-            if len(asleep):
-                sae.tokens_since_fired[asleep] = 10**9
+            for parameter in sae.parameters():
+                parameter.zero_()
+            rows = torch.randn(case.h, case.d, generator=generator, device=x_Nd.device)
+            sae.W_dec.copy_(rows / rows.norm(dim=-1, keepdim=True))
+            sae.b_dec.copy_(x_Nd.float().mean(0))
+            sae.start_encoder(sae.W_dec.T.clone(), x_Nd.float())
+            match_norm(sae, x_Nd.float())
         saes.append(sae)
     return saes
 
 
-def run(case: Case, stack_kind: str, device: torch.device, performance: dict[str, str], steps: int) -> dict[str, Any]:
-    """Median time of a step in milliseconds and the memory that it needed."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    saes = make_saes(case, device)
-    options = StackOptions(10**8, autocast=torch.bfloat16 if on_gpu else None)
-    settings: Any = {**performance, "stack": stack_kind}
-    stack = make_stack(saes, list(range(case.members)), options, PerformanceConfig(**settings))
-    hyper = [Hyper(1e-5, 0.1, 0.5, 1.0)] * case.members
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    inputs = [torch.randn(case.batch, case.d, device=device).to(dtype) for _ in range(3)]
-    started = time.perf_counter()
-    warm = 6 if on_gpu else 1
-    for i in range(warm):
-        _step(stack, inputs[i % 3], i, case, hyper)
-    if on_gpu:
-        torch.cuda.synchronize()
-    warm_s = time.perf_counter() - started
-    times = (_time_on_gpu if on_gpu else _time_on_cpu)(stack, inputs, case, hyper, steps)
-    found = stack.metrics()
-    ms = statistics.median(times)
-    tokens_per_s = case.batch / ms * 1e3
-    return {
-        **asdict(case),
-        "stack": stack_kind,
-        "ms": ms,
-        "tokens_per_s": tokens_per_s,
-        "sae_tokens_per_s": tokens_per_s * case.members,
-        "tflops": tokens_per_s * case.members * case.flops_per_token / 1e12,
-        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None,
-        "warm_up_s": warm_s,
-        "loss": found[0]["loss"],
-        "finite": min(m["finite"] for m in found),
-    }
+@torch.no_grad()
+def put_to_sleep(case: Case, saes: list[SAE]) -> None:
+    """The case's share of latents does not fire any more and counts as dead."""
+    for i, sae in enumerate(saes if case.dead else ()):
+        device = sae.W_enc.device
+        order = torch.randperm(case.h, generator=torch.Generator(device=device).manual_seed(i), device=device)
+        asleep = order[: int(case.dead * case.h)]
+        sae.W_enc[:, asleep] *= 0.05
+        sae.tokens_since_fired[asleep] = 10**9
 
 
-def _step(stack: Stack, x_Nd: torch.Tensor, i: int, case: Case, hyper: list[Hyper]) -> None:
-    slots = math.gcd(case.batch, 8)
-    stack.step(StackBatch(x_Nd, None, i * slots, slots, case.batch // slots), hyper)
+@torch.no_grad()
+def densities(sae: SAE, x_Nd: Tensor) -> tuple[float, float]:
+    """The share of tokens on which the most frequent latent fires; the most frequent hundredth's share of firings."""
+    fired_h = torch.zeros(sae.h, device=x_Nd.device)
+    for rows in x_Nd[:8192].split(max(1, 2**26 // sae.h)):
+        fired_h += (sae.encode(rows.float() * sae.scale) != 0).sum(0)
+    top = fired_h.sort(descending=True).values
+    share = top[: max(1, sae.h // 100)].sum() / top.sum().clamp_min(1)
+    return (top[0] / min(len(x_Nd), 8192)).item(), share.item()
 
 
-def _time_on_gpu(stack: Stack, inputs: list[torch.Tensor], case: Case, hyper: list[Hyper], steps: int) -> list[float]:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for i in range(steps):
-        _step(stack, inputs[i % 3], i, case, hyper)
-        marks[i + 1].record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+class Bench:
+    """One case: its data, and members that have settled on them."""
 
+    def __init__(self, case: Case, data: Activations, device: torch.device, performance: dict[str, str]) -> None:
+        self.case, self.device, self.performance = case, device, performance
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.batches = data.batches(case.d, case.batch, device, dtype)
+        self.hyper = [Hyper(1e-3, 0.1, 0.5, 1.0)] * case.members
+        self.steps_done = 0
 
-def _time_on_cpu(stack: Stack, inputs: list[torch.Tensor], case: Case, hyper: list[Hyper], steps: int) -> list[float]:
-    times = []
-    for i in range(steps):
+    def stack(self, kind: str, saes: list[SAE]) -> Stack:
+        """The members in a stack of this kind."""
+        options = StackOptions(10**8, autocast=torch.bfloat16 if self.on_gpu else None)
+        settings: Any = {**self.performance, "stack": kind}
+        return make_stack(saes, list(range(len(saes))), options, PerformanceConfig(**settings))
+
+    def step(self, stack: Stack) -> None:
+        """One step on the next batch."""
+        case, slots = self.case, math.gcd(self.case.batch, 8)
+        x_Nd = self.batches[self.steps_done % len(self.batches)]
+        first_slot = self.steps_done * slots
+        self.steps_done += 1
+        stack.step(StackBatch(x_Nd, None, first_slot, slots, case.batch // slots), self.hyper)
+
+    def settled(self, steps: int) -> list[SAE]:
+        """Members after so many steps of training."""
+        saes = make_saes(self.case, self.batches[0])
+        stack = self.stack("auto", saes)
+        for _ in range(steps):
+            self.step(stack)
+        stack.metrics()
+        put_to_sleep(self.case, stack.saes)
+        copies = [detached(sae) for sae in stack.saes]
+        del stack, saes
+        return copies
+
+    def run(self, kind: str, settled: list[SAE], steps: int) -> dict[str, Any]:
+        """Median time of a step in milliseconds and the memory that it needed."""
+        case = self.case
+        stack = self.stack(kind, [detached(sae) for sae in settled])
+        if self.on_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        held = sum(t.numel() * t.element_size() for sae in settled for t in sae.state_dict().values())
+        held += sum(x.numel() * x.element_size() for x in self.batches[3:])
         started = time.perf_counter()
-        _step(stack, inputs[i % 3], i, case, hyper)
-        times.append((time.perf_counter() - started) * 1e3)
-    return times
+        for _ in range(6 if self.on_gpu else 1):
+            self.step(stack)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        warm_s = time.perf_counter() - started
+        times = self._times(stack, steps)
+        found = stack.metrics()
+        ms = statistics.median(times)
+        tokens_per_s = case.batch / ms * 1e3
+        return {
+            **asdict(case),
+            "stack": kind,
+            "ms": ms,
+            "tokens_per_s": tokens_per_s,
+            "sae_tokens_per_s": tokens_per_s * case.members,
+            "tflops": tokens_per_s * case.members * case.flops_per_token / 1e12,
+            "peak_memory_gb": (torch.cuda.max_memory_allocated() - held) / 1e9 if self.on_gpu else None,
+            "warm_up_s": warm_s,
+            "loss": found[0]["loss"],
+            "finite": min(m["finite"] for m in found),
+        }
+
+    def _times(self, stack: Stack, steps: int) -> list[float]:
+        if not self.on_gpu:
+            times = []
+            for _ in range(steps):
+                started = time.perf_counter()
+                self.step(stack)
+                times.append((time.perf_counter() - started) * 1e3)
+            return times
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        marks[0].record()
+        for i in range(steps):
+            self.step(stack)
+            marks[i + 1].record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
+
+    def profile(self, settled: list[SAE]) -> str:
+        """Where the time of a step goes."""
+        stack = self.stack("auto", [detached(sae) for sae in settled])
+        for _ in range(6):
+            self.step(stack)
+        with torch.profiler.profile() as profiler:
+            for _ in range(4):
+                self.step(stack)
+            if self.on_gpu:
+                torch.cuda.synchronize()
+        by = "self_cuda_time_total" if self.on_gpu else "self_cpu_time_total"
+        rows = sorted(profiler.key_averages(), key=lambda e: -_self_time(e, self.device))[:16]
+        total = sum(_self_time(e, self.device) for e in profiler.key_averages())
+        lines = [f"{_self_time(e, self.device) / 4e3:9.3f} ms {e.count // 4:4d}x  {e.key[:90]}" for e in rows]
+        return "\n".join([f"{self.case} ({by}, {total / 4e3:.3f} ms per step)", *lines])
 
 
 def peak_tflops(device: torch.device) -> float:
@@ -195,36 +266,25 @@ def peak_tflops(device: torch.device) -> float:
     return 2 * size**3 / min(times) / 1e12
 
 
-def profile(case: Case, device: torch.device, performance: dict[str, str]) -> str:
-    """Where the time of a step goes."""
-    saes = make_saes(case, device)
-    options = StackOptions(10**8, autocast=torch.bfloat16 if device.type == "cuda" else None)
-    settings: Any = {**performance, "stack": "fused"}
-    stack = make_stack(saes, list(range(case.members)), options, PerformanceConfig(**settings))
-    hyper = [Hyper(1e-5, 0.1, 0.5, 1.0)] * case.members
-    x_Nd = torch.randn(case.batch, case.d, device=device)
-    x_Nd = x_Nd.bfloat16() if device.type == "cuda" else x_Nd
-    for i in range(6):
-        _step(stack, x_Nd, i, case, hyper)
-    with torch.profiler.profile() as profiler:
-        for i in range(4):
-            _step(stack, x_Nd, i, case, hyper)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    rows = sorted(profiler.key_averages(), key=lambda e: -_self_time(e, device))[:16]
-    total = sum(_self_time(e, device) for e in profiler.key_averages())
-    lines = [f"{_self_time(e, device) / 4e3:9.3f} ms {e.count // 4:4d}x  {e.key[:90]}" for e in rows]
-    return "\n".join([f"{case} ({by}, {total / 4e3:.3f} ms per step)", *lines])
-
-
 def _self_time(event: Any, device: torch.device) -> float:
     return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+
+
+def usual_cases(device: torch.device, d: int | None) -> list[str]:
+    """What is timed where no case is given: for data of width d, those of 4096 tokens at that width."""
+    usual = GPU_CASES if device.type == "cuda" else CPU_CASES
+    if d is None:
+        return usual
+    kinds, k = ("relu", "gated", "hard_concrete", "gated_hard_concrete", "topk"), 64 if device.type == "cuda" else 16
+    cases = [f"{kind}:{d}:{32 * d}:4096:1" + (f":{k}" if kind == "topk" else "") for kind in kinds]
+    return [*cases, f"topk:{d}:{32 * d}:32768:1:{k}"] if device.type == "cuda" else cases
 
 
 @app.command()
 def main(
     case: Annotated[list[str] | None, typer.Option(help="architecture:d:h:batch:members[:k[:dead share]]")] = None,
+    data: Annotated[str, typer.Option(help="noise, skewed, or a safetensors file with `x` [N, d]")] = "skewed",
+    settle: Annotated[int, typer.Option(min=0, help="steps of training before a case is timed")] = 800,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU where there is one")] = "auto",
     against: Annotated[str | None, typer.Option(help="also time this stack (reference) and show the ratio")] = None,
     steps: Annotated[int, typer.Option(help="steps timed per case; 0: 40 on a GPU, 5 on the CPU")] = 0,
@@ -241,26 +301,32 @@ def main(
         PerformanceConfig(**{**performance, "stack": against or "auto"})  # type: ignore[arg-type]
     except ValidationError as error:
         raise explain(error, "performance", {}) from None
+    activations = Activations.of(data)
+    cases = asked or {text: Case.parse(text) for text in usual_cases(where, activations.d)}
+    for text, one in cases.items():
+        if activations.d not in (None, one.d):
+            raise UserError(f"--case {text}: its d is {one.d}, that of {data} is {activations.d}")
     peak = peak_tflops(where)
     name = torch.cuda.get_device_name() if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console.print(f"{name}, torch {torch.__version__}, peak {peak:.1f} TFLOP/s")
+    console.print(f"{name}, torch {torch.__version__}, peak {peak:.1f} TFLOP/s, data: {activations.name}")
     results = []
-    usual = GPU_CASES if where.type == "cuda" else CPU_CASES
-    for text, one in (asked or {text: Case.parse(text) for text in usual}).items():
+    for text, one in cases.items():
+        bench = Bench(one, activations, where, performance)
+        settled = bench.settled(settle)
         count = steps or (40 if where.type == "cuda" else 5)
-        row = run(one, "fused", where, performance, count)
+        row = bench.run("auto", settled, count)
+        row["densest_latent"], row["top_percent_share"] = densities(settled[0], bench.batches[0])
         row["share_of_peak"] = row["tflops"] / peak
         if against:
-            row["ms_against"] = run(one, against, where, performance, min(count, 10))["ms"]
+            row["ms_against"] = bench.run(against, settled, min(count, 10))["ms"]
             row["ratio"] = row["ms_against"] / row["ms"]
         results.append(row)
         console.print(_line(text, row), soft_wrap=True)
         if profiles:
-            console.print(profile(one, where, performance), soft_wrap=True, markup=False)
+            console.print(bench.profile(settled), soft_wrap=True, markup=False)
     if json_path:
-        json_path.write_text(
-            json.dumps({"device": name, "torch": torch.__version__, "peak_tflops": peak, "cases": results}, indent=1)
-        )
+        found = {"device": name, "torch": torch.__version__, "peak_tflops": peak, "data": data, "settle": settle}
+        write_json(json_path, {**found, "cases": results})
 
 
 def _line(text: str, row: dict[str, Any]) -> str:
@@ -269,7 +335,8 @@ def _line(text: str, row: dict[str, Any]) -> str:
     return (
         f"{text:40s} {row['ms']:9.3f} ms {row['tokens_per_s'] / 1e6:8.3f} M tokens/s"
         f" {row['sae_tokens_per_s'] / 1e6:8.3f} M SAE-tokens/s {row['share_of_peak']:5.1%} of peak"
-        f" {memory}warm-up {row['warm_up_s']:.1f} s{against}"
+        f" {memory}densest latent {row['densest_latent']:.2f}, top 1 % {row['top_percent_share']:.0%} of firings"
+        f"{against}"
     )
 
 

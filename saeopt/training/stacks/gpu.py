@@ -22,7 +22,7 @@ from saeopt.training.stacks.base import EXTRA, Hyper, StackBatch, StackOptions
 from saeopt.training.stacks.compiled import compiled
 from saeopt.training.stacks.dense import ALONE, Found, Given, run
 from saeopt.training.stacks.fused import PULL, FusedStack
-from saeopt.training.stacks.graphs import APPLY, Graphs
+from saeopt.training.stacks.graphs import Graphs
 from saeopt.training.stacks.packed import VECTORS, Store
 from saeopt.training.stacks.sums import Sums
 

@@ -112,10 +112,12 @@ class GpuSparseStack(GpuStack):
         dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
         values, index = kernels_select.select(pre, b_enc, keep, self.k_M, self.k)
+        del pre  # the most that the step has at a time
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
         aux = self._aux_gradients(dead, error, centred) if dead is not None else None
-        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(values, index, dots, error, centred, self.h, factor)
+        keys = self._call(kernels_topk.sort_keys, index, len(self.saes), self.h)
+        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(keys, values, dots, error, centred, self.h, factor)
         first = list(packed.slices) == ["b_enc", "b_dec"]
         g_vectors, totals, ratio = self._call(
             small_sums, error, squares, g_bias, fired, low["W_enc"], self.form.mse, factor, first

@@ -14,6 +14,9 @@ from torch import Tensor
 _DECODE_TILE = 2048
 """Elements (selected rows x columns) that a warp has at a time: one warp per token hides more than several do."""
 _LATENT_COLUMNS = 256
+_PIECE = 128
+"""Tokens of a latent that one program adds up: a latent that fires on every token is the work of many."""
+_INT16 = 2**15
 
 
 @triton.jit
@@ -53,15 +56,11 @@ def _decode(
 
 
 @triton.jit
-def _by_latent(
-    order_ptr, start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, g_dec_ptr, g_enc_ptr, g_bias_ptr,
-    fired_ptr, factor, D: tl.constexpr, K: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
+def _over_tokens(
+    begin, end, c, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr,
+    D: tl.constexpr, K: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """One latent: C columns of both matrices' gradients from the tokens on which it was selected."""
-    latent = tl.load(order_ptr + tl.program_id(0)).to(tl.int64)
-    begin = tl.load(start_ptr + latent)
-    end = tl.load(start_ptr + latent + 1)
-    c = tl.program_id(1) * C + tl.arange(0, C)
+    """Columns c of Σ value · error and Σ dot · x̄, and Σ dot and the number of firings, over entries [begin, end)."""
     cm = c < D
     dec = tl.zeros([C], tl.float32)
     enc = tl.zeros([C], tl.float32)
@@ -81,11 +80,80 @@ def _by_latent(
         enc += tl.sum(g[:, None] * x, 0)
         bias += g
         fired += (v > 0).to(tl.float32)
-    tl.store(g_dec_ptr + latent * D + c, dec * factor, mask=cm)
-    tl.store(g_enc_ptr + latent * D + c, enc, mask=cm)
+    return dec, enc, tl.sum(bias, 0), tl.sum(fired, 0)
+
+
+@triton.jit
+def _store_sums(at, c, dec, enc, bias, fired, dec_ptr, enc_ptr, bias_ptr, fired_ptr, D: tl.constexpr):
+    tl.store(dec_ptr + at * D + c, dec, mask=c < D)
+    tl.store(enc_ptr + at * D + c, enc, mask=c < D)
     if tl.program_id(1) == 0:
-        tl.store(g_bias_ptr + latent, tl.sum(bias, 0))
-        tl.store(fired_ptr + latent, tl.sum(fired, 0))
+        tl.store(bias_ptr + at, bias)
+        tl.store(fired_ptr + at, fired)
+
+
+@triton.jit
+def _pieces(
+    ordered_ptr, start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, dec_ptr, enc_ptr, bias_ptr,
+    fired_ptr, entries, latents, shift, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TB: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Entries [P·program, P·(program + 1)) of the latents that have more than P: one or two of them reach in here.
+
+    Place 2·program holds what belongs to the latent of the first entry, the next one what belongs to a latent that
+    begins later and goes on behind the last.
+    """
+    piece = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    first = piece * P
+    last = tl.minimum(first + P, entries)
+    for side in range(2):
+        latent = tl.load(ordered_ptr + first + side * (last - 1 - first)).to(tl.int64) + shift
+        if latent < latents:  # empty places lie behind all latents
+            begin = tl.load(start_ptr + latent).to(tl.int64)
+            end = tl.load(start_ptr + latent + 1).to(tl.int64)
+            if (end - begin > P) & ((side == 0) | (begin > first)):
+                dec, enc, bias, fired = _over_tokens(
+                    tl.maximum(begin, first), tl.minimum(end, last), c, slot_ptr, values_ptr, dots_ptr, error_ptr,
+                    centred_ptr, D, K, TB, C,
+                )  # fmt: skip
+                _store_sums(2 * piece + side, c, dec, enc, bias, fired, dec_ptr, enc_ptr, bias_ptr, fired_ptr, D)
+
+
+@triton.jit
+def _by_latent(
+    start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, part_dec_ptr, part_enc_ptr, part_bias_ptr,
+    part_fired_ptr, g_dec_ptr, g_enc_ptr, g_bias_ptr, fired_ptr, factor, D: tl.constexpr, K: tl.constexpr,
+    P: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """One latent: C columns of both matrices' gradients, from its tokens, or from its pieces where it has many."""
+    latent = tl.program_id(0).to(tl.int64)
+    begin = tl.load(start_ptr + latent).to(tl.int64)
+    end = tl.load(start_ptr + latent + 1).to(tl.int64)
+    c = tl.program_id(1) * C + tl.arange(0, C)
+    if end - begin <= P:
+        dec, enc, bias, fired = _over_tokens(
+            begin, end, c, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, D, K, TB, C
+        )
+    else:
+        cm = c < D
+        dec = tl.zeros([C], tl.float32)
+        enc = tl.zeros([C], tl.float32)
+        biases = tl.zeros([TB], tl.float32)
+        firings = tl.zeros([TB], tl.float32)
+        stop = (end - 1) // P + 1
+        for p0 in range(begin // P, stop, TB):
+            p = p0 + tl.arange(0, TB)
+            pm = p < stop
+            at = 2 * p + (p * P < begin).to(tl.int64)
+            mask = pm[:, None] & cm[None, :]
+            dec += tl.sum(tl.load(part_dec_ptr + at[:, None] * D + c[None, :], mask=mask, other=0.0), 0)
+            enc += tl.sum(tl.load(part_enc_ptr + at[:, None] * D + c[None, :], mask=mask, other=0.0), 0)
+            biases += tl.load(part_bias_ptr + at, mask=pm, other=0.0)
+            firings += tl.load(part_fired_ptr + at, mask=pm, other=0.0)
+        bias = tl.sum(biases, 0)
+        fired = tl.sum(firings, 0)
+    _store_sums(latent, c, dec * factor, enc, bias, fired, g_dec_ptr, g_enc_ptr, g_bias_ptr, fired_ptr, D)
 
 
 @triton.jit
@@ -137,27 +205,47 @@ def decode(
     return error, dots, squares
 
 
-def by_latent(
-    values: Tensor, index: Tensor, dots: Tensor, error_MNd: Tensor, centred_MNd: Tensor, h: int, factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of W_dec and W_enc (M, h, d), of b_enc (M, h), and the firing counts (M, h)."""
-    members, _, d = error_MNd.shape
-    k, device, latents = values.shape[1], values.device, members * h
+def sort_keys(index: Tensor, members: int, h: int) -> Tensor:
+    """The latent of every selected entry among all members' (empty places: behind them), in as few bits as will do.
+
+    A stable sort by it puts the entries of a latent side by side, in the order of the tokens.
+    """
     key = index.view(members, -1)
-    if members > 1:  # empty places go behind all latents
-        first = torch.arange(0, latents, h, dtype=torch.int32, device=device).unsqueeze(1)
-        key = torch.where(key < h, key + first, latents)
-    ordered, slot = key.reshape(-1).sort(stable=True)
-    start = torch.searchsorted(ordered, torch.arange(latents + 1, dtype=torch.int32, device=device), out_int32=True)
-    longest_first = start.diff().sort(descending=True).indices
+    if members > 1:
+        first = torch.arange(0, members * h, h, dtype=torch.int32, device=index.device).unsqueeze(1)
+        key = torch.where(key < h, key + first, members * h)
+    return (key - _INT16).to(torch.int16).view(-1) if members * h < 2 * _INT16 else key.reshape(-1)
+
+
+def by_latent(
+    keys: Tensor, values: Tensor, dots: Tensor, error_MNd: Tensor, centred_MNd: Tensor, h: int, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of W_dec and W_enc (M, h, d), of b_enc (M, h), and the firing counts (M, h); `keys`: `sort_keys`.
+
+    Latents that fire often are cut into pieces, so that no program has much more to do than the others.
+    """
+    members, _, d = error_MNd.shape
+    k, device, latents, entries = values.shape[1], values.device, members * h, len(keys)
+    shift = _INT16 if keys.dtype == torch.int16 else 0
+    ordered, slot = keys.sort(stable=True)
+    bounds = torch.arange(-shift, latents + 1 - shift, dtype=keys.dtype, device=device)
+    start = torch.searchsorted(ordered, bounds, out_int32=True)
+    pieces = triton.cdiv(entries, _PIECE)
+    parts = torch.empty(2, 2 * pieces, d, device=device)
+    part_sums = torch.empty(2, 2 * pieces, device=device)
     g_dec = torch.empty(members, h, d, dtype=error_MNd.dtype, device=device)
     g_enc = torch.empty_like(g_dec)
     g_bias, fired = torch.empty(members, h, device=device), torch.empty(members, h, device=device)
     columns = min(triton.next_power_of_2(d), _LATENT_COLUMNS)
     at_once = max(4, min(8, 1024 // columns))
-    # all latents' first columns, then all the next: what they read stays in the second-level cache meanwhile
+    read = (slot, values, dots, error_MNd, centred_MNd)
+    # all first columns, then all the next: what they read stays in the second-level cache meanwhile
+    _pieces[(pieces, triton.cdiv(d, columns))](
+        ordered, start, *read, *parts, *part_sums, entries, latents, shift,
+        d, k, _PIECE, at_once, columns, num_warps=1,
+    )  # fmt: skip
     _by_latent[(latents, triton.cdiv(d, columns))](
-        longest_first, start, slot, values, dots, error_MNd, centred_MNd, g_dec, g_enc, g_bias, fired, factor,
-        d, k, at_once, columns, num_warps=1,
+        start, *read, *parts, *part_sums, g_dec, g_enc, g_bias, fired, factor,
+        d, k, _PIECE, at_once, columns, num_warps=1,
     )  # fmt: skip
     return g_dec, g_enc, g_bias, fired
