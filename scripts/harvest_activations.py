@@ -13,6 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors.torch import save_file
 
 from saeopt.activations.stream import ActivationStream
 from saeopt.config import validate_run
@@ -41,7 +42,7 @@ def main(
     config = validate_run(
         {
             "tlens_model_path": str(model_dir),
-            "lr": 1e-3,
+            "lr": 1e-3, "lr_schedule": "constant",
             "data": {
                 "dataset_name": str(text), "tokenizer_name": str(model_dir), "is_tokenized": False, "streaming": False,
                 "column_name": "text", "context_length": context, "n_train_samples": None, "n_eval_samples": 0,
@@ -54,22 +55,21 @@ def main(
     runtime = Runtime(device)
     model = runtime.language_model(config)
     tokens = runtime.token_data(config, model)
+    available = (tokens.n_train_available or 0) // 8
     stream = ActivationStream(model, tokens, model.resolve([hook]), config)
     found: list[torch.Tensor] = []
-    have, rounds = 0, -(-n // (8 * (context - skip_first))) + 1
     try:
-        for _ in range(4 * rounds):
+        while sum(map(len, found)) < n and len(found) < available:
             batch = next(stream)
             late_N = torch.arange(len(batch.keep_N), device=batch.keep_N.device) % context >= skip_first
             found.append(batch.x[hook][batch.keep_N & late_N].to("cpu", torch.bfloat16))
-            have += len(found[-1])
-            if have >= n:
-                break
     finally:
         stream.close()
+    if sum(map(len, found)) < n:
+        raise UserError(
+            f"{text}: holds {sum(map(len, found)):,} tokens in whole batches of 8 sequences, {n:,} are wanted"
+        )
     x_Nd = torch.cat(found)[:n].contiguous()
-    from safetensors.torch import save_file
-
     with atomic_write(file) as path:
         save_file({"x": x_Nd}, path)
     norm_N = x_Nd.float().norm(dim=-1)
