@@ -152,7 +152,7 @@ def test_stacks_in_turn_equal_the_reference(mixture: str, micro: int, poison: No
     for got, want in zip(found, expected, strict=True):
         for a, b in zip(got, want, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-            assert a == pytest.approx(b, rel=5e-3, abs=5e-3)
+            assert a == pytest.approx(b, rel=1e-2, abs=5e-3)
 
 
 @pytest.mark.parametrize("variant", [TOPK, WIDE_TOPK], ids=name_of)

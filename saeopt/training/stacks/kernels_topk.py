@@ -13,9 +13,8 @@ from torch import Tensor
 
 _DECODE_TILE = 2048
 """Elements (selected rows x columns) that a warp has at a time: one warp per token hides more than several do."""
-_LATENT_COLUMNS = 256
-_PIECE = 128
-"""Tokens of a latent that one program adds up: a latent that fires on every token is the work of many."""
+_MANY = 2**19
+"""Selected entries of a step from which programs get more to do at a time."""
 _INT16 = 2**15
 
 
@@ -230,22 +229,23 @@ def by_latent(
     ordered, slot = keys.sort(stable=True)
     bounds = torch.arange(-shift, latents + 1 - shift, dtype=keys.dtype, device=device)
     start = torch.searchsorted(ordered, bounds, out_int32=True)
-    pieces = triton.cdiv(entries, _PIECE)
+    piece = 64 if entries < _MANY else 128  # a latent that fires on every token is the work of many programs
+    pieces = triton.cdiv(entries, piece)
     parts = torch.empty(2, 2 * pieces, d, device=device)
     part_sums = torch.empty(2, 2 * pieces, device=device)
     g_dec = torch.empty(members, h, d, dtype=error_MNd.dtype, device=device)
     g_enc = torch.empty_like(g_dec)
     g_bias, fired = torch.empty(members, h, device=device), torch.empty(members, h, device=device)
-    columns = min(triton.next_power_of_2(d), _LATENT_COLUMNS)
-    at_once = max(4, min(8, 1024 // columns))
+    columns = min(triton.next_power_of_2(d), 128 if d <= 1024 else 256)
+    at_once = 8 if columns <= 64 else 4
     read = (slot, values, dots, error_MNd, centred_MNd)
     # all first columns, then all the next: what they read stays in the second-level cache meanwhile
     _pieces[(pieces, triton.cdiv(d, columns))](
         ordered, start, *read, *parts, *part_sums, entries, latents, shift,
-        d, k, _PIECE, at_once, columns, num_warps=1,
+        d, k, piece, at_once, columns, num_warps=1,
     )  # fmt: skip
     _by_latent[(latents, triton.cdiv(d, columns))](
         start, *read, *parts, *part_sums, g_dec, g_enc, g_bias, fired, factor,
-        d, k, _PIECE, at_once, columns, num_warps=1,
+        d, k, piece, at_once, columns, num_warps=1,
     )  # fmt: skip
     return g_dec, g_enc, g_bias, fired
