@@ -70,10 +70,10 @@ class Activations:
 def skewed(n: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
     """A sparse mixture of directions whose rates fall as a power of their rank, around a mean, with some noise.
 
-    Frequent directions (the first on nearly every token, the tenth on every fourth) are switched on one by one; of the
-    others each token has a fixed number, drawn with Zipf weights. Sizes are exponential, larger where rates are
-    smaller. After some hundred steps a topk SAE's latents fire as on real activations: some on every fifth token and
-    more, the most frequent hundredth with a seventh of all firings.
+    Frequent directions (the first on every second token, the tenth on every seventh) are switched on one by one; of the
+    others each token has a fixed number, drawn with Zipf weights. After some hundred steps a topk SAE's latents fire as
+    on real activations: d 576, h 18432, k 64, 800 steps: the most frequent on 35 % of the tokens, the tenth on 14 %, the
+    first hundredth with 16 % of all firings (SmolLM2-135M, layer 9, wikitext: 21 %, 7 %, 14 %).
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -86,8 +86,7 @@ def skewed(n: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
 
     frequent_Fd, rare_Rd, mean_d = directions(_FREQUENT), directions(_RARE), directions(1)[0]
     rank_F = torch.arange(1, _FREQUENT + 1, device=device)
-    rate_F = 0.9 / rank_F**0.55
-    size_F = 1 / rate_F**0.25
+    rate_F = 0.5 / rank_F**0.55
     weight_R = 1 / torch.arange(1, _RARE + 1, device=device, dtype=torch.float32) ** 0.8
     parts = []
     for start in range(0, n, _CHUNK):
