@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 _SEGMENT = 8192
-_GROUP = 8
+_GROUP, _WIDE_GROUP = 8, 16
+"""Neighbours of a group, in rows up to a segment and in wider ones, where half as many groups are chosen from."""
 _ROWS = 4
 _SELECTABLE = 32768
 """A wider row does not fit into the registers."""
@@ -216,14 +217,14 @@ def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k_M: Tensor,
     members, n, h = pre_MNh.shape
     rows, device = members * n, pre_MNh.device
     capacity = triton.next_power_of_2(k)
-    capacity = 2 * capacity if h > _SEGMENT and 4 * capacity < 5 * k else capacity  # room ends the bisection early
-    if h % _GROUP or h > _WIDEST_ROW or 2 * capacity * _GROUP > h:
+    group = _WIDE_GROUP if h > _SEGMENT else _GROUP
+    if h % group or h > _WIDEST_ROW or 2 * capacity * group > h:
         return _select_by_segment(pre_MNh, bias_Mh, keep_N, k_M, k)
     groups = torch.empty(rows, capacity, dtype=torch.int32, device=device)
     values = torch.empty(rows, k, device=device)
     index = torch.empty(rows, k, dtype=torch.int32, device=device)
     masked = keep_N is not None
-    width = triton.next_power_of_2(h // _GROUP)
+    width = triton.next_power_of_2(h // group)
     warps = max(1, min(4, width // 1024))
     registers = 128 if warps > 1 else 64
     blocks = triton.cdiv(n, _ROWS)
@@ -232,11 +233,11 @@ def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, k_M: Tensor,
     best = torch.empty(programs, _ROWS, width, device=device)
     _groups[(programs,)](
         pre_MNh, bias_Mh, keep_N, k_M, best, groups, n, h, blocks, members * blocks,
-        masked, capacity, _GROUP, _ROWS, max(512, 256 * warps), width, num_warps=warps, maxnreg=registers,
+        masked, capacity, group, _ROWS, 512 * warps, width, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     _survivors[(rows,)](
-        pre_MNh, bias_Mh, keep_N, k_M, groups, values, index, n, h, masked, k, capacity, _GROUP,
-        num_warps=max(1, min(8, capacity * _GROUP // 512)),
+        pre_MNh, bias_Mh, keep_N, k_M, groups, values, index, n, h, masked, k, capacity, group,
+        num_warps=max(1, min(8, capacity * group // 512)),
     )  # fmt: skip
     return values, index
 
