@@ -72,8 +72,8 @@ def skewed(n: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
 
     Frequent directions (the first on every second token, the tenth on every seventh) are switched on one by one; of the
     others each token has a fixed number, drawn with Zipf weights. After some hundred steps a topk SAE's latents fire as
-    on real activations: d 576, h 18432, k 64, 800 steps: the most frequent on 35 % of the tokens, the tenth on 14 %, the
-    first hundredth with 16 % of all firings (SmolLM2-135M, layer 9, wikitext: 21 %, 7 %, 14 %).
+    on real ones. With d 576, h 18432, k 64, after 800 steps: the most frequent on 35 % of the tokens, the first hundredth
+    with 16 % of all firings (SmolLM2-135M, layer 9, wikitext: 22 % and 16 %).
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -92,9 +92,7 @@ def skewed(n: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
     for start in range(0, n, _CHUNK):
         rows = min(_CHUNK, n - start)
         on_NF = torch.rand(rows, _FREQUENT, generator=generator, device=device) < rate_F
-        code_NF = (
-            on_NF * size_F * (0.5 + torch.empty_like(on_NF, dtype=torch.float32).exponential_(generator=generator))
-        )
+        code_NF = on_NF * (0.5 + torch.empty_like(on_NF, dtype=torch.float32).exponential_(generator=generator))
         index = torch.multinomial(weight_R, rows * _ACTIVE, replacement=True, generator=generator).view(rows, _ACTIVE)
         value = 1.5 * (0.5 + torch.empty(rows, _ACTIVE, device=device).exponential_(generator=generator))
         x_Nd = code_NF @ frequent_Fd + torch.bmm(value.unsqueeze(1), rare_Rd[index]).squeeze(1)
