@@ -72,8 +72,8 @@ def skewed(n: int, d: int, device: torch.device, seed: int = 0) -> Tensor:
 
     Frequent directions (the first on every second token, the tenth on every seventh) are switched on one by one; of the
     others each token has a fixed number, drawn with Zipf weights. After some hundred steps a topk SAE's latents fire as
-    on real ones. With d 576, h 18432, k 64, after 800 steps: the most frequent on 35 % of the tokens, the first hundredth
-    with 16 % of all firings (SmolLM2-135M, layer 9, wikitext: 22 % and 16 %).
+    on real ones. With d 576, h 18432, k 64, after 800 steps: the most frequent on 35 % of the tokens, the first
+    hundredth with 16 % of all firings (SmolLM2-135M, layer 9, wikitext: 22 % and 16 %).
     """
     generator = torch.Generator(device).manual_seed(seed)
 
