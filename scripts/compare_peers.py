@@ -204,8 +204,7 @@ class Comparison:
         for step in range(self.steps):
             x_Nd = self.x_Nd[step * self.batch : (step + 1) * self.batch]
             batch = Batch({self.hook: x_Nd}, keep_N, step * slots, slots, self.batch // slots)
-            pack.accumulate(batch, (step + 1) * slots)
-            pack.apply((step + 1) * slots)
+            pack.step(iter([batch]), (step + 1) * slots)
         for job, member in zip(jobs, members, strict=True):
             state = {name: t.detach().float() for name, t in member.sae.folded().named_parameters()}
             save_file({name: t.cpu().contiguous() for name, t in state.items()}, job.path(self.out))
