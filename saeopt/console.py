@@ -22,7 +22,10 @@ log = logging.getLogger("saeopt")
 
 class _Redacting(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = redact(record.getMessage()), ()
+        text = record.getMessage()
+        if record.exc_info:
+            text, record.exc_info = f"{text}\n{logging.Formatter().formatException(record.exc_info)}", None
+        record.msg, record.args = redact(text), ()
         return True
 
 
@@ -31,8 +34,7 @@ class _Plain(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        text = f"saeopt: {level}{record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return f"saeopt: {level}{record.getMessage()}"
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 import typer
@@ -61,6 +64,20 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def redact_tracebacks() -> None:
+    """Whatever ends this process or one of its threads is told without passwords."""
+    from saeopt.config.settings import redact
+
+    def told(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+        sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+
+    def told_of_thread(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, SystemExit):
+            told(args.exc_type, args.exc_value, args.exc_traceback)
+
+    sys.excepthook, threading.excepthook = told, told_of_thread
+
+
 def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
     """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
     from saeopt.config.settings import export_tokens, redact
@@ -68,6 +85,7 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     export_tokens()
     given = sys.argv[1:] if args is None else args
     words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
+    redact_tracebacks()
     try:
         code = app(args=words, standalone_mode=False)
     except typer.Exit as error:

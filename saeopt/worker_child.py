@@ -20,6 +20,7 @@ from typing import Any
 
 from saeopt.config.io import validate_run
 from saeopt.console import log
+from saeopt.errors import redact_tracebacks
 from saeopt.owner import Owner
 from saeopt.pulse import Rhythm, listen
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
@@ -52,13 +53,12 @@ def main(pipe: Connection, device: str) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for signum in (signal.SIGTERM, signal.SIGINT):  # these go to the worker, which passes them on when it is their time
         signal.signal(signum, signal.SIG_IGN)
-    child = _Child(pipe, device)
+    redact_tracebacks()
     try:
-        child.serve()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(0)  # threads of services that hang are left behind
+        _Child(pipe, device).serve()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
 
 
 class _Child:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from saeopt.activations.language_model import compiles
+from saeopt.activations.shard_lock import Turn, turn
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, read_tensor, write_tensors
@@ -237,17 +238,15 @@ class ActivationCache:
 
         Gives what could not be written: no run ends because its cache has found no room.
         """
-        from filelock import FileLock
-
-        with FileLock(self.folder / f".{number:06}.lock"):
+        with turn(self.folder / f".{number:06}.lock") as mine:
             missing = [h for h in self.widths if self._open(h, number, tell=True) is None]
             if not missing:
                 return {}
-            for hook in missing:  # under the lock nobody else writes this shard: its writer was killed
+            for hook in missing if mine else []:  # under the lock nobody else writes it: its writer was killed
                 for leftover in self._path(hook, number).parent.glob(f".{number:06}.safetensors.*.tmp"):
                     leftover.unlink(missing_ok=True)
             first, n = number * self.shard_slots, self._slots(number)
-            x = self._harvest(first, n, missing)
+            x = self._harvest(first, n, missing, mine)
             try:
                 for hook in missing:
                     metadata = {"hook_point": hook, "slots": [first, n], "model": self.config.model}
@@ -258,7 +257,7 @@ class ActivationCache:
                 return x
         return {}
 
-    def _harvest(self, first: int, n: int, hooks: Sequence[str]) -> dict[str, Tensor]:
+    def _harvest(self, first: int, n: int, hooks: Sequence[str], mine: Turn | None) -> dict[str, Tensor]:
         """x_nTd of a shard's slots, in the very same passes as without a cache."""
         x = {h: torch.empty(n, self.T, self.widths[h], dtype=self.dtype) for h in hooks}
         micro = self.batch * self.world
@@ -270,6 +269,8 @@ class ActivationCache:
                 for rows in slots_mrb[:, rank].flatten().split(self.sequences):
                     for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), self._compiled).items():
                         x[hook][group - first + rows] = x_bTd.to("cpu", self.dtype)
+                    if mine is not None:
+                        mine.progress()
         return x
 
     def _read_tokens(self, slot: int, n: int) -> list[Tensor]:

@@ -31,6 +31,7 @@ from saeopt.activations.pretrained import (
 )
 from saeopt.activations.separators import separator_token
 from saeopt.errors import UserError
+from saeopt.pulse import pulse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -153,6 +154,7 @@ class LanguageModel:
             found |= {h: at[b] for h, b in bounds.items()}
         if others:
             found |= self._bridge.activations(tokens_BT, others)
+        pulse()
         return {h: found[h] for h in hooks}
 
     def fingerprint(self) -> str:

@@ -10,7 +10,8 @@ from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_STORAGE = "sqlite:///studies/saeopt.db"
-_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/]+(?=@)", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/]*:)\S+(?=@)", re.IGNORECASE)
+_NAMED_PASSWORD = re.compile(r"(?P<head>(?:\b|ssl)(?:password|passwd|pwd)=)[^&\s'\"]+", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
@@ -50,11 +51,11 @@ def remember_secret(secret: str) -> None:
 
 
 def redact(text: str) -> str:
-    """The text without known secrets and without the password of any URL."""
+    """The text without known secrets and without the passwords of URLs and of connection strings."""
     current = settings()
     for secret in (current.wandb_api_key, current.hf_token):
         if secret is not None and len(secret.get_secret_value()) >= 6:
             text = text.replace(secret.get_secret_value(), "***")
     for known in _MORE_SECRETS:
         text = text.replace(known, "***")
-    return _URL_PASSWORD.sub(r"\g<head>***", text)
+    return _NAMED_PASSWORD.sub(r"\g<head>***", _URL_PASSWORD.sub(r"\g<head>***", text))

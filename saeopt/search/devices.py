@@ -12,12 +12,14 @@ import time
 from collections.abc import Sequence
 
 from saeopt.console import log
-from saeopt.errors import UserError
+from saeopt.errors import UserError, WorkerFault
 from saeopt.search.gpu_lock import visible_gpus
 
 _PR_SET_PDEATHSIG = 1
 _PARENT = "SAEOPT_WORKER_PARENT"
 _RESTARTS = 10
+_FAULT_PAUSE, _LONGEST_PAUSE = 30.0, 900.0
+"""Seconds before a worker is started again whose host, store or version is at fault: doubled each time."""
 
 
 def parse_devices(text: str) -> list[str]:
@@ -81,8 +83,9 @@ def run_children(
         return subprocess.Popen(command, env=environment, preexec_fn=preexec, start_new_session=True)
 
     alive = {i: start(i) for i in range(len(devices)) if shares[i] != 0}
+    due: dict[int, float] = {}
     restarts, worst, told = 0, 0, False
-    while alive:
+    while alive or (due and not stop.is_set()):
         if stop.wait(0.2) and not told:
             told = True
             for process in alive.values():
@@ -96,8 +99,11 @@ def run_children(
                 worst = max(worst, code if code >= 0 else 128 - code)
                 continue
             restarts += 1
-            log.warning("the worker on %s ended with code %d; starting it again", devices[index], code)
-            stop.wait(2.0)
+            pause = min(_FAULT_PAUSE * 2 ** (restarts - 1), _LONGEST_PAUSE) if code == WorkerFault.exit_code else 2.0
+            log.warning("the worker on %s ended with code %d; starting it again in %.0f s", devices[index], code, pause)
+            due[index] = time.monotonic() + pause
+        for index in [i for i, at in due.items() if time.monotonic() >= at and not stop.is_set()]:
+            del due[index]
             alive[index] = start(index)
     return worst
 

@@ -50,10 +50,17 @@ def store_url(url: str | None = None) -> URL:
         text = f"sqlite:///{text}"
     try:
         parsed = sa.make_url(text)
-    except sa.exc.ArgumentError:
-        raise UserError(f"--storage {redact(text)}: not a URL (sqlite:///file.db or postgresql://…)") from None
-    if parsed.password:
-        remember_secret(parsed.password)
+        if "@" in (parsed.host or "") or "@" in (parsed.database or ""):
+            raise ValueError("a password that is cut in two")
+    except (sa.exc.ArgumentError, ValueError):  # nothing of it is shown: it may be a password
+        raise UserError(
+            "--storage: not a URL (sqlite:///file.db or postgresql://USER:PASSWORD@HOST:PORT/NAME;"
+            " in user and password @ is written %40, : is %3A, / is %2F)"
+        ) from None
+    secrets = [str(value) for key, value in parsed.query.items() if _is_secret(key)]
+    for secret in [parsed.password, *secrets]:
+        if secret:
+            remember_secret(secret)
     if parsed.drivername in ("postgres", "postgresql", "postgresql+psycopg2"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "postgresql+psycopg"):
@@ -69,8 +76,13 @@ def store_url(url: str | None = None) -> URL:
 
 
 def shown(url: URL) -> str:
-    """The address without its password."""
-    return url.render_as_string(hide_password=True)
+    """The address without its passwords."""
+    query = {key: "***" if _is_secret(key) else value for key, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+def _is_secret(key: str) -> bool:
+    return any(word in key.lower() for word in ("password", "passwd", "secret", "token"))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -117,7 +129,8 @@ def _engine_kwargs(url: URL) -> dict[str, Any]:
         "max_overflow": 4,
         "connect_args": {
             "connect_timeout": 5,
-            "options": "-c timezone=UTC",
+            # a worker that is frozen in the middle of a transaction loses its locks, which others wait for
+            "options": "-c timezone=UTC -c idle_in_transaction_session_timeout=20s",
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -243,6 +256,10 @@ class Store:
 
     def identity(self, study_id: int) -> str:
         """What no other study ever has, unlike name and key; a study of an older version is given one."""
+        with self.read() as connection:
+            known = identity_of(connection, study_id)
+        if known is not None:
+            return known
         with self.write() as connection:
             if identity_of(connection, study_id) is None:
                 fresh = {"study_id": study_id, "key": IDENTITY_KEY, "value_json": json.dumps(new_identity())}

@@ -19,6 +19,7 @@ from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.plots import plot_run
 from saeopt.files import LostRun, is_evaluation, write_json
 from saeopt.owner import Owner
+from saeopt.pulse import pulse
 from saeopt.training import checkpoint
 from saeopt.training.loggers import open_sinks
 from saeopt.training.pack import Member, Pack
@@ -168,6 +169,7 @@ class _Loop:
             after = self.samples + self.window
             self.pack.step(self.stream, after)
             before, self.samples, windows = self.samples, after, windows + 1
+            pulse()
             self._part_with_lost()
             due = self._due(before)
             if due["log"]:

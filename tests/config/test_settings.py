@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,7 +46,12 @@ def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["postgresql://u:p%40ss@h/db", "postgresql+psycopg://u:a@b@h:5432/db", "https://x:token@host/path?q=1"],
+    [
+        "postgresql://u:p%40ss@h/db",
+        "postgresql://u:a@b:c/d@h/db",
+        "postgresql+psycopg://u:a@b@h:5432/db",
+        "https://x:token@host/path?q=1",
+    ],
 )
 def test_passwords_of_urls_are_hidden(url: str) -> None:
     head, _, tail = url.partition("://")
@@ -56,3 +63,24 @@ def test_log_records_are_redacted_after_formatting() -> None:
     record = logging.LogRecord("saeopt", logging.INFO, "f", 1, "at %s", ("postgresql://u:secret@h/db",), None)
     assert _Redacting().filter(record)
     assert "secret" not in record.getMessage()
+
+
+def test_tracebacks_of_processes_and_threads_are_redacted() -> None:
+    script = """
+import threading
+from saeopt.errors import run_cli
+def work():
+    raise ValueError("postgresql://u:secret@h/db")
+def app(**_):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    raise RuntimeError("cannot reach postgresql://u:secret@h/db?sslpassword=secret")
+run_cli(app)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "RuntimeError" in done.stderr
+    assert "ValueError" in done.stderr
+    told = [line for line in done.stderr.splitlines() if not line.lstrip().startswith("raise ")]
+    assert "secret" not in "\n".join(told)

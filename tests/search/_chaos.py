@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from saeopt.config.study import StudySpec
 
@@ -20,11 +21,13 @@ def run_worker(address: str, study: str, log: Path) -> None:
     _no_pictures()
     import multiprocessing
 
+    from saeopt import worker_child
     from saeopt.console import set_up_logging
     from saeopt.worker import stop_on_signals, work
     from saeopt.worker_loop import Options
 
     set_up_logging()
+    worker_child.main = train
     work(
         address,
         study,
@@ -33,6 +36,14 @@ def run_worker(address: str, study: str, log: Path) -> None:
         stop_on_signals(),
         multiprocessing.get_context("forkserver"),
     )
+
+
+def train(*arguments: Any) -> None:
+    """The worker's training process."""
+    _no_pictures()
+    from saeopt import worker_child
+
+    worker_child.main(*arguments)
 
 
 def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 from saeopt.saes.relu import ReluSAE
@@ -22,14 +21,3 @@ class Leaving(ReluSAE):
 
     def training_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise SystemExit(5)
-
-
-class Stopping(ReluSAE):
-    """Freezes its process where the file says so, and never again."""
-
-    def training_forward(self, *args: Any, **kwargs: Any) -> Any:
-        flag = Path(os.environ["SAEOPT_TEST_FREEZE"])
-        if flag.exists():
-            flag.unlink()
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return super().training_forward(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import multiprocessing
 import os
@@ -17,10 +18,13 @@ from _stores import PASSWORD, Server, grid_spec, new_database
 from sqlalchemy import event
 
 from saeopt.errors import UserError
-from saeopt.search import claims
+from saeopt.search import claims, presence
+from saeopt.search import internals as db
 from saeopt.search.create import create_study
+from saeopt.search.heart import Heart
+from saeopt.search.presence import Presence
 from saeopt.search.space import Space
-from saeopt.search.storage import Store, persistently, store_url
+from saeopt.search.storage import IDENTITY_KEY, Store, StudyGone, persistently, store_url
 
 OWNER = {"worker": "test"}
 
@@ -260,6 +264,131 @@ def test_other_stores_are_refused_in_one_line(given: str) -> None:
     assert "secret-word" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgresql://u:a@b:sesame@h/db",
+        "postgresql://u:a@sesame@h/db",
+        "postgresql://u@x:sesame@h:5432:1/db",
+        "postgresql://u:se:sa@me@h/db",
+    ],
+)
+def test_a_mistake_in_an_address_shows_nothing_of_it(given: str) -> None:
+    with pytest.raises(UserError, match="%40") as error:
+        store_url(given)
+    assert "same" not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_passwords_in_the_query_of_an_address_are_hidden() -> None:
+    from saeopt.config.settings import redact
+    from saeopt.search.storage import shown
+
+    parsed = store_url("postgresql://u:p@h/db?sslmode=require&sslpassword=open-sesame")
+    assert "sesame" not in shown(parsed)
+    assert "sslmode=require" in shown(parsed)
+    assert "sesame" not in redact("connection failed: open-sesame")
+    assert redact("dsn host=h sslpassword=barley password=rye db=x") == "dsn host=h sslpassword=*** password=*** db=x"
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
     with pytest.raises(UserError, match="cannot open the store"):
         Store.open("postgresql://u:secret-word@127.0.0.1:9/d", patience=0.5)
+
+
+def test_a_claim_of_another_study_under_the_same_key_is_refused(store: Store) -> None:
+    study = make(store, 2)
+    identity = store.identity(study)
+    assert store.identity(study) == identity
+    (claim,) = claims.claim(store, study, 1, OWNER, identity)
+    with store.write() as connection:
+        db.set_attrs(connection, db.study_attrs, study, {IDENTITY_KEY: "another"})
+    with pytest.raises(StudyGone):
+        claims.claim(store, study, 1, OWNER, identity)
+    assert claims.beat(store, [claim]) == set()
+    assert not claims.report(store, claim, 1, 0.5)
+    assert not claims.finish(store, claim, "COMPLETE", [1.0, 0.5])
+    assert not claims.release(store, claim)
+
+
+def test_a_study_of_an_older_version_is_given_an_identity_once(store: Store) -> None:
+    study = make(store, 1)
+    with store.write() as connection:
+        db.drop_attrs(connection, db.study_attrs, study, [IDENTITY_KEY])
+    assert store.identity(study) == store.identity(study) != ""
+
+
+def test_trials_that_had_trouble_come_after_the_untouched_and_never_join_them(store: Store) -> None:
+    study = make(store, 6)
+    first = claims.claim(store, study, 2, OWNER)
+    assert claims.died(store, first[0], "killed") == "waiting"
+    assert claims.release(store, first[1], reason="the disk is full")
+    packs = [[c.number for c in claims.claim(store, study, 8, OWNER)] for _ in range(3)]
+    assert packs == [[2, 3, 4, 5], [0], [1]]
+
+
+def test_three_deaths_without_a_checkpoint_in_between_fail_a_trial_and_a_retry_forgets_them(store: Store) -> None:
+    study = make(store, 1)
+    where = []
+    for samples in (8, None, None):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        if samples:
+            assert claims.checkpointed(store, claim, samples)
+        where.append(claims.died(store, claim, "its training process was ended by SIGSEGV"))
+    assert where == ["waiting", "waiting", "failed"]
+    assert "SIGSEGV (3 times" in store.study("s").trials[0].user_attrs["reason"]
+    assert claims.retry(store, study) == [0]
+    (claim,) = claims.claim(store, study, 1, OWNER)
+    assert claims.died(store, claim, "killed") == "waiting"
+
+
+def test_a_trial_without_progress_counts_as_lost_and_says_why(store: Store) -> None:
+    study = make(store, 1)
+    for _ in range(2):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        assert claims.stalled(store, claim, "no progress for 60 s", max_losses=2)
+    (trial,) = store.study("s").trials
+    assert trial.state.name == "FAIL"
+    assert "no progress for 60 s" in trial.user_attrs["reason"]
+
+
+def test_the_sign_of_a_dead_worker_whose_clock_ran_ahead_does_not_keep_its_trial(store: Store) -> None:
+    study = make(store, 1)
+    (claim,) = claims.claim(store, study, 1, OWNER)
+    ahead = dt.datetime.now(dt.UTC).replace(tzinfo=None, microsecond=0) + dt.timedelta(hours=1)
+    with store.write() as connection:
+        connection.execute(db.heartbeats.update().values(heartbeat=ahead))
+    assert claims.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
+    moved = {claim.trial_id: ahead - dt.timedelta(seconds=1)}
+    assert claims.reap(store, study, [claim.trial_id], 20, 10, moved) == []
+    assert claims.reap(store, study, [claim.trial_id], 20, 10, {claim.trial_id: ahead}) == [claim.trial_id]
+
+
+def test_a_heart_reaps_by_what_it_has_seen_itself(store: Store) -> None:
+    spec = grid_spec(1, heartbeat=0.1, grace=0.6)
+    study = create_study(store, spec).study_id
+    claims.claim(store, study, 1, OWNER)
+    ahead = dt.datetime.now(dt.UTC).replace(tzinfo=None) + dt.timedelta(hours=1)
+    with store.write() as connection:
+        connection.execute(db.heartbeats.update().values(heartbeat=ahead))
+    heart = Heart(store, study, spec, Presence("w", "h", "cpu", 1, time.time()))
+    heart.start()
+    end = time.monotonic() + 20
+    while claims.counts(store, study)["WAITING"] == 0:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    heart.stop()
+
+
+def test_a_worker_seen_in_the_future_is_not_alive_and_progress_has_an_age(store: Store) -> None:
+    study = make(store, 1)
+    for name, quiet in (("a", 40.0), ("b", None)):
+        presence.beat(store, study, Presence(name, "h", "cpu", 1, time.time(), quiet=quiet))
+    with store.read() as connection:
+        attributes = db.get_attrs(connection, db.study_attrs, study)
+        now = db.db_time(connection)
+    here = {w.worker: w for w in presence.workers(attributes, now)}
+    assert here["a"].alive
+    assert here["a"].progress_age == pytest.approx(40, abs=5)
+    assert here["b"].progress_age is None
+    assert not any(w.alive for w in presence.workers(attributes, now - 3600))
