@@ -52,6 +52,9 @@ def create(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print cells, packs, estimated memory and time; store nothing.")
     ] = False,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="Model and data lie on the workers' hosts: do not look for them here.")
+    ] = False,
     storage: Storage = None,
 ) -> None:
     """Create a study from a study file, or from two configs.
@@ -69,9 +72,14 @@ def create(
     from saeopt.config import recipe_notice
     from saeopt.search.create import create_study, planned_cells
     from saeopt.search.monitoring import on_study_created
+    from saeopt.search.space import Space
     from saeopt.training.loggers import check_sinks
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store
+    if not elsewhere:
+        from saeopt.reach import check_reach
+
+        check_reach(spec, planned[0] or [Space(spec).middle()])
     for cell in planned[0]:
         check_sinks(cell.config)
     store = _open(storage, create=True)

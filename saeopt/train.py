@@ -93,15 +93,15 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
     interrupt = Interrupt()
     interrupt.install()
     with run_observer(interrupt) as observer:  # the bar appears before the slow imports
-        from saeopt.activations.local_files import local_files
+        from saeopt.activations.local_files import check_sources
         from saeopt.training import TrialPlan, train_pack
         from saeopt.training.launch import make_runtime, new_folder, notices, out_of_memory
 
-        for name in filter(None, (config.data.dataset_name, config.data.eval_dataset_name)):
-            local_files(name)  # a missing file is told before the language model is loaded
-        runtime = make_runtime(device)
-        notices(config, resumed=run_dir is not None)
         fresh = run_dir is None
+        # a missing file is told before the language model is loaded
+        check_sources(config.data, splits=fresh)
+        runtime = make_runtime(device)
+        notices(config, resumed=not fresh)
         run_dir = new_folder(config, runtime) if run_dir is None else run_dir
         plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
         if fresh and runtime.is_main:

@@ -11,6 +11,10 @@ from saeopt.config.saes import SAEConfig
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+_SIGNS = {
+    "minimum": "≥", "ge": "≥", "exclusiveMinimum": ">", "gt": ">", "maximum": "≤", "le": "≤", "exclusiveMaximum": "<",
+    "lt": "<",
+}  # fmt: skip
 HEAD = """# Configuration reference
 Written by `scripts/config_reference.py` from the fields themselves. Numbers may be written as people do (`1e-3`,
 `20_000`, `1e5`); unknown keys are errors. A *sample* is one sequence of `context_length` tokens.
@@ -22,8 +26,18 @@ def table(model: type[Any], skip: frozenset[str] = frozenset()) -> str:
     rows = ["| field | default | meaning |", "| --- | --- | --- |"]
     for name, field in model.model_fields.items():
         if name not in skip:
-            rows.append(f"| `{name}` | {_default(field)} | {_cell(field.description or '')} |")
+            rows.append(f"| `{name}` | {_default(field)} | {_cell(field.description or '')}{_bounds(model, name)} |")
     return "\n".join(rows) + "\n"
+
+
+def _bounds(model: type[Any], name: str) -> str:
+    """What a number must lie between."""
+    schema = model.model_json_schema()["properties"][name]
+    found: dict[str, Any] = next(
+        (part for part in (schema, *schema.get("anyOf", [])) if part.keys() & _SIGNS.keys()), {}
+    )
+    limits = [f"{sign} {found[key]:.10g}" for key, sign in _SIGNS.items() if key in found]
+    return f" ({', '.join(limits)})" if limits else ""
 
 
 def _default(field: Any) -> str:

@@ -98,7 +98,11 @@ class LanguageModel:
             )
         raw = config.lm_processing == "raw"
         check_hooks(config.saes.sae_positions, model_config, raw)
-        tokenizer = load_tokenizer(config.data.tokenizer_name or config.model, required=not config.data.is_tokenized)
+        own = config.data.tokenizer_name
+        try:
+            tokenizer = load_tokenizer(own or config.model, required=not config.data.is_tokenized)
+        except UserError as error:
+            raise UserError(f"'data.tokenizer_name': {error}" if own else str(error)) from None
         model = load_model(config.model, lm_dtype(config.lm_dtype, device), device)
         special = special_token_ids(tokenizer, model_config) | separator_token(config.data.separator, tokenizer)
         found = cls(model, tokenizer, device, config.lm_processing, special)

@@ -13,11 +13,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saeopt.activations.pretrained import one_line
 from saeopt.console import log
 from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    from saeopt.config.run import DataConfig
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -78,6 +81,33 @@ def local_files(name: str, split: str | None = None, tell: bool = False) -> list
         raise UserError(f"'data.dataset_name': {name}: no such file or folder")
     _one_kind(name, found)
     return found
+
+
+def check_sources(data: DataConfig, splits: bool = True) -> None:
+    """Refuse files that are not there, and splits that they do not have, before anything is loaded.
+
+    Without `splits` for what was stored: older versions took files for any split.
+
+    Raises:
+        UserError: naming the field.
+    """
+    for name in filter(None, (data.dataset_name, data.eval_dataset_name)):
+        local_files(name)
+    if splits:
+        _check_split("data.split", data.dataset_name, data.split)
+    if splits and (data.eval_dataset_name or data.eval_split):
+        _check_split("data.eval_split", data.eval_dataset_name or data.dataset_name, data.eval_split or data.split)
+
+
+def _check_split(field: str, name: str, text: str) -> None:
+    split = text.partition("[")[0].strip()
+    files, wanted = local_files(name, split), _SPLITS.get(split.lower(), split)
+    of = {_split_of(f.relative_to(name) if Path(name).is_dir() else Path(f.name)) for f in files}
+    if files and wanted != "train" and wanted not in of:
+        raise UserError(
+            f"'{field}': {name} is read as it is and has no '{split}': only ranges (train[:900], train[10%:90%])"
+            " choose among its rows"
+        )
 
 
 def _one_kind(name: str, files: Sequence[Path]) -> None:

@@ -61,8 +61,11 @@ def read_model_config(name: str, from_path: bool) -> PretrainedConfig:
 
     if from_path:
         folder = Path(name)
-        if not folder.is_dir():
-            raise UserError(f"'tlens_model_path': {name}: no such folder")
+        try:
+            folder.stat()
+        except OSError as error:
+            problem = "no such folder" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UserError(f"'tlens_model_path': {name}: {problem}") from None
         if not (folder / "config.json").is_file():
             raise UserError(f"'tlens_model_path': {name}: no Hugging Face directory (it has no config.json)")
     try:

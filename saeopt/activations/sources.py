@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SMALL_FILES = 64 * 2**20
 """Local files up to so many bytes are read as a table even if `data.streaming` is true; a stream gains nothing."""
 
-_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<start>-?\d*)(?P<p1>%?):(?P<stop>-?\d*)(?P<p2>%?)\])?")
+_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<start>(-?\d{1,15})?)(?P<p1>%?):(?P<stop>(-?\d{1,15})?)(?P<p2>%?)\])?")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Split:
     start: int | None = None
     stop: int | None = None
     percent: bool = False
+    text: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Split:
@@ -58,9 +59,9 @@ class Split:
         """
         match = _SLICE.fullmatch(text.strip())
         if match is None or (match["p1"] and match["p2"] != match["p1"] and match["stop"]):
-            raise UserError(f"'data.split': '{text}' is no split (train, train[:900] and train[10%:90%] are)")
+            raise UserError(f"'data.split': '{text[:80]}' is no split (train, train[:900] and train[10%:90%] are)")
         start, stop = (int(match[k]) if match[k] else None for k in ("start", "stop"))
-        return cls(match["split"], start, stop, bool(match["p1"] or match["p2"]))
+        return cls(match["split"], start, stop, bool(match["p1"] or match["p2"]), text)
 
     def rows(self, n: int) -> range:
         """The rows meant out of n."""
@@ -68,7 +69,10 @@ class Split:
         if self.percent:
             start = None if start is None else round(start * n / 100)
             stop = None if stop is None else round(stop * n / 100)
-        return range(n)[slice(start, stop)]
+        found = range(n)[slice(start, stop)]
+        if not found:
+            raise UserError(f"'data.split': {self.text} chooses none of the {n} rows")
+        return found
 
     @property
     def whole(self) -> bool:
@@ -103,6 +107,14 @@ def open_rows(data: DataConfig) -> Rows:
     Raises:
         UserError: no such data set, file, split or configuration; a file that cannot be read.
     """
+    try:
+        return _open_rows(data)
+    except OSError as error:
+        where = error.filename or data.dataset_name
+        raise UserError(f"'data.dataset_name': {where}: cannot be read: {error.strerror or one_line(error)}") from None
+
+
+def _open_rows(data: DataConfig) -> Rows:
     split = Split.parse(data.split)
     name = data.dataset_name
     files = local_files(name, split.name, tell=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from saeopt.errors import UserError
 
@@ -23,6 +23,10 @@ def _whole(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a whole number, not true or false")
     if isinstance(value, str):
+        try:
+            return int(value.replace("_", "")) if len(value) < 40 else value
+        except ValueError:
+            pass
         try:
             value = float(value.replace("_", ""))
         except ValueError:
@@ -47,7 +51,26 @@ def _number(value: object) -> object:
 
 Int = Annotated[int, BeforeValidator(_whole)]
 Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
+MOST = 10**15
+"""Samples, tokens: beyond it something else is meant."""
+
+
+def _printable(text: str) -> str:
+    """Control characters and halves of characters are in no name, path or hook point."""
+    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in text):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+Amount = Annotated[Int, Field(gt=0, le=MOST)]
+"""Samples or tokens."""
+Span = Annotated[Int, Field(ge=0, le=MOST)]
+"""Samples or tokens, or none."""
+BatchSize = Annotated[Int, Field(gt=0, le=2**20)]
+Seed = Annotated[Int, Field(ge=0, lt=2**63)]
+Weight = Annotated[Float, Field(ge=0, le=1e12)]
+"""Of a loss term; what is larger overflows float32."""
 
 
 def nearest(word: str, known: list[str], n: int = 3) -> str:
@@ -77,7 +100,9 @@ def explain(
     error: ValidationError, source: str, known: dict[tuple[str, ...], list[str]], sae_type: str = ""
 ) -> UserError:
     """The first problem of a validation as one line; `known` maps a section to the names it accepts."""
-    first = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # a misspelt key that is required is told as a misspelling, not as missing
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     field = ".".join(location) or "the file"
     if first["type"] == "extra_forbidden":
@@ -87,11 +112,18 @@ def explain(
     if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return UserError(f"{source}: '{field}' must be a section of 'key: value' pairs")
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    value: Any = first.get("input")
-    shown = "" if isinstance(value, dict | list) or len(str(value)) > 80 else f" (got {value!r})"
+    shown = got(first.get("input"))
     if first["type"] == "value_error" and not location:
         return UserError(f"{source}: {message}")
     return UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{shown}")
+
+
+def got(value: object) -> str:
+    """What stood in the file, where it is short."""
+    try:
+        return "" if isinstance(value, dict | list) or len(str(value)) > 80 else f" (got {value!r})"
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in itself
+        return ""
 
 
 def _suggestion(location: tuple[str, ...], known: dict[tuple[str, ...], list[str]], sae_type: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from saeopt.config.base import nearest
+from saeopt.config.base import got, nearest
 from saeopt.config.run import DataConfig, RunConfig
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
@@ -57,4 +57,4 @@ def field_value(field: str, value: object, sae_type: str, source: str) -> Any:
         return json.loads(adapter.dump_json(adapter.validate_python(value)))
     except ValidationError as error:
         message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]} (got {value!r})") from None
+        raise UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{got(value)}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from saeopt.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that stands twice YAML readers silently take the last: an error here."""
+    """YAML as people mean it: dates are words, 1:30 is no 90, and a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -29,14 +29,35 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _word_or(construct: Callable[[_Loader, yaml.ScalarNode], Any]) -> Callable[[_Loader, yaml.ScalarNode], Any]:
+    return lambda loader, node: node.value if ":" in node.value else construct(loader, node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _word_or(yaml.SafeLoader.construct_yaml_int))
+_Loader.add_constructor("tag:yaml.org,2002:float", _word_or(yaml.SafeLoader.construct_yaml_float))
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _loader, node: node.value)
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML text as plain values; a `yaml.YAMLError` says what is wrong with it."""
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise yaml.YAMLError(str(error).partition(":")[0][:100]) from None
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping from a file."""
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot be read: it is no UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -49,12 +70,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_override(text: str) -> tuple[str, Any]:
     """`key.path=value` as key and YAML value."""
     key, sign, value = text.partition("=")
+    shown = text if len(text) < 200 else text[:80] + " …"
     if not sign or not key.strip():
-        raise UserError(f"--set {text}: must be key.path=value")
+        raise UserError(f"--set {shown}: must be key.path=value")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), parse_yaml(value)
     except yaml.YAMLError:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
+        raise UserError(f"--set {shown}: the value is not valid YAML") from None
 
 
 def apply_overrides(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,8 +86,10 @@ def apply_overrides(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     """
     result: dict[str, Any] = copy.deepcopy(dict(raw))
     for key in sorted(values, key=lambda k: k != "saes.sae_type"):
-        field, _, hook = key.partition("@")
+        field, at, hook = key.partition("@")
         path = field.split(".")
+        if at and not hook:
+            raise UserError(f"'{key}': the hook point behind '@' is missing")
         if hook:
             if path[0] != "saes" or len(path) != 2:
                 raise UserError(f"'{key}': only fields of 'saes' can differ per hook point")
@@ -161,7 +185,7 @@ def load_run_config(path: str | Path, overrides: Iterable[str] = (), recipe: int
         try:
             raw = apply_overrides(raw, changes)
         except UserError as error:
-            raise UserError(f"--set {text}: {error}") from None
+            raise UserError(f"--set {text[:200]}: {error}") from None
     return validate_run(raw, path)
 
 

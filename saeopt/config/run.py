@@ -9,13 +9,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, StrictModel, Text, word
+from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
 from saeopt.config.places import as_typed
 from saeopt.config.saes import SAEConfig
 
-PositiveInt = Annotated[Int, Field(gt=0)]
+PositiveInt = Annotated[Int, Field(gt=0, le=10**9)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
-Cadence = Annotated[Int, Field(ge=0)] | None
+Cadence = Span | None
 COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
@@ -28,11 +28,11 @@ class DataConfig(StrictModel):
     ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`."""
     tokenizer_name: Text | None = None
     """Hub name or local folder; null: the language model's own."""
-    context_length: PositiveInt = 1024
+    context_length: BatchSize = 1024
     """Tokens per sample."""
-    n_train_samples: PositiveInt | None = None
+    n_train_samples: Amount | None = None
     """Samples to train on; null: one pass over the training documents."""
-    n_eval_samples: Annotated[Int, Field(ge=0)] = 500
+    n_eval_samples: Span = 500
     """Held-out samples; whole documents are set aside for them (a very long one is cut)."""
     eval_dataset_name: Text | None = None
     """Data of their own for the held-out samples: nothing is set aside; null: `dataset_name`."""
@@ -40,9 +40,9 @@ class DataConfig(StrictModel):
     """The column of the held-out data; null: `column_name`."""
     eval_split: Text | None = None
     """The split of the held-out data, also another split of `dataset_name`; null: `split`."""
-    train_batch_size: PositiveInt = 20
+    train_batch_size: BatchSize = 20
     """Samples per micro-batch and process."""
-    eval_batch_size: PositiveInt = 20
+    eval_batch_size: BatchSize = 20
     """Samples per evaluation batch."""
     streaming: bool = True
     """Read the data set as a stream instead of downloading it first."""
@@ -54,7 +54,7 @@ class DataConfig(StrictModel):
     """The split to read."""
     subset: Text | None = None
     """The data set's configuration name on the hub."""
-    seed: Annotated[Int, Field(ge=0)] | None = None
+    seed: Seed | None = None
     """Seed of the data order, apart from the run's, so that a sweep over `seed` keeps one stream; null: 0."""
     prepend_bos: bool = False
     """Put BOS before every sample (which then holds one token less)."""
@@ -65,18 +65,18 @@ class DataConfig(StrictModel):
     of a token, which then counts as special (`<|endoftext|>`)."""
     join_documents: bool = True
     """false: no sample holds parts of two documents; short ones are padded, and padding counts nowhere."""
-    skip_first_positions: Annotated[Int, Field(ge=0)] = 0
+    skip_first_positions: Span = 0
     """Leave the first so many positions of every sample out of normalisation, bias, loss and metrics."""
     text_unit: Literal["auto", "blank_line", "endoftext", "file"] = "auto"
     """Where documents end in `.txt` files; auto: at `<|endoftext|>` where it occurs, else at blank lines."""
     shuffle_documents: bool = True
     """Shuffle the order of documents (streaming: within a buffer)."""
-    shuffle_buffer_tokens: Annotated[Int, Field(ge=0)] = 0
+    shuffle_buffer_tokens: Annotated[Int, Field(ge=0, le=2**30)] = 0
     """Size of each process's activation shuffle buffer (a run trains on the tokens of its own samples and no others);
     0: samples keep their order."""
     mask_special_tokens: bool = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
-    mask_norm_outliers: Annotated[Float, Field(gt=1)] | None = None
+    mask_norm_outliers: Annotated[Float, Field(gt=1, le=1e6)] | None = None
     """Also leave out tokens whose activation norm exceeds so many medians (attention sinks). The median is that of the
     first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
 
@@ -110,9 +110,9 @@ class DataConfig(StrictModel):
 class ActivationsConfig(StrictModel):
     """The `activations:` section: a cache on disk, so that several runs harvest the same activations once."""
 
-    cache: str = "auto"
+    cache: Text = "auto"
     """A folder; `off`; or `auto`: the workers of a study share one, single runs have none."""
-    cache_max_gb: Annotated[Float, Field(gt=0)] = 50.0
+    cache_max_gb: Annotated[Float, Field(gt=0, le=1e9)] = 50.0
     """Largest size of one stream's cache; what does not fit is harvested each time (never more than half of what is
     free on the disk)."""
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
@@ -147,11 +147,11 @@ class RunConfig(StrictModel):
     """W&B project; null: no W&B."""
     wandb_run_name: Text | None = None
     """null: generated from the parameters that matter."""
-    wandb_tags: list[str] = Field(default_factory=list)
+    wandb_tags: list[Text] = Field(default_factory=list)
     """Tags of the W&B run."""
     trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
     """More sinks for the metrics, through Accelerate's trackers (`wandb_project` alone switches W&B on)."""
-    seed: Annotated[Int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Decides initial weights and gate noise (the data order has `data.seed`)."""
     tlens_model_name: Text | None = None
     """Hub name of the language model; exactly one of name and path."""
@@ -161,7 +161,7 @@ class RunConfig(StrictModel):
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
     lm_processing: Literal["raw", "compatibility"] = "raw"
     """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
-    lm_batch_size: PositiveInt | None = None
+    lm_batch_size: BatchSize | None = None
     """Sequences per pass of the language model, apart from the SAEs' batch; null: as suits the device."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Accelerate's; auto: bf16 on a GPU, no on the CPU. Master weights stay float32."""
@@ -175,21 +175,21 @@ class RunConfig(StrictModel):
     """Evaluation cadence; 0: at the end, null: never."""
     log_every_n_grad_steps: PositiveInt = 20
     """Metrics are read from the device, logged and written so often."""
-    lr: Annotated[Float, Field(gt=0)] = 1e-3
+    lr: Annotated[Float, Field(ge=1e-12, le=1e30)] = 1e-3
     """Peak learning rate of Adam."""
     lr_schedule: Literal["cosine", "linear", "constant"] | None = None
     """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`); null: linear
     (recipe 1: cosine)."""
     min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end as a share of `lr`."""
-    warmup_samples: Annotated[Int, Field(ge=0)] = 0
+    warmup_samples: Span = 0
     """Linear warm-up from 0."""
-    cooldown_samples: Annotated[Int, Field(ge=0)] | None = None
+    cooldown_samples: Span | None = None
     """Length of the final linear fall (`lr_schedule: linear`); null: the last 20 % of `data.n_train_samples`, nothing
     where that is null (recipe 1: all samples after the warm-up)."""
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches per optimiser step."""
-    max_grad_norm: Annotated[Float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[Float, Field(ge=1e-12, le=1e30)] | None = 1.0
     """Clip each member's gradient to this norm; null: no clipping."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
@@ -198,7 +198,7 @@ class RunConfig(StrictModel):
     recipe: Literal[1, 2] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
     """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
     under them). Not written: 2; 1 with `legacy_scaling: true`."""
-    threads: PositiveInt | None = None
+    threads: Annotated[Int, Field(gt=0, le=1024)] | None = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
     """The cache of activations on disk."""

@@ -6,25 +6,25 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, StrictModel
+from saeopt.config.base import Amount, Float, Span, StrictModel, Text, Weight
 
 
 class SAEConfig(StrictModel):
     """The `saes:` section. λ multiplies a penalty in the units of the spec (see `legacy_scaling`)."""
 
-    sae_type: str
+    sae_type: Text
     """A registered architecture, or `package.module:Class`."""
-    name: str | None = None
+    name: Text | None = None
     """A label for people; the run's name starts with it."""
-    sae_positions: Annotated[list[str], Field(min_length=1)]
+    sae_positions: Annotated[list[Text], Field(min_length=1)]
     """Hook points: one name, a list, or glob patterns."""
-    dict_size_to_input_ratio: Annotated[Float, Field(gt=0)] = 8.0
+    dict_size_to_input_ratio: Annotated[Float, Field(ge=0.01, le=2**16)] = 8.0
     """h / d."""
-    sparsity_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    sparsity_coeff: Weight = 1.0
     """λ."""
-    mse_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    mse_coeff: Annotated[Float, Field(gt=0, le=1e12)] = 1.0
     """Weight of the reconstruction term."""
-    sparsity_warmup_samples: Annotated[Int, Field(ge=0)] | None = None
+    sparsity_warmup_samples: Span | None = None
     """λ rises linearly from 0 over so many samples; null: 5 % of `data.n_train_samples`, 0 where that is null
     (recipe 1: 0)."""
     decoder_norm: Literal["free", "unit"] | None = None
@@ -36,13 +36,13 @@ class SAEConfig(StrictModel):
     """What b_dec starts from, over the first batch."""
     normalize_activations: bool = True
     """Scale the activations of a hook point by one scalar so that E‖x‖ = √d."""
-    dead_after_tokens: Annotated[Int, Field(gt=0)] | None = None
+    dead_after_tokens: Amount | None = None
     """A latent is dead when it has not fired for so many tokens; null: 10M, scaled down for short runs."""
-    pretrained_sae_paths: list[str] | None = None
+    pretrained_sae_paths: list[Text] | None = None
     """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
     retrain_saes: bool = True
     """false keeps the pretrained SAEs as they are: the run only evaluates them."""
-    per_hook: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    per_hook: dict[Text, dict[str, Any]] = Field(default_factory=dict)
     """Fields of this section that differ at one hook point: `{hook point: {field: value}}`."""
 
     @field_validator("sae_positions", "pretrained_sae_paths", mode="before")

@@ -184,9 +184,9 @@ class StudySpec(StrictModel):
     """How often a failed trial is tried again."""
     max_losses: Positive = 10
     """A trial fails when its worker was lost so often without a new checkpoint in between."""
-    heartbeat: Annotated[Float, Field(gt=0)] = 5.0
+    heartbeat: Annotated[Float, Field(ge=0.05, le=3600)] = 5.0
     """Seconds between the signs of life of a worker."""
-    grace: Annotated[Float, Field(gt=0)] = 20.0
+    grace: Annotated[Float, Field(gt=0, le=86400)] = 20.0
     """Seconds without a sign of life after which a worker's trials go back to the queue."""
     stall: Annotated[Float, Field(gt=0)] | None = None
     """Seconds without progress after which a worker gives its trials back and starts a fresh training process. null:
@@ -206,6 +206,8 @@ class StudySpec(StrictModel):
     def _short_forms(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
+        if "sae_type" in value and "saes.sae_type" in value:
+            raise ValueError("'sae_type' and 'saes.sae_type' are the same field: give one of them")
         short = {"sae_type": "saes.sae_type"}
         return {short.get(k, k): _dimensions(entry) for k, entry in value.items()}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor, nn
 
-from saeopt.config.base import Float
+from saeopt.config.base import Weight
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 
@@ -30,7 +30,7 @@ class MagnitudeConfig(SAEConfig):
 class GatedConfig(MagnitudeConfig):
     """`sae_type: gated`."""
 
-    aux_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    aux_coeff: Weight = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from saeopt.config.base import Float
+from saeopt.config.base import Weight
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES
@@ -18,7 +17,7 @@ from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
 class GatedHardConcreteConfig(NoisyGateConfig):
     """`sae_type: gated_hard_concrete`."""
 
-    aux_coeff: Annotated[Float, Field(ge=0)] = 1.0
+    aux_coeff: Weight = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone."""
     aux_form: Literal["gated", "seed"] = "gated"
     """What reconstructs in the auxiliary term: z ⊙ relu(log α), or z alone as in the replaced system."""

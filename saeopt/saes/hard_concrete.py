@@ -19,7 +19,7 @@ from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
 
 Limits = tuple[float, float]
-Temperature = Annotated[Float, Field(gt=0)]
+Temperature = Annotated[Float, Field(ge=1e-4, le=1e4)]
 
 
 class NoisyGateConfig(MagnitudeConfig):

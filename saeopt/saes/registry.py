@@ -27,13 +27,14 @@ def get_sae(sae_type: str) -> type[SAE]:
     module, colon, name = target.partition(":")
     if not colon:
         raise UserError(
-            f"'saes.sae_type': unknown architecture '{sae_type}'{nearest(sae_type, list(ARCHITECTURES))}"
+            f"'saes.sae_type': unknown architecture '{sae_type[:80]}'{nearest(sae_type, list(ARCHITECTURES))}"
             f" (known: {', '.join(ARCHITECTURES)}, or package.module:Class)"
         )
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"'saes.sae_type': cannot import '{sae_type}': {error}") from None
+    except (Exception, SystemExit) as error:  # the module is anybody's: it may raise, not parse, or call sys.exit
+        what = f"{type(error).__name__}: {error}"[:300]
+        raise UserError(f"'saes.sae_type': cannot import '{sae_type[:80]}': {what}") from None
     from saeopt.saes.base import SAE
 
     if not (isinstance(found, type) and issubclass(found, SAE)):

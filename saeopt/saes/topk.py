@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from saeopt.config.base import Float, Int
+from saeopt.config.base import BatchSize, Weight
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
 from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
@@ -18,11 +17,11 @@ from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
 class TopKConfig(SAEConfig):
     """`sae_type: topk`. `sparsity_coeff` has no effect: k fixes L0."""
 
-    k: Annotated[Int, Field(gt=0)] = 32
+    k: BatchSize = 32
     """Latents kept per token."""
-    aux_k: Annotated[Int, Field(gt=0)] | None = None
+    aux_k: BatchSize | None = None
     """Dead latents that the auxiliary loss uses per token; null: the power of two at or below d / 2."""
-    aux_coeff: Annotated[Float, Field(ge=0)] = 1 / 32
+    aux_coeff: Weight = 1 / 32
     """α, the weight of the auxiliary loss, in the paper's proportion to the squared error (recipe 1: α alone)."""
 
 

@@ -19,6 +19,7 @@ from saeopt.errors import UserError
 from saeopt.search import internals as db
 from saeopt.search.objectives import directions, objective_names
 from saeopt.search.samplers import n_designed
+from saeopt.search.sensible import check_study
 from saeopt.search.space import Cell, Space
 from saeopt.search.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
 from saeopt.search.waiting import STREAM
@@ -47,10 +48,12 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
         if not cells:
             raise UserError(f"study {spec.name}: the space has no cells")
         _check_evaluated(spec, cells)
+        check_study(spec, cells)
         return cells, 0
     space.check_corners()
     cells = space.design(n_designed(spec), spec.sampler.seed)
     _check_evaluated(spec, [*cells, space.middle()])
+    check_study(spec, [*cells, space.middle()])
     return cells, (spec.max_trials or 0) - len(cells)
 
 

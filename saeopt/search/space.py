@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,9 @@ from saeopt.errors import UserError
 
 _SHAPE_FIELDS = ["saes.sae_type", "saes.sae_positions", "saes.dict_size_to_input_ratio", "saes.k", "seed"]
 
+MOST_CELLS = 100_000
+"""Cells of a grid that a study may have."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -28,11 +31,11 @@ class Parameter:
     dimension: Dimension
 
     @cached_property
-    def choices(self) -> list[Any]:
+    def choices(self) -> Sequence[Any]:
         """The values as Optuna stores them: lists become JSON text."""
         values = self.dimension.values
         if values is None:
-            return [_plain(v) for v in _steps(self.dimension)]
+            return _Steps(self.dimension)
         return [v if v is None or isinstance(v, bool | int | float | str) else json.dumps(v) for v in values]
 
     @cached_property
@@ -140,26 +143,41 @@ class Space:
                     f"study {self.spec.name}: 'space.{p.name}': a grid needs a list or a 'step',"
                     " or choose another sampler (tpe, random, …)"
                 )
-        combinations = sorted(self._combinations(), key=self._slowness)[: self.spec.max_trials]
         cells: dict[str, Cell] = {}
-        for params in combinations:
+        for i, params in enumerate(itertools.islice(self._combinations(), self.spec.max_trials)):
+            if i == MOST_CELLS:
+                raise UserError(
+                    f"study {self.spec.name}: the grid has more than {MOST_CELLS:,} cells: give 'max_trials' or another"
+                    " sampler"
+                )
             cell = self.cell(params)
             cells.setdefault(cell.config.model_dump_json(), cell)
         order = {stream: i for i, stream in enumerate(dict.fromkeys(c.stream for c in cells.values()))}
         return sorted(cells.values(), key=lambda c: order[c.stream])
 
     def _combinations(self) -> Iterator[dict[str, Any]]:
-        parents = [p for p in self.parameters if p.field in self.parents]
-        others = [p for p in self.parameters if p.field not in self.parents]
-        for choice in itertools.product(*(p.choices for p in parents)):
-            params = {p.name: v for p, v in zip(parents, choice, strict=True)}
-            chosen = self.values(params)
-            living = [p for p in others if self.active(p, chosen)]
-            for rest in itertools.product(*(p.choices for p in living)):
-                yield {**params, **{p.name: v for p, v in zip(living, rest, strict=True)}}
+        """Every combination that exists, slowest parameters outermost; of a huge space no more than is asked for."""
 
-    def _slowness(self, params: dict[str, Any]) -> tuple[int, ...]:
-        return tuple(_index(p.choices, params[p.name]) if p.name in params else -1 for p in self.parameters)
+        def extend(params: dict[str, Any], rest: list[Parameter]) -> Iterator[dict[str, Any]]:
+            if not all(self._possible(p, params, rest) for p in self.parameters):
+                return
+            if not rest:
+                yield params
+                return
+            first, *others = rest
+            if first.dimension.when:
+                yield from extend(params, others)  # where it does not exist
+            for choice in first.choices:
+                yield from extend({**params, first.name: choice}, others)
+
+        yield from extend({}, self.parameters)
+
+    def _possible(self, parameter: Parameter, params: dict[str, Any], rest: list[Parameter]) -> bool:
+        """Whether a parameter that was decided exists exactly if its parents say so, as far as these are decided."""
+        open_fields = {p.field for p in rest}
+        if not parameter.dimension.when or parameter in rest or open_fields & parameter.dimension.when.keys():
+            return True
+        return (parameter.name in params) == self.active(parameter, self.values(params))
 
     def design(self, n: int, seed: int) -> list[Cell]:
         """`n` cells spread over the space by a scrambled Sobol sequence."""
@@ -251,7 +269,7 @@ def _rank(parameter: Parameter) -> tuple[int, int]:
     return (1, _SHAPE_FIELDS.index(field)) if field in _SHAPE_FIELDS else (2, 0)
 
 
-def _index(choices: list[Any], stored: Any) -> int:
+def _index(choices: Sequence[Any], stored: Any) -> int:
     """Position of a stored value; true and 1 are different."""
     for i, choice in enumerate(choices):
         if choice == stored and isinstance(choice, bool) == isinstance(stored, bool):
@@ -259,12 +277,23 @@ def _index(choices: list[Any], stored: Any) -> int:
     raise UserError(f"the stored value {stored!r} is not in the space any more")
 
 
-def _steps(d: Dimension) -> list[float]:
-    assert d.low is not None
-    assert d.high is not None
-    step = d.step or 1.0
-    values = [round(d.low + i * step, 12) for i in range(int((d.high - d.low) / step + 1e-9) + 1)]
-    return [int(v) for v in values] if d.integer else values
+class _Steps(Sequence[Any]):
+    """The values of a range with a step, made when they are asked for."""
+
+    def __init__(self, d: Dimension) -> None:
+        assert d.low is not None
+        assert d.high is not None
+        self.low, self.step, self.integer = d.low, d.step or 1.0, d.integer
+        self.n = int((d.high - d.low) / self.step + 1e-9) + 1
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.n:
+            raise IndexError(i)
+        value = round(self.low + i * self.step, 12)
+        return int(value) if self.integer else value
 
 
 def _plain(value: Any) -> Any:

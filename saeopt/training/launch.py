@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, load_run_config, recipe_notice
 from saeopt.config.places import DATA_AND_MODEL, as_typed
+from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.training.naming import run_name
@@ -37,7 +38,9 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
     if resume is None:
         if path is None:
             raise UserError("CONFIG is missing: a YAML file (or --resume RUN_DIR)")
-        return load_run_config(path, overrides), None
+        config = load_run_config(path, overrides)
+        check_sense(config)
+        return config, None
     if not resume.is_dir():
         raise UserError(f"--resume {resume}: no such folder")
     saved = RunFolder(resume).config_path

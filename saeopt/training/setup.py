@@ -172,8 +172,10 @@ def load_pretrained(member: Member) -> None:
     found: dict[str, tuple[SAE, Path]] = {}
     paths = member.config.saes.pretrained_sae_paths or []
     for text in paths:
-        for hook, sae in load_checkpoint(text).saes.items():
-            found[hook] = (sae, Path(text))
+        try:
+            found |= {hook: (sae, Path(text)) for hook, sae in load_checkpoint(text).saes.items()}
+        except UserError as error:
+            raise UserError(f"'saes.pretrained_sae_paths': {error}") from None
     if member.hook_point not in found and len(found) != 1:
         raise UserError(
             f"'saes.pretrained_sae_paths': no SAE for {member.hook_point} (found: {', '.join(sorted(found)) or 'none'})"

@@ -124,7 +124,7 @@ def test_one_hook_point_may_stand_without_a_list(base: dict[str, Any]) -> None:
         ({"saes.aux_coeff": 1}, ["unknown key 'saes.aux_coeff' of sae_type 'relu'"]),
         ({"lr": "fast"}, ["'lr'", "number", "'fast'"]),
         ({"lr": True}, ["'lr'", "not true or false"]),
-        ({"lr": 0}, ["'lr'", "greater than 0"]),
+        ({"lr": 0}, ["'lr'", "greater than"]),
         ({"lr": float("nan")}, ["'lr'"]),
         ({"lr": float("inf")}, ["'lr'", "finite"]),
         ({"seed": 1.5}, ["'seed'", "1.5"]),

@@ -19,8 +19,9 @@ from saeopt.study import app
 
 
 @pytest.fixture
-def base_config() -> dict[str, Any]:
-    """A run config; no model is loaded by anything here."""
+def base_config(tmp_path: Path) -> dict[str, Any]:
+    """A run config; no model is loaded by anything here, and the data need only be there."""
+    (tmp_path / "x.jsonl").write_text("{}")
     return {
         "tlens_model_name": "roneneldan/TinyStories-1M",
         "lr": 1e-3,

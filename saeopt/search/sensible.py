@@ -1,0 +1,64 @@
+"""Studies that could give no result, or twice the same, are refused when they are created.
+
+Only then: what older versions stored goes on loading. Imports no torch; what needs the model is in `saeopt.reach`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from saeopt.config.sense import check_sense
+from saeopt.config.study import StudySpec
+from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    from saeopt.search.space import Cell
+
+_NO_RESULT = ("save_dir", "keep_checkpoints", "wandb_project", "wandb_run_name", "wandb_tags", "trackers")
+"""Fields that change no result: a study over them trains the same run again and again."""
+_BETA = {"saes.final_beta", "saes.beta_annealing", "saes.sae_type"}
+
+
+def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
+    """Raise :class:`UserError` for a study that cannot give what it asks for."""
+    where = f"study {spec.name}"
+    for name, dimensions in spec.space.items():
+        if name in _NO_RESULT:
+            raise UserError(f"{where}: 'space.{name}': changes no result: it belongs into 'base'")
+        for d in dimensions:
+            if d.step is not None and d.low is not None and d.high is not None and d.step > d.high - d.low:
+                ends = f"{d.low:g} to {d.high:g}"
+                raise UserError(f"{where}: 'space.{name}': 'step' ({d.step:g}) is larger than the range, {ends}")
+    lists = [d.values is not None for dimensions in spec.space.values() for d in dimensions]
+    if spec.sampler.type == "cmaes" and all(lists):
+        raise UserError(f"{where}: 'sampler: cmaes' needs a range ('low', 'high'): of lists it chooses by chance")
+    if cells and not _BETA & set(spec.space):
+        try:
+            check_sense(cells[0].config)
+        except UserError as error:
+            raise UserError(f"{where}: base: {error}") from None
+    _check_hooks(spec, [cell.config.saes.sae_positions for cell in cells])
+
+
+def _check_hooks(spec: StudySpec, positions: Sequence[Sequence[str]]) -> None:
+    """Objectives and per-hook fields must name hook points at which an SAE trains."""
+    for objective in spec.objectives:
+        wanted = objective.hook_points
+        names = [] if wanted in ("mean", "all") else [wanted] if isinstance(wanted, str) else wanted
+        for name in names:
+            if not all(trains_at(name, among) for among in positions):
+                raise UserError(
+                    f"study {spec.name}: 'objectives': no SAE trains at {name} (saes.sae_positions:"
+                    f" {', '.join(positions[0])})"
+                )
+    for field in spec.space:
+        hook = field.partition("@")[2]
+        if hook and not any(trains_at(hook, among) for among in positions):
+            raise UserError(f"study {spec.name}: 'space.{field}': no SAE trains there: it would change nothing")
+
+
+def trains_at(hook: str, positions: Iterable[str]) -> bool:
+    """Whether names or patterns of hook points mean this one."""
+    return any(hook == position or fnmatchcase(hook, position) for position in positions)
