@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -85,6 +86,8 @@ def create(
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:
+        with suppress(OSError):  # workers that start elsewhere on this host find the run folders here
+            spec.runs.mkdir(parents=True, exist_ok=True)
         on_study_created(store, made.study_id, spec)
         if spec.older is not None:
             log.info(recipe_notice("the base config"))

@@ -12,7 +12,7 @@ from saeopt.config import RunConfig, dump_yaml, load_run_config, stream_key, val
 from saeopt.config.places import as_typed
 from saeopt.config.study import study_spec
 from saeopt.errors import UserError, run_cli
-from saeopt.search.storage import store_url
+from saeopt.search.storage import Store, store_url
 
 
 @pytest.fixture(autouse=True)
@@ -108,9 +108,22 @@ def test_a_study_is_found_from_another_folder_once_its_folder_is_there(tmp_path:
     assert spec.runs == tmp_path / "output" / "s"
 
 
+def test_creating_a_study_makes_the_folder_that_workers_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from saeopt.study import app
+
+    (tmp_path / "base.yaml").write_text(dump_yaml(config("home/data/x.txt")))
+    (tmp_path / "s.yaml").write_text("base: base.yaml")
+    with pytest.raises(SystemExit, match="0"):
+        run_cli(app, ["create", "s.yaml", "--storage", "sqlite:///~/s.db"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store = Store.open("sqlite:///~/s.db", create=False)
+    assert store.spec("s").runs == tmp_path / "output" / "s"
+    store.close()
+
+
 def test_a_study_that_is_created_again_from_another_folder_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from saeopt.search.create import create_study
-    from saeopt.search.storage import Store
 
     raw = {"name": "s", "base": {
         "tlens_model_path": "model", "lr_schedule": "constant", "data": {"dataset_name": "home/data/x.txt"},
