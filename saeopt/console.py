@@ -7,11 +7,12 @@ import os
 import shlex
 import shutil
 import sys
+import time
 import warnings
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 from saeopt.config.settings import redact
 
@@ -29,30 +30,34 @@ class _Redacting(logging.Filter):
         return True
 
 
-class _Plain(logging.Formatter):
-    """`saeopt: text`, `saeopt: warning: text`: one line each, for files and pipes."""
+class _Lines(logging.Handler):
+    """One line each, never broken: a path in it can be copied. A terminal is told the time as well."""
 
-    def format(self, record: logging.LogRecord) -> str:
+    def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"saeopt: {level}{record.getMessage()}"
+        start = time.strftime("%H:%M:%S ") if error_console.is_terminal else "saeopt: "
+        try:  # above a bar, if there is one
+            error_console.print(f"{start}{level}{record.getMessage()}", markup=False, soft_wrap=True)
+        except OSError:
+            self.handleError(record)
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send the library's log to stderr once; safe to call again. Of several ranks only the first says everything."""
     if log.handlers:
         return
-    handler: logging.Handler
-    if error_console.is_terminal:
-        handler = RichHandler(console=error_console, show_path=False, rich_tracebacks=False)
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Plain())
+    handler = _Lines()
     handler.addFilter(_Redacting())
     log.addHandler(handler)
     log.setLevel(level if int(os.environ.get("RANK") or 0) == 0 else logging.ERROR)
     log.propagate = False
     # torch.compile's advice: what runs in float32 here is meant to
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+
+
+def unbroken(text: str) -> Text:
+    """A line that a narrow window does not break: commands and paths are there to be copied (print with crop=False)."""
+    return Text(text, no_wrap=True, overflow="ignore")
 
 
 def program() -> str:

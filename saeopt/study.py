@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
-from saeopt.options import Changes, Storage, StudyName, new_app
+from saeopt.options import AsJson, Changes, Storage, StudyName, new_app
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
@@ -34,6 +35,10 @@ def _say(text: str) -> None:
     from saeopt.config.settings import redact
 
     console.print(redact(text), markup=False, soft_wrap=True)
+
+
+def _say_json(value: Any) -> None:
+    _say(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -138,24 +143,30 @@ def _with_base(spec: StudySpec, overrides: list[str]) -> StudySpec:
 
 
 @app.command("list")
-def list_studies(storage: Storage = None) -> None:
+def list_studies(as_json: AsJson = False, storage: Storage = None) -> None:
     """All studies of a store."""
-    from saeopt.search.status import list_table
+    from saeopt.search.status import list_rows, list_table
 
-    console.print(list_table(_open(storage)))
+    store = _open(storage)
+    if as_json:
+        _say_json(list_rows(store))
+    else:
+        console.print(list_table(store), crop=False)
 
 
 @app.command()
-def show(name: StudyName, storage: Storage = None) -> None:
+def show(name: StudyName, as_json: AsJson = False, storage: Storage = None) -> None:
     """What a study searches and where its files are, as YAML."""
-    import json
-
     import yaml
 
     from saeopt.search.monitoring import artifact_dir
 
     store = _open(storage)
     spec = store.spec(name)
+    if as_json:
+        where = {"storage": store.shown, "run_folders": str(spec.runs), "artifacts": str(artifact_dir(spec))}
+        _say_json({**json.loads(spec.to_json()), **where})
+        return
     _say(yaml.safe_dump(json.loads(spec.to_json()), sort_keys=False, allow_unicode=True).rstrip())
     _say(f"# storage: {store.shown}\n# run folders: {spec.runs}\n# artifacts: {artifact_dir(spec)}")
     _say(f"# dashboard: {store.command('dashboard')}")
@@ -168,14 +179,19 @@ def status(
     interval: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.2, help="Seconds between two looks with --watch.")
     ] = 5.0,
+    as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
     """Trials, workers, time left, and the best SAEs so far."""
+    from saeopt.search import status as views
     from saeopt.search.status import gather, render
 
     store = _open(storage)
+    if as_json:
+        _say_json(views.as_json(gather(store, name)))
+        return
     if not watch:
-        console.print(render(gather(store, name)))
+        console.print(render(gather(store, name)), crop=False)
         return
     from rich.live import Live
 
@@ -197,19 +213,30 @@ def best(
         str, typer.Option(metavar="METRIC", help="Metric that the best of a range of L0 has, e.g. ce_recovered.")
     ] = "fvu",
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the fronts into this file.")] = None,
+    copy: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also copy their weights and configs to DIR/NAME-TRIAL/.")
+    ] = None,
+    as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """The Pareto front and the best SAE per range of L0."""
-    from saeopt.search.best import best_tables, chosen, load_points
+    """The Pareto front, the best SAE per range of L0, and where they lie."""
+    from saeopt.search import best as views
 
     store = _open(storage)
-    points, params = load_points(store, name)
-    points = chosen(points, hook)
-    console.print(best_tables(points, params, by))
+    points, trials = views.load_points(store, name)
+    points = views.chosen(points, hook)
+    found = views.find_best(points, by)
+    if as_json:
+        _say_json(views.as_json(found, trials))
+    else:
+        console.print(views.best_tables(found, trials, by), crop=False)
+    tell = log.info if as_json else _say
     if png is not None:
         from saeopt.evaluation.plots import pareto_plot
 
-        _say(f"front: {pareto_plot(points, png)}")
+        tell(f"front: {pareto_plot(points, png)}")
+    if copy is not None:
+        tell(f"{len(views.copy_best(found, trials, copy, name))} run folders in {copy}")
 
 
 @app.command()

@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saeopt.config.run import RunConfig
     from saeopt.config.study import StudySpec
     from saeopt.search.space import Space
-    from saeopt.training.plan import Observer
+    from saeopt.training.plan import Observer, TrialPlan, TrialResult
 
 app = new_app()
 _SAME_REQUEST = 1.0
@@ -105,8 +105,11 @@ def work(
     Trials are trained in a child process (started through `context`, a multiprocessing context), with --sequential in
     this one.
     """
+    from saeopt.console import log
     from saeopt.search import claims
+    from saeopt.search.devices import is_child
     from saeopt.search.storage import Store
+    from saeopt.training.progress import Bar, PackObserver
     from saeopt.worker_local import LocalTraining
     from saeopt.worker_loop import Worker
     from saeopt.worker_training import ChildTraining
@@ -138,7 +141,12 @@ def work(
 
         if child is not None:
             child.stall = spec.stall
-        train = child or local
+
+        def train(plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+            with Bar(every=60.0, alone=not is_child()) as bar:
+                return (child or local)(plans, cast("Observer", PackObserver(observer, bar)))
+
+        log.info("worker on %s: study %s in %s", options.device, study, store.shown)
         try:
             return Worker(store, study, options, train, limit, interrupted, probe).run()
         finally:

@@ -17,6 +17,7 @@ from saeopt.console import log
 from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.pulse import listen
 from saeopt.search import claims, monitoring
+from saeopt.search.attributes import mean_metric, number
 from saeopt.search.heart import Heart
 from saeopt.search.packing import Assignment, Refused, acquire
 from saeopt.search.presence import Presence
@@ -230,11 +231,17 @@ class Worker:
             for assignment in pack:
                 self.outcomes.give_back(assignment.claim)
             return
-        numbers = ", ".join(a.name for a in pack)
-        log.info("study %s: training trial%s %s", self.spec.name, "s"[: len(pack) != 1], numbers)
+        with trial_logs(a.run_dir for a in pack):
+            numbers, start = ", ".join(a.name for a in pack), pack[0].start
+            log.info(
+                "study %s: training trial%s %s%s on %s", self.spec.name, "s"[: len(pack) != 1], numbers,
+                f" from sample {start:,}" if start else "", self.me.worker,
+            )  # fmt: skip
+            self._train_together(pack)
+
+    def _train_together(self, pack: list[Assignment]) -> None:
         try:
-            with trial_logs(a.run_dir for a in pack):
-                results = self._train(pack)
+            results = self._train(pack)
         except TrainingLeft:
             self.outcomes.give_all_back(pack)
             return
@@ -251,6 +258,7 @@ class Worker:
             self.outcomes.tell_safely(assignment, results[assignment.name])
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
+        self.me.latest = {}
         self.outcomes.begin({a.name: Progress(a.claim, a.config) for a in pack})
         plans = [TrialPlan(a.name, a.config, a.run_dir, resume=a.start > 0, owner=a.owner) for a in pack]
         for a in pack:
@@ -343,6 +351,10 @@ class _Watcher(Observer):
         self.worker.reports.started(self.worker.outcomes.progress[name], samples, total)
 
     def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
+        means = {key: mean_metric(metrics, key) for key in ("l0", "fvu")}
+        newest = {key: short for key, value in means.items() if (short := number(value)) is not None}
+        me = self.worker.me
+        me.latest = {**me.latest, name: {"samples": samples, **newest}}  # a new one: the heart's thread reads it
         return self._measured(name, samples, metrics, evaluated=False)
 
     def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:

@@ -13,7 +13,7 @@ from saeopt.search import claims, monitoring
 from saeopt.search.attributes import REASON, evaluation_attributes
 from saeopt.search.claims import Claim
 from saeopt.search.heart import Heart
-from saeopt.search.objectives import objective_values, violations
+from saeopt.search.objectives import objective_names, objective_values, violations
 from saeopt.search.packing import Assignment, owner_of
 from saeopt.search.reports import Progress
 from saeopt.search.storage import Store, is_transient, persistently
@@ -58,19 +58,19 @@ class Outcomes:
         where = persistently(
             lambda: claims.fail(self.store, claim, reason, failure.text, self.spec.retries), "telling a failure"
         )
-        self.part_with(claim)
-        self.heart.me.finished += where == "failed"
         log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
+        self.part_with(claim)  # the last: its folder's log is closed to us then
+        self.heart.me.finished += where == "failed"
 
     def died(self, pack: Sequence[Assignment], reason: str) -> None:
         """The process that trained them ended by itself."""
         for claim in [a.claim for a in pack]:
             self.heart.closing(claim)
             where = persistently(partial(claims.died, self.store, claim, reason), "telling a failure")
-            self.part_with(claim)
             if where == "failed":
                 self.heart.me.finished += 1
                 log.error("trial %d failed for good: %s", claim.number, reason)
+            self.part_with(claim)
 
     def stalled(self, pack: Sequence[Assignment], reason: str) -> None:
         """They made no progress for long."""
@@ -126,12 +126,13 @@ class Outcomes:
             f"telling trial {claim.number}",
             seconds,
         )
-        self.part_with(claim)
         self.heart.me.finished += told
         if told:
             self.faults.clear()
-            shown = "" if values is None else " (" + ", ".join(f"{v:.4g}" for v in values) + ")"
+            named = zip(objective_names(spec), values or [], strict=False)
+            shown = "" if values is None else " (" + ", ".join(f"{name} {v:.4g}" for name, v in named) + ")"
             log.info("trial %d: %s%s", claim.number, outcome, shown)
+        self.part_with(claim)
 
     def _last_values(self, assignment: Assignment) -> list[float] | None:
         """What a trial that was given up had reached, as Optuna keeps it for a single objective."""

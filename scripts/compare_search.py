@@ -81,8 +81,8 @@ def train(url: str, spec: StudySpec) -> list[tuple[Point, dict[str, Any]]]:
         command = [sys.executable, "-m", "saeopt.worker", "--study", spec.name, "--devices", "cpu"]
         environment = os.environ | {"SAEOPT_STORAGE": url, "PYTHONPATH": str(REPOSITORY)}
         subprocess.run(command, check=True, env=environment)
-    _, params = load_points(store, spec.name)
-    found = [(p, params[p.label]) for p in study_points(store.engine, store.study_id(spec.name), spec)]
+    _, trials = load_points(store, spec.name)
+    found = [(p, trials[p.label].params) for p in study_points(store.engine, store.study_id(spec.name), spec)]
     store.close()
     return found
 

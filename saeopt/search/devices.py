@@ -51,6 +51,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def is_child() -> bool:
+    """Whether this process is one of several workers of one command."""
+    return _PARENT in os.environ
+
+
 def watch_parent(interrupted: threading.Event) -> None:
     """In a child: end in the orderly way when the parent is gone (also where the kernel does not tell us)."""
     parent = os.environ.get(_PARENT)

@@ -40,6 +40,8 @@ class Presence:
     """Tokens of the stream; each is used by every trial of the pack."""
     finished: int = 0
     """Trials told since its start."""
+    latest: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By the trial's number: samples and the newest training metrics, means over hook points."""
     quiet: float | None = None
     """Seconds without progress at the last sign; None where nothing is being trained."""
     age: float = 0.0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.study import StudySpec
+from saeopt.console import unbroken
 from saeopt.search import claims, presence, queries
 from saeopt.search.attributes import REASON, mean_metric
 from saeopt.search.objectives import expanded
@@ -22,7 +24,7 @@ from saeopt.search.queries import TrialRow
 from saeopt.search.storage import Store
 
 STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
-_NAMES = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "complete", "PRUNED": "stopped", "FAIL": "failed"}
+_NAMES = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 _RECENT = 50
 _ROWS = 12
 
@@ -52,6 +54,12 @@ class Status:
     def alive(self) -> list[Presence]:
         """The workers heard of lately."""
         return [worker for worker in self.workers if worker.alive]
+
+    def latest(self, row: TrialRow) -> dict[str, Any]:
+        """Samples, L0 and FVU of a running trial as its worker last knew them; None where it said nothing."""
+        said = [w.latest[str(row.number)] for w in self.alive if str(row.number) in w.latest]
+        known = said[0] if said else {}
+        return {"samples": known.get("samples", row.step), "l0": known.get("l0"), "fvu": known.get("fvu")}
 
     @property
     def trials_per_hour(self) -> float | None:
@@ -107,23 +115,22 @@ def duration(seconds: float | None) -> str:
 
 
 def render(status: Status) -> RenderableType:
-    """The tables of `status`."""
-    parts: list[RenderableType] = [_states(status), _pace(status), _best(status)]
-    for part in (_workers(status), _running(status), _reasons(status)):
-        if part is not None:
-            parts.append(part)
-    return Group(*parts)
+    """The tables of `status`; they fit into 80 columns."""
+    parts = [_states(status), _pace(status), _best(status), _workers(status), _running(status), _reasons(status)]
+    return Group(*(part for part in parts if part is not None))
 
 
 def _states(status: Status) -> RenderableType:
-    table = Table(title=f"study {status.spec.name}: trials", title_justify="left")
+    table = Table()
     for state in STATES:
         table.add_column(_NAMES[state], justify="right")
     table.add_column("all", justify="right")
     table.add_row(*[str(status.count(state)) for state in STATES], str(len(status.rows)))
+    parts: list[RenderableType] = [unbroken(f"study {status.spec.name}: trials"), table]
     if status.stopped:
-        table.caption = f"stopped; workers go on after {status.command('study', 'resume', status.spec.name)}"
-    return table
+        go_on = status.command("study", "resume", status.spec.name)
+        parts.append(unbroken(f"stopped; workers go on after: {go_on}"))
+    return Group(*parts)
 
 
 def _pace(status: Status) -> RenderableType:
@@ -141,30 +148,36 @@ def _pace(status: Status) -> RenderableType:
     return table
 
 
-def _best(status: Status) -> RenderableType:
+def _best(status: Status) -> RenderableType | None:
     done = [row for row in status.rows if row.state == "COMPLETE"]
     points = [p for row in done for p in points_of(row.number, row.attributes)]
-    table = Table(title="best so far", title_justify="left")
-    for name, justify in (
-        ("hook point", "left"),
-        ("SAEs", "right"),
-        ("collapsed", "right"),
-        ("front (L0 → FVU)", "left"),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    if not points:
+        return None
+    table = Table(title="best so far: front as trial, L0 → FVU", title_justify="left", show_lines=True)
+    table.add_column("hook point", overflow="fold")
+    for name in ("SAEs", "collapsed"):
+        table.add_column(name, justify="right")
+    table.add_column("front")
     best = fronts(points)
     for hook in dict.fromkeys(p.hook_point for p in points):
         here = [p for p in points if p.hook_point == hook]
         front = best.get(hook, [])
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
-        text = ", ".join(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}" for p in shown)
-        table.add_row(hook, str(len(here)), str(sum(collapsed(p.metrics) for p in here)), text or "–")
+        items = [Text(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}", no_wrap=True) for p in shown]
+        table.add_row(hook, str(len(here)), str(sum(collapsed(p.metrics) for p in here)), Columns(items or ["–"]))
+    for name, value, number in _best_values(status, done):
+        table.caption = f"best {name}: {value:.4g} (trial {number})"
+    return table
+
+
+def _best_values(status: Status, done: list[TrialRow]) -> list[tuple[str, float, int]]:
+    """(objective, value, trial) of the best trial of a study with one objective."""
+    result = []
     for name, objective in expanded(status.spec) if len(status.spec.objectives) == 1 else []:
         found = [(v, row.number) for row in done if (v := mean_metric(_evaluation(row), objective.metric)) is not None]
         if found:
-            value, number = (max if objective.maximised else min)(found)
-            table.caption = f"best {name}: {value:.4g} (trial {number})"
-    return table
+            result.append((name, *(max if objective.maximised else min)(found)))
+    return result
 
 
 def _evaluation(row: TrialRow) -> dict[str, dict[str, float]]:
@@ -176,65 +189,117 @@ def _evaluation(row: TrialRow) -> dict[str, dict[str, float]]:
 def _workers(status: Status) -> RenderableType | None:
     if not status.alive:
         return None
-    table = Table(title="workers", title_justify="left")
-    for name in ("worker", "device", "trials", "progress", "tokens/s", "told", "last sign", "last progress"):
-        table.add_column(name, overflow="fold")
+    table = Table(title="workers (host/process/device)", title_justify="left")
+    table.add_column("worker", overflow="fold")
+    table.add_column("trials")
+    for name in ("progress", "tokens/s", "told"):
+        table.add_column(name, justify="right")
     for w in status.alive[:_ROWS]:
         share = f"{w.samples / w.total:.0%}" if w.total else "–"
-        ages = [duration(None if age is None else max(0.0, age)) for age in (w.age, w.progress_age)]
-        speed, told = f"{w.tokens_per_s:,.0f}", str(w.finished)
-        table.add_row(w.worker, w.device, _numbers(w.trials), share, speed, told, *ages)
+        table.add_row(w.worker, _numbers(w.trials), share, f"{w.tokens_per_s:,.0f}", str(w.finished))
     return table
 
 
 def _numbers(trials: list[int]) -> str:
-    shown = " ".join(map(str, trials[:8]))
-    return shown + (f" … ({len(trials)})" if len(trials) > 8 else "") or "idle"
+    """`3–9 12 14–17`, and how many where there are more than a few such runs."""
+    runs: list[list[int]] = []
+    for number in sorted(trials):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    shown = " ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs[:4])
+    return (shown + f" … ({len(trials)})" if len(runs) > 4 else shown) or "idle"
 
 
 def _running(status: Status) -> RenderableType | None:
     rows = [row for row in status.rows if row.state == "RUNNING"]
     if not rows:
         return None
-    total: Any = (status.spec.base.get("data") or {}).get("n_train_samples")
-    table = Table(title="running trials", title_justify="left")
-    for name in ("trial", "since", "samples"):
+    table = Table(title="running trials (means over hook points)", title_justify="left")
+    for name in ("trial", "since", "samples", "L0", "FVU"):
         table.add_column(name, justify="right")
     for row in rows[:_ROWS]:
-        since = duration((status.now - row.start).total_seconds()) if row.start else "–"
-        step = "–" if row.step is None else f"{row.step:,}" + (f" of {total:,}" if isinstance(total, int) else "")
-        table.add_row(str(row.number), since, step)
+        since, now = duration(_since(status, row)), status.latest(row)
+        step = "–" if now["samples"] is None else f"{now['samples']:,}"
+        if now["samples"] is not None and isinstance(total := _total(status), int):
+            step += f" of {total:,}"
+        numbers = [
+            format(now[key], form) if now[key] is not None else "–" for key, form in (("l0", ".1f"), ("fvu", ".4f"))
+        ]
+        table.add_row(str(row.number), since, step, *numbers)
     if len(rows) > _ROWS:
         table.caption = f"and {len(rows) - _ROWS} more"
     return table
+
+
+def _since(status: Status, row: TrialRow) -> float | None:
+    return (status.now - row.start).total_seconds() if row.start else None
+
+
+def _total(status: Status) -> Any:
+    return (status.spec.base.get("data") or {}).get("n_train_samples")
 
 
 def _reasons(status: Status) -> RenderableType | None:
     rows = [row for row in status.rows if row.state == "FAIL"]
     if not rows:
         return None
-    name, first = status.spec.name, rows[0].number
-    text = Text(f"failed trials (why: {status.command('study', 'logs', name, first)};")
-    text.append(f" again: {status.command('study', 'retry', name)})\n")
-    for row in rows[:5]:
-        text.append(f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}\n")
-    return text
+    name = status.spec.name
+    lines = ["failed trials"]
+    lines += [f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}" for row in rows[:5]]
+    lines += [f"  why:   {status.command('study', 'logs', name, rows[0].number)}"]
+    lines += [f"  again: {status.command('study', 'retry', name)}"]
+    return Group(*(unbroken(line) for line in lines))
 
 
-def list_table(store: Store) -> Table:
-    """All studies of a store."""
-    ids = queries.study_ids(store.engine)
-    counts = queries.state_counts(store.engine)
-    table = Table(title=f"studies in {store.shown}", title_justify="left")
-    table.add_column("name", overflow="fold")
-    for state in STATES:
-        table.add_column(_NAMES[state], justify="right")
-    for name in ("workers alive", "stopped"):
-        table.add_column(name, justify="right")
-    now = store.now().replace(tzinfo=dt.UTC).timestamp()
-    for name, study_id in ids.items():
+def as_json(status: Status) -> dict[str, Any]:
+    """The same for programs: numbers as they are, null where there is none."""
+    done = [row for row in status.rows if row.state == "COMPLETE"]
+    points = [p for row in done for p in points_of(row.number, row.attributes)]
+    best = fronts(points)
+    return {
+        "study": status.spec.name,
+        "stopped": status.stopped,
+        "trials": {_NAMES[state]: status.count(state) for state in STATES} | {"all": len(status.rows)},
+        "trials_per_hour": status.trials_per_hour,
+        "seconds_left": status.eta_s,
+        "workers": [asdict(worker) for worker in status.alive],
+        "running": [
+            {"trial": row.number, "seconds": _since(status, row), **status.latest(row)}
+            for row in status.rows
+            if row.state == "RUNNING"
+        ],
+        "failed": [
+            {"trial": row.number, "reason": row.attributes.get(REASON)} for row in status.rows if row.state == "FAIL"
+        ],
+        "front": {
+            hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"]} for p in front]
+            for hook, front in best.items()
+        },
+    }
+
+
+def list_rows(store: Store) -> list[dict[str, Any]]:
+    """All studies of a store: name, trials by state, workers alive, and whether it is open, stopped or done."""
+    counts, now = queries.state_counts(store.engine), store.now().replace(tzinfo=dt.UTC).timestamp()
+    rows = []
+    for name, study_id in queries.study_ids(store.engine).items():
         known = queries.attributes(store.engine, study_id, "saeopt:")
+        trials = {_NAMES[state]: counts.get(study_id, {}).get(state, 0) for state in STATES}
+        open_now = "open" if trials["waiting"] + trials["running"] else "done"
+        state = "stopped" if known.get(claims.STOPPED) else open_now
         alive = sum(worker.alive for worker in presence.workers(known, now))
-        states = [str(counts.get(study_id, {}).get(state, 0)) for state in STATES]
-        table.add_row(name, *states, str(alive), "yes" if known.get(claims.STOPPED) else "no")
-    return table
+        rows.append({"study": name, **trials, "workers": alive, "state": state})
+    return rows
+
+
+def list_table(store: Store) -> RenderableType:
+    """All studies of a store."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("study", overflow="fold")
+    for name in (*_NAMES.values(), "workers", "state"):
+        table.add_column(name, justify="right")
+    for row in list_rows(store):
+        table.add_row(*map(str, row.values()))
+    return Group(unbroken(f"studies in {store.shown}"), table)

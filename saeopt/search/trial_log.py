@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,9 +28,15 @@ def _still_ours(folder: Path, _record: logging.LogRecord) -> bool:
 
 @contextmanager
 def trial_logs(folders: Iterable[Path]) -> Iterator[None]:
-    """Write the log into `trial.log` of every folder, while it is ours; one that cannot be written is left out."""
+    """Write the log into `trial.log` of every folder, while it is ours; one that cannot be written is left out.
+
+    Nested (a part of a pack is trained again), the outer one writes.
+    """
+    open_now = {getattr(handler, "baseFilename", "") for handler in log.handlers}
     with ExitStack() as stack:
         for folder in folders:
+            if os.path.abspath(folder / NAME) in open_now:
+                continue
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 handler = RotatingFileHandler(folder / NAME, maxBytes=2_000_000, backupCount=1, encoding="utf-8")

@@ -119,7 +119,12 @@ def test_packs_are_trained_and_every_trial_is_told(store: Store, tmp_path: Path)
     assert (trial.state.name, trial.values) == ("COMPLETE", [20.0, 0.8])
     assert 1 < len(trial.intermediate_values) <= 50
     assert evaluation_of(trial.user_attrs) == {HOOK: {"l0": 20.0, "fvu": 0.2}}
-    assert (tmp_path / "out/s/0/trial.log").exists()
+    log = (tmp_path / "out/s/0/trial.log").read_text()
+    assert "training trials 0, 1, 2, 3 on " in log
+    assert "trial 0: complete (" in log
+    assert (tmp_path / "out/s/5/trial.log").read_text().count("training trials 4, 5") == 1
+    assert set(worker.me.latest) == {"4", "5"}
+    assert worker.me.latest["5"] == {"samples": TOTAL, "l0": 20.0, "fvu": 0.2}
     with store.read() as connection:
         attributes = db.get_attrs(connection, db.study_attrs, worker.study_id)
     assert presence.workers(attributes) == []
@@ -138,6 +143,9 @@ def test_a_failing_trial_is_found_in_its_pack_and_fails_alone(store: Store, tmp_
     assert attrs["reason"] == "ValueError: trial two is broken"
     assert "in before" in attrs["traceback"]
     assert attrs["failures"] == 2
+    log = (tmp_path / "out/s/2/trial.log").read_text()
+    assert log.count("trial 2 failed (for good): ValueError: trial two is broken") == 1
+    assert "trial 0: complete" not in log.partition("training these 4 trials one by one")[0]
 
 
 @pytest.mark.parametrize(
