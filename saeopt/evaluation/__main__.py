@@ -164,7 +164,7 @@ def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) ->
     batch = config.data.eval_batch_size
     if config.data.eval_data is None:
         return TokenData.load(config.data, lm).eval_batches(batch), n
-    own = HeldOut.load(config.data, lm, everything)
+    own = HeldOut.load(config.data.model_copy(update={"n_eval_samples": n}), lm, everything)
     return own.batches(batch), own.n
 
 

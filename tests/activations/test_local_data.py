@@ -18,7 +18,9 @@ from fake_model import BOS, EOS, FakeModel, data_config
 from test_tokens import as_text, documents, flat, load, runs
 
 from saeopt.activations import sources
+from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.masks import keep_tokens
+from saeopt.activations.separators import separator_of
 from saeopt.activations.tokens import HeldOut, TokenData
 from saeopt.config.io import validate_run
 from saeopt.errors import UserError
@@ -330,3 +332,28 @@ def test_a_cache_of_data_sets_that_cannot_be_written_is_replaced(tmp_path: Path,
         assert load(path).engine.tokens_in_all == 200
     finally:
         sources._cache_folder.cache_clear()
+
+
+def test_a_separator_that_was_named_counts_as_special(tiny_model_dir: Path, tiny_text: Path):
+    raw = {
+        "tlens_model_path": str(tiny_model_dir), "lr_schedule": "constant",
+        "data": {"dataset_name": str(tiny_text), "separator": "w7", "context_length": 16, "is_tokenized": False},
+        "saes": {"sae_type": "relu", "sae_positions": "blocks.1.hook_resid_pre"},
+    }  # fmt: skip
+    model = LanguageModel.load(validate_run(raw, "test"))
+    assert model.tokenizer is not None
+    assert model.special_ids == {0, 1, model.tokenizer.convert_tokens_to_ids("w7")}
+
+
+def test_a_chat_mark_as_separator_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logging.getLogger("saeopt"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="saeopt")
+    model = FakeModel()
+    model.tokenizer.add_tokens(["<|im_end|>", "<|endoftext|>"], special_tokens=True)
+    separator_of(data_config("x"), model)
+    assert "chat" not in caplog.text
+    model.tokenizer.eos_token = "<|im_end|>"
+    assert separator_of(data_config("x"), model)[0].token == model.tokenizer.eos_token_id
+    assert "data.separator: '<|endoftext|>'" in caplog.text
+    named, _ = separator_of(data_config("x", separator="<|endoftext|>"), model)
+    assert named.token == model.tokenizer.convert_tokens_to_ids("<|endoftext|>")

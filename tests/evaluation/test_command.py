@@ -107,6 +107,25 @@ def test_a_weights_file_alone_is_enough(run_dir: Path, tmp_path: Path) -> None:
     assert evaluation(run_dir)[HOOKS[1]]["n_tokens"] <= 2 * 16
 
 
+def test_all_of_another_file_is_evaluated_without_the_data_of_the_run(
+    run_dir: Path, tmp_path: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(run_dir, "--no-cross-entropy")
+    before = (run_dir / "evaluation.json").read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text("w5 w6 w7\n\n" * 41)  # 41 documents with their separators are 164 tokens: ten samples of 16
+    gone = ["--set", "data.dataset_name=gone.jsonl", "--no-cross-entropy", "--data", other]
+    command(run_dir, *gone, "--all")
+    assert evaluation(run_dir, "evaluation_other.json")[HOOKS[0]]["n_tokens"] == 120
+    assert (run_dir / "evaluation.json").read_bytes() == before
+    command(run_dir, *gone, "--n-eval-samples", 2)
+    assert evaluation(run_dir, "evaluation_other.json")[HOOKS[0]]["n_tokens"] == 24
+    with pytest.raises(UserError, match="--all needs --data FILE"):
+        command(run_dir, "--all")
+    with pytest.raises(UserError, match=r"'data.eval_dataset_name': .*none.txt: no such file"):
+        command(run_dir, "--all", "--data", tmp_path / "none.txt")
+
+
 def test_an_sae_of_another_model_is_refused(
     run_dir: Path, config: RunConfig, make_sae: MakeSAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
