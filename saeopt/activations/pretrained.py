@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saeopt.console import log
 from saeopt.errors import UserError
@@ -13,6 +14,11 @@ from saeopt.errors import UserError
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_OLD_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+"""Constants that old versions of transformers stored with the weights; not every class says so itself."""
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")
+"""What torch.compile, DDP, FSDP and PEFT put before the names of a model that they wrap."""
 
 
 @contextlib.contextmanager
@@ -101,17 +107,47 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     """A causal language model in evaluation mode on a device.
 
     Raises:
-        UserError: no weights, or no causal language model.
+        UserError: no weights, no causal language model, or weights that are not those of its config.
     """
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         with silent_libraries():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise _explain(name, "causal language model", error) from None
-    model.to(device)  # type: ignore[arg-type]
+    check_weights(name, report)
+    model.to(device)
     return model.eval()
+
+
+def check_weights(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model some of whose tensors came from chance, by transformers' report of what it loaded.
+
+    Tied heads that are not stored count as loaded. Names of a shape that differs come with both shapes.
+
+    Raises:
+        UserError: naming some of the tensors.
+    """
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not _OLD_BUFFERS.search(key))
+    differing = sorted(f"{key} {tuple(found)} instead of {tuple(own)}" for key, found, own in report["mismatched_keys"])
+    kinds = {"missing": missing, "of another shape": differing, "unknown to the model": unexpected}
+    problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+    if problems:
+        wrapper = next((w for w in _WRAPPERS if any(key.startswith(w) for key in unexpected)), None)
+        hint = f"; save the model without its wrapper (no '{wrapper}' before the names)" if wrapper else ""
+        raise UserError(f"{name}: the weights are not those of its config.json; tensors: {', '.join(problems)}{hint}")
+
+
+def _some(names: Iterable[str], n: int = 2) -> str:
+    listed = list(names)
+    return ", ".join(listed[:n]) + (", …" if len(listed) > n else "")
 
 
 def load_tokenizer(name: str, required: bool) -> PreTrainedTokenizerBase | None:
