@@ -1,0 +1,116 @@
+"""What `accelerate launch` and the environment ask for: taken over and said, or refused in one line. Needs no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
+
+Precision = Literal["no", "bf16", "fp16"]
+_REPLICATED = "every process holds all SAEs here (accelerate launch --multi_gpu)"
+_REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed is not supported: {_REPLICATED}",
+    "ACCELERATE_USE_FSDP": f"FSDP is not supported: {_REPLICATED}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM is not supported: {_REPLICATED}",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": f"a parallelism config is not supported: {_REPLICATED}",
+}
+_FROM = "accelerate launch, its config file (accelerate config) or the environment"
+
+
+def check_environment() -> None:
+    """Refuse what Accelerate offers and SAEs are not trained with.
+
+    Raises:
+        UserError: naming the variable, which `accelerate launch` sets from its flags and its config file.
+    """
+    for name, problem in _REFUSED.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on", "t"):
+            raise UserError(f"{name}: {problem}; {_FROM} asks for it")
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND") or "no"
+    if dynamo.lower() != "no":
+        raise UserError(
+            f"ACCELERATE_DYNAMO_BACKEND={dynamo}: 'performance.compile' says what is compiled here; {_FROM} asks for it"
+        )
+    precision = _launched_precision()
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(
+            f"ACCELERATE_MIXED_PRECISION={precision}: SAEs are trained in no, bf16 or fp16 ('mixed_precision');"
+            f" {_FROM} asks for it"
+        )
+
+
+def check_accumulation(config: RunConfig) -> None:
+    """Refuse an accumulation that differs from the config's, which is the one that counts."""
+    name = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    asked = os.environ.get(name) or "auto"
+    if asked not in ("auto", str(config.gradient_accumulation_steps)):
+        raise UserError(
+            f"{name}={asked}, but 'gradient_accumulation_steps' is {config.gradient_accumulation_steps}: the config's"
+            f" is used; {_FROM} asks for the other"
+        )
+
+
+def check_joined(world: int) -> None:
+    """Refuse processes that were started together and train apart, each the whole run.
+
+    Raises:
+        UserError: saying how processes are launched on the CPU.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started != world:
+        raise UserError(
+            f"{started} processes were started (WORLD_SIZE), but {world} train{'s'[: world == 1]} together: no GPU is"
+            f" visible; on the CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} …"
+        )
+
+
+def check_gpus(visible: int) -> None:
+    """Refuse more processes than GPUs: two on one would deadlock."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if 0 < visible < here:
+        raise UserError(f"{here} processes were started, {visible} GPUs are visible: one process per GPU")
+
+
+def check_alone(command: str, instead: str) -> None:
+    """Refuse a launcher of several processes for a command that is one."""
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 and "LOCAL_RANK" in os.environ:
+        raise UserError(f"{command} is one process, {started} were started (WORLD_SIZE): {instead}")
+
+
+def _launched_precision() -> str:
+    return (os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+
+
+def precision(config: RunConfig, device_type: str) -> tuple[Precision, str]:
+    """The precision of the SAEs' matrix products, and who decided: the config, Accelerate, or the device."""
+    if config.mixed_precision != "auto":
+        return config.mixed_precision, "config"
+    launched = _launched_precision()
+    if launched == "bf16" or launched == "fp16":
+        return launched, "ACCELERATE_MIXED_PRECISION"
+    return "bf16" if device_type == "cuda" else "no", f"auto on {device_type}"
+
+
+def with_precision(config: RunConfig, device_type: str) -> RunConfig:
+    """The config with the precision that `auto` means here and now."""
+    return config.model_copy(update={"mixed_precision": precision(config, device_type)[0]})
+
+
+def going_on(config: RunConfig, before: RunConfig) -> RunConfig:
+    """The config of a run that was begun as `before`: `auto` is what it was then."""
+    if config.mixed_precision != "auto":
+        return config
+    return config.model_copy(update={"mixed_precision": before.mixed_precision})
+
+
+def config_in(run_dir: Path, config: RunConfig) -> RunConfig:
+    """:func:`going_on` from what a run folder holds, if it does."""
+    from saeopt.config import load_run_config
+    from saeopt.training.run_folder import RunFolder
+
+    path = RunFolder(run_dir).config_path
+    return going_on(config, load_run_config(path)) if path.exists() else config
