@@ -49,6 +49,7 @@ def train(
 ) -> None:
     """Train the SAEs of one config on one language model."""
     from saeopt.console import set_up_logging
+    from saeopt.training.environment import check_accumulation, check_environment
     from saeopt.training.launch import check_processes, resolve
     from saeopt.training.loggers import check_sinks
 
@@ -58,6 +59,8 @@ def train(
         changes.append(f"wandb_project={wandb_project}")
     run_config, run_dir = resolve(either(file, config, "--config"), changes, resume)
     check_sinks(run_config)
+    check_environment()
+    check_accumulation(run_config)
     check_processes(num_processes)
     if dry_run:
         from saeopt.training.dry_run import print_dry_run

@@ -65,6 +65,7 @@ def worker(
     from saeopt.config.settings import export_tokens
     from saeopt.console import console, set_up_logging
     from saeopt.search import devices as dev
+    from saeopt.training.environment import check_alone, check_environment
     from saeopt.worker_loop import Options
 
     if show_devices:
@@ -74,6 +75,8 @@ def worker(
     study = either(name, study, "--study") or os.environ.get("SAEOPT_STUDY")
     if study is None:
         raise UserError("STUDY is missing: the name of the study whose trials are to be trained")
+    check_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
+    check_environment()
     limit = limit or max_trials
     size = pack_size(pack)
     set_up_logging()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from saeopt.config import RunConfig, load_run_config
 from saeopt.console import log
@@ -14,6 +15,7 @@ from saeopt.errors import UserError
 from saeopt.files import read_error
 from saeopt.owner import owners
 from saeopt.search.packing import Assignment
+from saeopt.training.environment import going_on
 from saeopt.training.launch import same_anywhere
 from saeopt.training.run_folder import RunFolder, resume_point
 
@@ -30,10 +32,10 @@ def start_of(run_dir: Path, config: RunConfig) -> int:
         return 0
     except OSError as error:
         raise read_error(saved, error) from error
-    try:
-        before = same_anywhere(load_run_config(saved))
-    except UserError:
-        before = {}
+    before: dict[str, Any] = {}
+    with suppress(UserError):
+        begun = load_run_config(saved)
+        config, before = going_on(config, begun), same_anywhere(begun)
     if before == same_anywhere(config):
         return resume_point(run_dir)
     aside = next(p for i in itertools.count(1) if not (p := run_dir.with_name(f"{run_dir.name}-old-{i}")).exists())

@@ -12,6 +12,7 @@ from saeopt.config import RunConfig, dump_yaml
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
+from saeopt.training.environment import precision
 from saeopt.training.launch import notices
 from saeopt.training.memory import MemberShape, ModelShape, estimate
 from saeopt.training.naming import run_name
@@ -28,6 +29,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
 
     notices(config, resumed=False)
     chosen = choose_device(device)
+    config = config.model_copy(update={"mixed_precision": precision(config, chosen.type)[0]})
     model, lm = weightless(config)
     members = shapes(config, model)
     console.print(dump_yaml(config), markup=False, soft_wrap=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
-from saeopt.config.run import RunConfig
+from saeopt.config import RunConfig, load_run_config
 from saeopt.errors import UserError
+from saeopt.training.plan import TrialPlan
 
 Precision = Literal["no", "bf16", "fp16"]
 _REPLICATED = "every process holds all SAEs here (accelerate launch --multi_gpu)"
@@ -61,9 +62,11 @@ def check_joined(world: int) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE") or 1)
     if started != world:
+        joined = "each is alone" if world == 1 else f"{world} joined"
         raise UserError(
-            f"{started} processes were started (WORLD_SIZE), but {world} train{'s'[: world == 1]} together: no GPU is"
-            f" visible; on the CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} …"
+            f"{started} processes were started (WORLD_SIZE), but {joined}:"
+            " no GPU is visible to them; on the CPU:"
+            f" ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {started} …"
         )
 
 
@@ -95,11 +98,6 @@ def precision(config: RunConfig, device_type: str) -> tuple[Precision, str]:
     return "bf16" if device_type == "cuda" else "no", f"auto on {device_type}"
 
 
-def with_precision(config: RunConfig, device_type: str) -> RunConfig:
-    """The config with the precision that `auto` means here and now."""
-    return config.model_copy(update={"mixed_precision": precision(config, device_type)[0]})
-
-
 def going_on(config: RunConfig, before: RunConfig) -> RunConfig:
     """The config of a run that was begun as `before`: `auto` is what it was then."""
     if config.mixed_precision != "auto":
@@ -107,10 +105,12 @@ def going_on(config: RunConfig, before: RunConfig) -> RunConfig:
     return config.model_copy(update={"mixed_precision": before.mixed_precision})
 
 
-def config_in(run_dir: Path, config: RunConfig) -> RunConfig:
-    """:func:`going_on` from what a run folder holds, if it does."""
-    from saeopt.config import load_run_config
-    from saeopt.training.run_folder import RunFolder
-
-    path = RunFolder(run_dir).config_path
-    return going_on(config, load_run_config(path)) if path.exists() else config
+def with_precision(plan: TrialPlan, device_type: str) -> tuple[TrialPlan, str]:
+    """A plan that says what `auto` means here, or meant when the run was begun; and the same for people."""
+    config, path = plan.config, plan.run_dir / "final_config.yaml"
+    begun = plan.resume and config.mixed_precision == "auto" and path.exists()
+    if begun:
+        config = going_on(config, load_run_config(path))
+    chosen, source = precision(config, device_type)
+    config = config.model_copy(update={"mixed_precision": chosen})
+    return replace(plan, config=config), f"{chosen} ({'as it was begun' if begun else source})"

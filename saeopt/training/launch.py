@@ -13,6 +13,7 @@ from saeopt.config.places import DATA_AND_MODEL, as_typed
 from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.training.environment import going_on
 from saeopt.training.naming import run_name
 from saeopt.training.run_folder import RunFolder
 
@@ -50,7 +51,7 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
         log.warning("%s holds no final_config.yaml: starting over in it", resume)
         return load_run_config(path, overrides), resume
     before = load_run_config(saved)
-    now = load_run_config(path or saved, overrides, before.recipe)
+    now = going_on(load_run_config(path or saved, overrides, before.recipe), before)
     _check_agreement(before, now, saved)
     return now, resume
 

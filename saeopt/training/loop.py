@@ -21,6 +21,7 @@ from saeopt.files import LostRun, is_evaluation, write_json
 from saeopt.owner import Owner
 from saeopt.pulse import pulse
 from saeopt.training import checkpoint
+from saeopt.training.environment import with_precision
 from saeopt.training.loggers import open_sinks
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
@@ -51,6 +52,7 @@ def train_pack(
         torch.OutOfMemoryError: the pack does not fit on the device.
     """
     config = check_plans(plans)
+    plans = _resolved(plans, runtime)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = runtime.language_model(config)
@@ -64,6 +66,13 @@ def train_pack(
         return loop.run()
     finally:
         loop.close()
+
+
+def _resolved(plans: Sequence[TrialPlan], runtime: Runtime) -> list[TrialPlan]:
+    """The plans as their run folders and weights tell them: with the precision that they are trained in."""
+    found = [with_precision(plan, runtime.device.type) for plan in plans]
+    log.info("mixed_precision: %s", ", ".join(sorted({told for _, told in found})))
+    return [plan for plan, _ in found]
 
 
 class _Loop:

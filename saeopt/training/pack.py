@@ -106,6 +106,7 @@ class Pack:
             sae.config.normalize_activations,  # a stack shares one scaled x
             member.config.adam_betas,
             member.config.performance,
+            member.config.mixed_precision,  # trials that were begun on different devices may go on together
             static,
         )
 

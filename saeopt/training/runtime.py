@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
+from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
 
 _LARGE = 2**20
 """Numbers from which a message of its own costs less than copying them into one with others."""
@@ -25,13 +26,21 @@ class Runtime:
 
     Accelerate decides device, rank and precision where the config does not. The last language model and the
     last token data are kept: a worker trains pack after pack without loading them again.
+
+    Raises:
+        UserError: Accelerate is asked for what this is not made for, or processes that started together are apart.
     """
 
     def __init__(self, device: str | torch.device | None = None, *, weights_dtype: torch.dtype = torch.float32) -> None:
         wanted = None if device is None or str(device) == "auto" else torch.device(device)
         if wanted is None and torch.backends.mps.is_available():  # no float64 there, which sums are kept in
             wanted = torch.device("cpu")
-        self.accelerator = Accelerator(cpu=wanted is not None and wanted.type == "cpu")
+        check_environment()
+        on_cpu = wanted is not None and wanted.type == "cpu"
+        if not on_cpu and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+            check_gpus(torch.cuda.device_count())
+        self.accelerator = Accelerator(cpu=on_cpu)
+        check_joined(self.world)
         if wanted is not None and wanted.type == "cuda":
             wanted = torch.device("cuda", wanted.index or 0)
             torch.cuda.set_device(wanted)
@@ -56,12 +65,7 @@ class Runtime:
 
     def autocast(self, config: RunConfig) -> torch.dtype | None:
         """Dtype of the SAEs' matrix products: the config's, `accelerate launch`'s, or bf16 on a GPU."""
-        choice: str = config.mixed_precision
-        if choice == "auto":
-            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-            fallback: Literal["bf16", "no"] = "bf16" if self.device.type == "cuda" else "no"
-            choice = launched if launched in ("bf16", "fp16") else fallback
-        return _DTYPES[choice]
+        return _DTYPES[precision(config, self.device.type)[0]]
 
     def language_model(self, config: RunConfig) -> LanguageModel:
         """The config's language model on this device."""
