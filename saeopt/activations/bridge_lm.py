@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from saeopt.activations.hook_points import misnamed
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,9 +40,26 @@ def _quietly() -> Iterator[None]:
         yield
 
 
+class _Shapes(TorchFunctionMode):
+    """A forward pass without values: nothing differs from anything."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+
+def _same_shape(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _build(model: nn.Module, device: torch.device) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+    if device.type == "meta":  # which tokens an expert gets depends on values
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                module.forward = _same_shape
     kind = type(model).__name__
     try:
         with _quietly():
@@ -63,21 +82,27 @@ class BridgedModel:
                 self.bridge.enable_compatibility_mode(disable_warnings=True)
 
     @staticmethod
-    def names_from_config(config: PretrainedConfig) -> list[str] | None:
-        """Names of all hook points, from a model without weights; None where that cannot be built."""
+    def names_from_config(config: PretrainedConfig) -> tuple[list[str], dict[str, str]] | None:
+        """Names of all hook points and :attr:`misnamed`, from a model without weights; None if there cannot be one."""
         from transformers import AutoModelForCausalLM
 
         try:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-            return list(_build(model, torch.device("meta")).hook_dict)
+            hooks = _build(model, torch.device("meta")).hook_dict
+            return list(hooks), misnamed(hooks)
         except (RuntimeError, TypeError, AttributeError, UserError):
             return None
 
     @cached_property
+    def misnamed(self) -> dict[str, str]:
+        """Hook points that are not what their names say: name → what it is."""
+        return misnamed(self.bridge.hook_dict)
+
+    @cached_property
     def widths(self) -> dict[str, int]:
-        """Width of every hook point that yields one vector per token."""
-        hooks = self.bridge.hook_dict
+        """Width of every hook point that yields one vector per token and is what its name says."""
+        hooks = {n: point for n, point in self.bridge.hook_dict.items() if n not in self.misnamed}
         found: dict[str, int] = {}
 
         def look(name: str) -> Callable[..., None]:
@@ -90,9 +115,15 @@ class BridgedModel:
 
         tokens_BT = torch.arange(2 * _PROBE_TOKENS, device=self.device).reshape(2, _PROBE_TOKENS)
         tokens_BT %= int(self.bridge.cfg.d_vocab)
-        with torch.no_grad(), _quietly():
-            always = [name for name, point in hooks.items() if self._switch(name, point) is None]
-            self.bridge.run_with_hooks(tokens_BT, return_type="logits", fwd_hooks=[(n, look(n)) for n in always])
+        always = [name for name, point in hooks.items() if self._switch(name, point) is None]
+        try:
+            with torch.no_grad(), _quietly(), _Shapes() if self.device.type == "meta" else contextlib.nullcontext():
+                self.bridge.run_with_hooks(tokens_BT, return_type="logits", fwd_hooks=[(n, look(n)) for n in always])
+        except (NotImplementedError, RuntimeError) as error:
+            if self.device.type != "meta":
+                raise
+            kind, line = type(self.bridge.original_model).__name__, " ".join(str(error).split())[:100]
+            raise UserError(f"a plan without weights cannot be made for {kind}: {line}") from None
         for name, point in hooks.items():
             same = [n for n in found if hooks[n] is point]
             if same:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from saeopt.errors import UserError
 
@@ -39,15 +39,36 @@ def is_residual_pattern(pattern: str) -> bool:
     return re.fullmatch(r"blocks\.[\d*?\[\]!-]+\.hook_resid_(pre|post|p\*|\*p(re|ost))", pattern) is not None
 
 
-def match_hooks(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
+def misnamed(hooks: Mapping[str, object]) -> dict[str, str]:
+    """Hook points that are not what their names say, and the names of what they are.
+
+    Of a block of experts TransformerLens has no neurons: its `hook_pre` is the block's input, its `hook_post` the
+    output.
+    """
+    ends = {"hook_pre": "hook_in", "hook_post": "hook_out"}
+    found = {}
+    for name, point in hooks.items():
+        owner, _, last = name.rpartition(".")
+        other = f"{owner}.{ends[last]}" if last in ends else ""
+        if other in hooks and hooks[other] is point:
+            found[name] = other
+    return found
+
+
+def match_hooks(patterns: Sequence[str], known: Sequence[str], misnamed: Mapping[str, str] | None = None) -> list[str]:
     """The hook points that names and glob patterns mean, in model order.
 
     Raises:
-        UserError: a pattern that matches nothing; the line lists near names.
+        UserError: a pattern that matches nothing; the line lists near names. Or one that asks for `misnamed` ones.
     """
     found: list[str] = []
     names = set(known)
     for pattern in patterns:
+        if asked := [n for n in fnmatch.filter(misnamed or {}, pattern) if n.endswith(pattern.rpartition(".")[2])]:
+            raise UserError(
+                f"'saes.sae_positions': {asked[0]} has no neurons (a mixture of experts): TransformerLens means"
+                f" {(misnamed or {})[asked[0]]} by it; name that one, or another hook point"
+            )
         matched = [pattern] if pattern in names else fnmatch.filter(known, pattern)
         if not matched:
             raise UserError(f"'saes.sae_positions': the model has no hook point '{pattern}'{_near(pattern, known)}")

@@ -131,14 +131,15 @@ class LanguageModel:
         patterns = [patterns] if isinstance(patterns, str) else list(patterns)
         if self._plain is not None and all(map(is_residual_pattern, patterns)):
             return match_hooks(patterns, residual_hooks(len(self._plain.layers)))
-        return self._bridge.without_aliases(match_hooks(patterns, self.hook_points), patterns)
+        found = match_hooks(patterns, self.hook_points, self._bridge.misnamed)
+        return self._bridge.without_aliases(found, patterns)
 
     def width(self, hook: str) -> int:
         """d at a hook point; heads and other extra axes count as one."""
         if self._boundary(hook) is not None:
             return int(self.config.get_text_config().hidden_size)
         if hook not in self._bridge.widths:
-            match_hooks([hook], self.hook_points)
+            match_hooks([hook], self.hook_points, self._bridge.misnamed)
         return self._bridge.widths[hook]
 
     @torch.no_grad()
@@ -211,4 +212,4 @@ def check_hooks(patterns: Sequence[str], model_config: PretrainedConfig, raw: bo
         return
     names = BridgedModel.names_from_config(model_config)
     if names is not None:
-        match_hooks(patterns, names)
+        match_hooks(patterns, *names)
