@@ -52,7 +52,8 @@ def train_pack(
         torch.OutOfMemoryError: the pack does not fit on the device.
     """
     config = check_plans(plans)
-    plans = _resolved(plans, runtime)
+    resolved = [with_precision(plan, runtime.device.type) for plan in plans]
+    plans = [plan for plan, _ in resolved]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = runtime.language_model(config)
@@ -62,17 +63,11 @@ def train_pack(
         Trial(plan, RunFolder(plan.run_dir), blank_members(plan, hooks[plan.name], model, runtime)) for plan in plans
     ]
     loop = _Loop(trials, model, tokens, runtime, observer or Observer())
+    log.info("mixed_precision: %s", ", ".join(sorted({told for _, told in resolved})))
     try:
         return loop.run()
     finally:
         loop.close()
-
-
-def _resolved(plans: Sequence[TrialPlan], runtime: Runtime) -> list[TrialPlan]:
-    """The plans as their run folders and weights tell them: with the precision that they are trained in."""
-    found = [with_precision(plan, runtime.device.type) for plan in plans]
-    log.info("mixed_precision: %s", ", ".join(sorted({told for _, told in found})))
-    return [plan for plan, _ in found]
 
 
 class _Loop:
