@@ -116,14 +116,15 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
 
     try:
         with silent_libraries():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         raise _explain(name, "causal language model", error) from None
+    model, report = loaded
     check_weights(name, report)
-    model.to(device)
-    return model.eval()
+    found: PreTrainedModel = model.to(device).eval()
+    return found
 
 
 def check_weights(name: str, report: dict[str, Any]) -> None:

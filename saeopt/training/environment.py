@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from saeopt.config import RunConfig, load_run_config
 from saeopt.errors import UserError
@@ -93,8 +93,8 @@ def precision(config: RunConfig, device_type: str) -> tuple[Precision, str]:
     if config.mixed_precision != "auto":
         return config.mixed_precision, "config"
     launched = _launched_precision()
-    if launched == "bf16" or launched == "fp16":
-        return launched, "ACCELERATE_MIXED_PRECISION"
+    if launched in ("bf16", "fp16"):
+        return cast(Precision, launched), "ACCELERATE_MIXED_PRECISION"
     return "bf16" if device_type == "cuda" else "no", f"auto on {device_type}"
 
 
