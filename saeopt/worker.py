@@ -16,7 +16,7 @@ import typer
 
 from saeopt.config.settings import settings
 from saeopt.config.study import CPU_PACK
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError, WorkerFault, run_cli
 from saeopt.options import Storage, StudyArgument, either, new_app
 
 if TYPE_CHECKING:
@@ -123,7 +123,11 @@ def work(
     local = LocalTraining(options.device)
     try:
         store = Store.open(storage, create=False, patience=60)
-        spec = store.spec(study)
+        store.study_id(study)  # a name that is not there is a usage error
+        try:
+            spec = store.spec(study)
+        except UserError as error:
+            raise WorkerFault(str(error)) from None
         wanted = spec.pack if pack is None else pack
 
         def limit(space: Space) -> int:

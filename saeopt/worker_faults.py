@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from saeopt.errors import HostError
+from saeopt.errors import HostError, UserError
 from saeopt.training.launch import EXHAUSTED
 
 SAME_REASON = 3
@@ -59,7 +59,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, TrainingFailed):
         return error.failure
     text = "".join(traceback.format_exception(error))
-    reason = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:300]
+    told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    reason = (told.splitlines() or [""])[0][:300]
     if is_out_of_memory(error):
         return Failure("memory", reason, text)
     if _is_host_fault(error):

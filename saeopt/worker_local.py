@@ -78,5 +78,5 @@ def check_folder(folder: Path, needed: int = 0) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise write_error(folder, error) from error
-    if free < needed + _SPARE_BYTES:
-        raise HostError(f"{folder}: {free / 2**20:.1f} MiB are free, a checkpoint needs {needed / 2**20:.1f}")
+    if free < (wanted := needed + _SPARE_BYTES):
+        raise HostError(f"{folder}: {free / 2**20:.1f} MiB are free, {wanted / 2**20:.1f} are needed for a checkpoint")

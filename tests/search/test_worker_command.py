@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ from _stores import grid_spec
 
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.search import claims
+from saeopt.search import internals as db
 from saeopt.search.create import create_study
-from saeopt.search.storage import Store
+from saeopt.search.storage import SPEC_KEY, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Start = Callable[..., subprocess.Popen[str]]
@@ -97,6 +99,23 @@ def test_an_unknown_study_is_named_with_its_neighbours(start: Start, address: st
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "did you mean 'mine'?" in errors
+
+
+@pytest.mark.parametrize(("change", "line"), [({"format": 2}, "format is 2"), ({"new_option": 1}, "'new_option'")])
+def test_a_study_of_a_newer_version_is_a_fault_of_the_worker_and_of_no_trial(
+    start: Start, address: str, change: dict[str, Any], line: str
+) -> None:
+    store = Store.open(address)
+    study_id = create_study(store, grid_spec(2)).study_id
+    with store.write() as connection:
+        text = json.dumps(json.loads(store.spec("s").to_json()) | change)
+        db.set_attrs(connection, db.study_attrs, study_id, {SPEC_KEY: text})
+    process = start("--study", "s", "--devices", "cpu")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert line in errors
+    assert "Traceback" not in errors
+    assert claims.counts(store, study_id)["WAITING"] == 2
 
 
 def test_devices_are_listed(start: Start) -> None:
