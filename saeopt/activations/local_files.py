@@ -149,7 +149,7 @@ def _in_folder(folder: Path, split: str | None, tell: bool) -> list[Path]:
     if not tables:
         return _of_split(folder, files, split)
     known = all(f.suffix in BUILDERS or (f.suffix == ".gz" and f.stem.endswith(tuple(BUILDERS))) for f in tables)
-    return [] if known and suffix_of(tables[0]) != ".tsv" else tables
+    return [] if known and suffix_of(tables[0]) != ".tsv" else _of_split(folder, tables, split)
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ Suffixes: b sequences of one rank, n sequences, T positions.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column
@@ -139,12 +139,11 @@ class TokenData:
 
     def fingerprint(self) -> str:
         """Changes when documents or their order change, and with every change of local files."""
-        return _hash([self.identity(), *file_states(self.data.dataset_name)])
+        return _hash(self.identity().encode(), np.array(file_states(self.data.dataset_name)))
 
     def identity(self) -> str:
         """The same for the same tokens wherever they lie: held-out tokens, first samples, token count."""
-        first, held_out = self.calibration(4).tolist(), self.held_out.tolist()
-        return _hash([first, held_out, self.engine.tokens_per_pass or 0])
+        return _hash(self.calibration(4).numpy(), self.held_out, np.array(self.engine.tokens_per_pass or 0))
 
     def _sequences(self, reader: Reader, n: int) -> Tensor:
         return self._samples.rows(reader.read(n * self._fresh_tokens), n)
@@ -176,8 +175,8 @@ class TokenData:
             self._told = True
 
 
-def _hash(parts: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def _hash(*parts: NDArray[Any] | bytes) -> str:
+    return hashlib.sha256(b"".join(p if isinstance(p, bytes) else p.tobytes() for p in parts)).hexdigest()[:16]
 
 
 class _Samples:

@@ -34,8 +34,8 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
 def _expanded(folder: str, source: str) -> str:
     try:
         return expanded(folder)
-    except ValueError as error:
-        raise UserError(f"{source}: 'output_dir': {error} (got {folder!r})") from None
+    except UserError as error:
+        raise UserError(f"{source}: 'output_dir': {error}") from None
 
 
 def _sae_types(spec: StudySpec, source: str) -> list[str]:

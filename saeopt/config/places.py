@@ -29,14 +29,14 @@ def expanded(text: str) -> str:
     """The path with `~` and `$VAR` replaced.
 
     Raises:
-        ValueError: no such variable or user.
+        UserError: no such variable or user.
     """
     found = os.path.expandvars(os.path.expanduser(text))
     unknown = re.search(r"\$(\w+|\{\w+\})", found)
     if unknown and not os.path.exists(found):
-        raise ValueError(f"the environment variable {unknown[1].strip('{}')} is not set")
+        raise UserError(f"the environment variable {unknown[1].strip('{}')} is not set (got {text!r})")
     if found.startswith("~") and not os.path.exists(found):
-        raise ValueError(f"there is no user {found.split(os.sep)[0][1:]}")
+        raise UserError(f"there is no user {found.split(os.sep)[0][1:]} (got {text!r})")
     return found
 
 
@@ -56,8 +56,8 @@ def located(raw: Mapping[str, Any]) -> dict[str, Any]:
             found = expanded(text)
             if field not in _MADE:
                 found = _absolute(found) or _absolute(expanded(first)) or found
-        except ValueError as error:
-            raise UserError(f"'{field}': {error} (got {text!r})") from None
+        except UserError as error:
+            raise UserError(f"'{field}': {error}") from None
         if found not in (text, first):
             typed[found] = first
         return found

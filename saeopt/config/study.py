@@ -300,7 +300,10 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
     """A spec whose base and space are checked and normalised; :class:`UserError` names `source` and the field."""
     base = raw.get("base")
     if isinstance(base, str):
-        near = Path(source).parent / expanded(base)
+        try:
+            near = Path(source).parent / expanded(base)
+        except UserError as error:
+            raise UserError(f"{source}: 'base': {error}") from None
         raw = {**raw, "base": read_run_yaml(near if near.exists() else base)}
     try:
         spec = StudySpec.model_validate(raw)

@@ -71,7 +71,7 @@ def store_url(url: str | None = None) -> URL:
         raise UserError("--storage: an SQLite store needs a file, as in sqlite:///studies/saeopt.db")
     try:
         return parsed.set(database=expanded(str(parsed.database)))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--storage {shown(parsed)}: {error}") from None
 
 

@@ -109,8 +109,16 @@ def test_folders_and_files_named_as_splits_hold_them(tmp_path: Path):
     for split, token in (("train", "w3"), ("test", "w4")):
         write(tmp_path / "folders" / split / "a.txt", f"{token} " * 200)
         write(tmp_path / "files" / f"{split}.txt", f"{token} " * 200)
+        write(
+            tmp_path / "packed" / f"{split}.jsonl.bz2", bz2.compress(json.dumps({"text": f"{token} " * 200}).encode())
+        )
         write(tmp_path / "bins" / f"x_{split}_0.bin", np.full(200, int(token[1:]), np.uint16).tobytes())
-    for name, changes in {"folders": {}, "files": {}, "bins": {**TOKENS, "token_dtype": "uint16"}}.items():
+    for name, changes in {
+        "folders": {},
+        "files": {},
+        "packed": {},
+        "bins": {**TOKENS, "token_dtype": "uint16"},
+    }.items():
         for split, token in (("train", 3), ("test", 4)):
             tokens = load(tmp_path / name, split=split, **changes)
             assert {t for row in flat(tokens, 5) for t in row} - {EOS} == {token}

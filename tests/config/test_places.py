@@ -75,6 +75,8 @@ def test_a_variable_or_user_that_does_not_exist_is_named(typed: str):
         config(save_dir=typed)
     with pytest.raises(UserError, match=r"'output_dir': .*(NO_SUCH_VARIABLE|no_such_user)"):
         study_spec({"name": "s", "base": config().model_dump(mode="json"), "output_dir": typed}, "test")
+    with pytest.raises(UserError, match=r"test: 'base': .*(NO_SUCH_VARIABLE|no_such_user)"):
+        study_spec({"name": "s", "base": typed}, "test")
     with pytest.raises(UserError, match=r"--storage .*(NO_SUCH_VARIABLE|no_such_user)"):
         store_url(f"sqlite:///{typed}.db")
 
