@@ -110,10 +110,14 @@ def test_a_study_is_found_from_another_folder_once_its_folder_is_there(tmp_path:
     assert spec.runs == tmp_path / "output" / "s"
 
 
-def test_creating_a_study_makes_the_folder_that_workers_look_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_creating_a_study_makes_the_folder_that_workers_look_for(
+    tiny_model_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from saeopt.study import app
 
-    (tmp_path / "base.yaml").write_text(dump_yaml(config("home/data/x.txt")))
+    data = {"dataset_name": str(tiny_text), "is_tokenized": False, "column_name": "text", "context_length": 16}
+    saes = {"sae_type": "relu", "sae_positions": "blocks.1.hook_resid_pre"}
+    (tmp_path / "base.yaml").write_text(dump_yaml(config(model=str(tiny_model_dir), data=data, saes=saes)))
     (tmp_path / "s.yaml").write_text("base: base.yaml")
     with pytest.raises(SystemExit, match="0"):
         run_cli(app, ["create", "s.yaml", "--storage", "sqlite:///~/s.db"])
