@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from saeopt.activations.padding import MASK, kept_spans
 from saeopt.activations.token_files import spans
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -97,6 +99,20 @@ class _Chunk:
     stops: NDArray[np.int64]
 
 
+def _lists(column: pa.Array) -> _Chunk:
+    """A column of lists; missing ones are empty."""
+    import pyarrow as pa
+
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    starts, stops = offsets[:-1].copy(), offsets[1:].copy()
+    if column.null_count:
+        missing = column.is_null().to_numpy(zero_copy_only=False)
+        stops[missing] = starts[missing]
+    return _Chunk(column.values.to_numpy(zero_copy_only=False), starts, stops)
+
+
 class DocumentTable:
     """Documents read by number. Tokenised data sets stay memory-mapped; text is tokenised once."""
 
@@ -118,16 +134,16 @@ class DocumentTable:
         import pyarrow as pa
 
         rows = rows.flatten_indices() if rows._indices is not None else rows
-        chunks = []
+        masks = rows.data.column(MASK) if MASK in rows.column_names else None
+        chunks, at = [], 0
         for chunk in rows.data.column(tokeniser.data.column_name).chunks:
-            if pa.types.is_fixed_size_list(chunk.type):
-                chunk = chunk.cast(pa.list_(chunk.type.value_type))
-            offsets = chunk.offsets.to_numpy().astype(np.int64)
-            starts, stops = offsets[:-1].copy(), offsets[1:].copy()
-            if chunk.null_count:
-                missing = chunk.is_null().to_numpy(zero_copy_only=False)
-                stops[missing] = starts[missing]
-            chunks.append(_Chunk(chunk.values.to_numpy(zero_copy_only=False), starts, stops))
+            found = _lists(chunk)
+            if masks is not None:
+                mask = _lists(pa.concat_arrays(masks.slice(at, len(chunk)).chunks))
+                spans = (found.starts, found.stops), mask.values, (mask.starts, mask.stops)
+                found = _Chunk(*kept_spans(found.values, *spans, tokeniser.data))
+            chunks.append(found)
+            at += len(chunk)
         return cls(chunks, tokeniser)
 
     @classmethod

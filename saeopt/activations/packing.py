@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeopt.activations.documents import DocumentTable, Ids, Tokeniser
+from saeopt.activations.padding import without_padding
 from saeopt.activations.separators import Separator
 from saeopt.errors import UserError
 from saeopt.saes.noise import derived_seed
@@ -170,10 +171,9 @@ class StreamEngine:
         rows: IterableDataset = pickle.loads(self._rows)
         if state is not None:
             rows.load_state_dict(copy.deepcopy(state))
-        column = self._tokeniser.data.column_name
         pending: list[Any] = []
         for row in rows:
-            pending.append(row[column])
+            pending.append(without_padding(row, self._tokeniser.data))
             if len(pending) == UNIT_DOCUMENTS:
                 yield self._tokeniser(pending), copy.deepcopy(rows.state_dict())
                 pending = []

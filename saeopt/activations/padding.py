@@ -89,7 +89,8 @@ def mostly_one_token(row: Any) -> int | None:
     ids = np.asarray([] if row is None else row)
     if len(ids) < _SHORTEST:
         return None
-    for end, piece in ((ids[-1], ids[len(ids) // 2 - 1 :]), (ids[0], ids[: len(ids) // 2 + 1])):
+    half = len(ids) // 2 + 1
+    for end, piece in ((ids[-1], ids[-half:]), (ids[0], ids[:half])):
         if (piece == end).all():
             return int(end)
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column
 from saeopt.activations.local_files import TEXT, TOKENS, file_states, kind_of, local_files
 from saeopt.activations.packing import Engine, Position, Reader, StreamEngine, TableEngine
+from saeopt.activations.padding import full_blocks, tell_padding, without_padding
 from saeopt.activations.separators import Separator, separator_of, special_tokens
 from saeopt.activations.sources import ArrayRows, ListTable, open_rows
 from saeopt.activations.token_files import find_separator
@@ -253,11 +254,14 @@ def open_engine(data: DataConfig, model: LanguageModel, held_out: int) -> tuple[
         raise UserError(f"'data.tokenizer_name': {data.dataset_name} holds text, and there is no tokenizer in reach")
     tokeniser = Tokeniser(data, model.tokenizer, model.vocab_size)
     seed = data.seed or 0
+    left_out = model.special_ids if data.mask_special_tokens else ()
     if isinstance(rows, ArrayRows):
+        blocks = [row for array in rows.arrays if array.ndim > 1 for row in array[:_SAME_LENGTH_ROWS]]
+        tell_padding(blocks, data, False, left_out)
         table, separator = _array_table(rows, separator, tokeniser, model)
         return TableEngine(table, separator, seed, data.shuffle_documents, held_out), data, bos
     first = _first_rows(rows, data)
-    if data.is_tokenized and len(first) > 1 and len({len(row) for row in first if row is not None}) == 1:
+    if data.is_tokenized and _joined_as_they_are(first, data, left_out):
         separator = replace(separator, token=None)
     if isinstance(rows, ListTable) or hasattr(rows, "select"):
         return TableEngine(_table(rows, tokeniser), separator, seed, data.shuffle_documents, held_out), data, bos
@@ -279,20 +283,30 @@ def _array_table(
     return table, replace(separator, token=mark, before=before)
 
 
-def _first_rows(rows: ListTable | Dataset | IterableDataset, data: DataConfig) -> list[Any]:
-    """Some rows of the column, once it is known to hold what the config says."""
+def _first_rows(rows: ListTable | Dataset | IterableDataset, data: DataConfig) -> list[dict[str, Any]]:
+    """Some rows, once it is known that their column holds what the config says."""
     if isinstance(rows, ListTable):
-        found, columns = rows.rows[:_SAME_LENGTH_ROWS], None
+        found = [{data.column_name: row} for row in rows.rows[:_SAME_LENGTH_ROWS]]
     else:
         head = list(rows.take(_SAME_LENGTH_ROWS if data.is_tokenized else 10))
         columns = rows.column_names or list(head[0] if head else {})
         check_names(data, columns)
-        found = [row[data.column_name] for row in head]
+        found = head
     if not found:
         raise UserError(f"'data.dataset_name': {data.dataset_name} is empty")
-    full = next((row for row in found if row), found[0])
-    check_column(data, full)
+    stored = [row[data.column_name] for row in found]
+    check_column(data, next((row for row in stored if row), stored[0]))
     return found
+
+
+def _joined_as_they_are(rows: list[dict[str, Any]], data: DataConfig, left_out: Collection[int]) -> bool:
+    """Whether the first rows are full blocks; says what is done about padding."""
+    rows = [row for row in rows if row[data.column_name] is not None]
+    stored = [row[data.column_name] for row in rows]
+    kept = [len(without_padding(row, data)) for row in rows]
+    lengths = list(map(len, stored))
+    tell_padding(stored, data, kept != lengths, left_out)
+    return full_blocks(lengths, kept)
 
 
 def check_names(data: DataConfig, columns: list[str]) -> None:

@@ -49,7 +49,7 @@ class DataConfig(StrictModel):
     is_tokenized: bool = True
     """true: `column_name` holds token ids; false: text."""
     column_name: Text = "input_ids"
-    """The column to read."""
+    """The column to read. Beside token ids, an `attention_mask` column is followed: positions with 0 are left out."""
     split: Text = "train"
     """The split to read."""
     subset: Text | None = None
