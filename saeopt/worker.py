@@ -56,6 +56,14 @@ def worker(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="One trial at a time; the first error ends the worker, with traceback.")
     ] = False,
+    only_builtin: Annotated[
+        bool,
+        typer.Option("--only-builtin", envvar="SAEOPT_ONLY_BUILTIN", help="Import no architecture that a study names."),
+    ] = False,
+    output_root: Annotated[
+        Path | None,
+        typer.Option(envvar="SAEOPT_OUTPUT_ROOT", metavar="DIR", help="Refuse studies that write outside of DIR."),
+    ] = None,
     show_devices: Annotated[bool, typer.Option("--show-devices", help="List the devices and end.")] = False,
     poll: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.05, help="Time between looks at an empty queue.")
@@ -65,6 +73,7 @@ def worker(
     from saeopt.config.settings import export_tokens
     from saeopt.console import console, set_up_logging
     from saeopt.search import devices as dev
+    from saeopt.search.allowed import ONLY_BUILTIN, OUTPUT_ROOT
     from saeopt.training.environment import check_alone, check_environment
     from saeopt.worker_loop import Options
 
@@ -83,7 +92,11 @@ def worker(
     export_tokens()
     interrupted = stop_on_signals()
     dev.watch_parent(interrupted)
-    if storage is not None:  # for children too: a command line would show its password
+    if only_builtin:  # for children too, like what follows
+        os.environ[ONLY_BUILTIN] = "1"
+    if output_root is not None:
+        os.environ[OUTPUT_ROOT] = str(output_root)
+    if storage is not None:  # a command line would show its password
         os.environ["SAEOPT_STORAGE"] = storage
     with _own_gpu(devices, interrupted) as own:
         names = [own] if own else dev.parse_devices(devices)

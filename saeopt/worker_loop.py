@@ -82,6 +82,7 @@ class Worker:
         self.study_id = store.study_id(name)
         self.identity = store.identity(self.study_id)  # before the spec: a study that is another one now has another
         self.spec = store.spec(name)
+        check_allowed(self.spec)
         self.space = Space(self.spec)
         host, pid = socket.gethostname(), os.getpid()
         label = f"{host}/{pid}/{options.device}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 from saeopt.config.base import nearest
@@ -21,6 +22,10 @@ ARCHITECTURES = {
 }
 
 
+ONLY_BUILTIN = "SAEOPT_ONLY_BUILTIN"
+"""A worker with --only-builtin sets this variable: nothing is imported by a name from a study."""
+
+
 def get_sae(sae_type: str) -> type[SAE]:
     """The class of a registered name or of `package.module:Class`."""
     target = ARCHITECTURES.get(sae_type, sae_type)
@@ -30,6 +35,8 @@ def get_sae(sae_type: str) -> type[SAE]:
             f"'saes.sae_type': unknown architecture '{sae_type[:80]}'{nearest(sae_type, list(ARCHITECTURES))}"
             f" (known: {', '.join(ARCHITECTURES)}, or package.module:Class)"
         )
+    if sae_type not in ARCHITECTURES and os.environ.get(ONLY_BUILTIN):
+        raise UserError(f"'saes.sae_type': '{sae_type[:80]}' is not one of saeopt's own, and --only-builtin is set")
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # the module is anybody's: it may raise, not parse, or call sys.exit

@@ -79,6 +79,27 @@ def test_workers_get_an_init_process_a_grace_period_and_the_lock_folder() -> Non
     assert "locks:/data/locks" in workers["volumes"]
 
 
+def test_every_service_runs_without_privileges_and_within_limits() -> None:
+    services = compose()["services"]
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["pids_limit"] > 0, name
+        assert "mem_limit" in service, name
+        assert service["image"].startswith("${"), name  # a digest can be pinned
+        added = {"db": {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}, "proxy": {"NET_BIND_SERVICE"}}
+        assert set(service.get("cap_add", [])) == added.get(name, set())
+        if name not in added:
+            assert service["read_only"] is True, name
+            assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp"], name
+
+
+def test_only_the_workers_get_tokens() -> None:
+    for name, service in compose()["services"].items():
+        tokens = {"HF_TOKEN", "WANDB_API_KEY"} & set(service.get("environment", {}))
+        assert tokens == ({"HF_TOKEN", "WANDB_API_KEY"} if name == "workers" else set())
+
+
 def test_make_env_fills_in_passwords_once_and_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/make_env.sh", tmp_path / "scripts")

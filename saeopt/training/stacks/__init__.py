@@ -39,6 +39,8 @@ def make_stack(
         return own.get(saes[0].config.sae_type, GpuStack)(saes, seeds, options, performance)
     if "on" in (performance.compile, performance.graphs):
         _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
+    if saes[0].config.sae_type == "topk" and options.autocast is not None:
+        _notice("'mixed_precision' has no effect on topk's fused step on the CPU (performance.stack: reference has it)")
     on_cpu = SparseStack if saes[0].config.sae_type == "topk" else FusedStack
     return on_cpu(saes, seeds, options, performance)
 
