@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from saeopt.activations.tokens import TokenData
 from saeopt.config.io import validate_run
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
+from saeopt.tensor_file import verify
 
 __all__ = ["file", "way"]
 PER_SLOT = 16 * 4 * 4  # bytes of one hook point
@@ -245,6 +248,30 @@ def test_several_processes_harvest_once_between_them(file: Path, tmp_path: Path)
     assert [values for _, values in found] == [wanted, wanted]
     assert sum(n for n, _ in found) == 40
     assert not list((tmp_path / "c").rglob("*.tmp"))
+
+
+def test_a_writer_that_is_killed_at_any_moment_leaves_no_readable_half(file: Path, tmp_path: Path):
+    plain = run_config(file, n_train_samples=400)
+    wanted = take(open_stream(plain), 200)
+    folder, rng = tmp_path / "c", random.Random(1)
+    context = multiprocessing.get_context("fork")
+    for _ in range(8):
+        writer = context.Process(target=lambda: take(open_stream(cached(plain, folder)), 200))
+        before = len(shards(folder))
+        writer.start()
+        while writer.is_alive() and len(shards(folder)) < before + rng.randrange(1, 12):
+            time.sleep(rng.random() / 200)
+        writer.kill()
+        writer.join()
+        for shard in shards(folder):
+            verify(shard)
+    model = FakeModel()
+    written = len(shards(folder)) // 2
+    assert 0 < written < 40
+    got = take(open_stream(cached(plain, folder), model), 200)
+    assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
+    assert sum(model.sequences) <= 400 - 10 * (written - 1)  # what was written is not harvested again
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_a_writer_goes_on_behind_the_shards_of_another_without_beginning_anew(

@@ -250,14 +250,15 @@ def test_weights_that_are_written_to_from_outside_are_seen(variant: dict[str, An
 @pytest.mark.parametrize(("sae_type", "autocast", "told"), [
     ("topk", torch.bfloat16, True), ("topk", None, False), ("relu", torch.bfloat16, False),
 ])  # fmt: skip
-def test_a_precision_that_has_no_effect_on_the_cpu_is_told(monkeypatch, sae_type, autocast, told):
+def test_a_precision_that_has_no_effect_on_the_cpu_is_told(
+    monkeypatch: pytest.MonkeyPatch, sae_type: str, autocast: torch.dtype | None, told: bool
+) -> None:
     from saeopt.training import stacks
 
     notices: list[str] = []
     monkeypatch.setattr(stacks, "_notice", notices.append)
-    config = sae_config_class(sae_type)(
-        sae_type=sae_type, sae_positions=["x"], **({"k": 2} if sae_type == "topk" else {})
-    )
-    saes = [get_sae(sae_type)(4, 8, config)]
+    extra: dict[str, Any] = {"k": 2} if sae_type == "topk" else {}
+    architecture = get_sae(sae_type)
+    saes = [architecture(4, 8, architecture.Config(sae_type=sae_type, sae_positions=["x"], **extra))]
     stacks.make_stack(saes, [0], StackOptions(100, autocast=autocast), PerformanceConfig())
     assert any("mixed_precision" in text for text in notices) == told

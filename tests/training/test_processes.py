@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from saeopt.evaluation.load import load_run
+from saeopt.files import read_metrics
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
@@ -93,3 +94,38 @@ def test_killed_at_random_moments_the_final_weights_are_bit_identical(make_confi
     assert folder.status()["status"] == "finished"
     whole, cut = weights(tmp_path / "whole" / "a"), weights(tmp_path / "cut" / "a")
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_a_random_moment_resume_to_the_same_bits(make_config, tmp_path):
+    """With a shuffle buffer whose last group is cut, and norm outliers left out."""
+    data = {"data.n_train_samples": 304, "data.shuffle_buffer_tokens": 2000, "data.mask_norm_outliers": 1.2}
+    config = make_config(
+        **{**data, "data.train_batch_size": 4}, save_every_n_samples=32, keep_checkpoints=2, eval_every_n_samples=96
+    )
+    rng = random.Random(3)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        job = write_job(tmp_path / name / "job.json", {"a": config}, resume=name == "cut")
+        folder, kills = RunFolder(tmp_path / name / "a"), 0 if name == "cut" else 1
+        while True:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+            command += [f"--master_port={free_port()}", str(JOB), job]
+            until = (folder.weights() or [0])[0] + rng.randrange(40, 200)
+            process = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
+            while kills < 1 and process.poll() is None and (folder.weights() or [0])[0] < until:
+                time.sleep(0.002)
+            if kills == 1 or process.poll() is not None:
+                assert process.wait(timeout=300) == 0
+                break
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
+            kills += 1
+    assert kills == 1
+    whole, cut = (RunFolder(tmp_path / name / "a") for name in ("whole", "cut"))
+    assert cut.status() == whole.status()
+    assert cut.weights_path(304).read_bytes() == whole.weights_path(304).read_bytes()
+    assert cut.state_path(304).read_bytes() == whole.state_path(304).read_bytes()
+    assert cut.evaluation_path.read_bytes() == whole.evaluation_path.read_bytes()
+    rows = [[{**row, "tokens_per_s": 0} for row in read_metrics(f.metrics_path)] for f in (whole, cut)]
+    assert rows[0] == rows[1]
