@@ -137,9 +137,8 @@ class ChildTraining:
         return said
 
     def _limit(self, begun: bool) -> float:
-        if self.stall is not None:
-            return self.stall
-        return max(STALL_SECONDS, STALL_WINDOWS * self._longest) * (1 if begun else 4)
+        limit = max(STALL_SECONDS, STALL_WINDOWS * self._longest) if self.stall is None else self.stall
+        return limit * (1 if begun else 4)
 
     def _hear(self, kind: str, said: list[Any], talk: _Talk) -> None:
         observer = talk.observer
