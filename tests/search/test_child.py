@@ -134,7 +134,11 @@ def test_a_worker_that_wakes_up_leaves_its_heirs_runs_as_they_are(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(("poison", "said"), [("Killing", "SIGKILL"), ("Leaving", "exit code 5")])
+@pytest.mark.parametrize(
+    ("poison", "said", "store_address"),
+    [("Killing", "SIGKILL", "sqlite"), ("Leaving", "exit code 5", "postgresql")],
+    indirect=["store_address"],
+)
 def test_a_trial_that_ends_its_process_takes_nothing_with_it(
     poison: str, said: str, tmp_path: Path, spec: Callable[..., StudySpec], work: Callable[[], Any], store_address: str
 ) -> None:
@@ -151,6 +155,7 @@ def test_a_trial_that_ends_its_process_takes_nothing_with_it(
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
+@pytest.mark.parametrize("store_address", ["sqlite"], indirect=True)
 def test_a_frozen_training_is_ended_and_its_trial_trained_again(
     tmp_path: Path, spec: Callable[..., StudySpec], work: Callable[[], Any], store_address: str
 ) -> None:
