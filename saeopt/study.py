@@ -219,7 +219,10 @@ def best(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """The Pareto front, the best SAE per range of L0, and where they lie."""
+    """The Pareto front and the best SAE per range of L0.
+
+    Also their parameters, and where their weights lie.
+    """
     from saeopt.search import best as views
 
     store = _open(storage)

@@ -117,7 +117,9 @@ class Outcomes:
             attrs[REASON] = reason
         limits = self._constraints(result, reason, pruned=values is None)
         outcome = f"{'complete' if values is not None else 'stopped early'}{': ' + reason if reason else ''}"
-        monitoring.on_trial_end(self.store, self.study_id, claim.trial_id, spec, outcome, claim=claim)
+        monitoring.on_trial_end(
+            self.store, self.study_id, claim.trial_id, spec, outcome, claim=claim, evaluation=result.evaluation
+        )
         state: Literal["COMPLETE", "PRUNED"] = "PRUNED" if values is None else "COMPLETE"
         self.heart.closing(claim)
         final = self._last_values(assignment) if values is None else values

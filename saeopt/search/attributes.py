@@ -18,13 +18,19 @@ REASON = "reason"
 """Trial: why it was stopped or failed, one line."""
 TRACEBACK = "traceback"
 """Trial: the end of the traceback of its last failure."""
+CURVE_NAME = "intermediate_values"
+"""Study: what the trials' intermediate values are."""
 EVALUATION = "eval/"
 """Trial: `eval/<hook point>` → {metric: value}."""
 LIMIT = 1_024
 """optuna-dashboard cuts JSON values at so many characters."""
 DIGITS = 5
+COLUMNS = (("l0", "L0", ".1f"), ("fvu", "FVU", ".4f"), ("ce_recovered", "CE recovered", ".3f"), ("kl", "KL", ".3f"),
+           ("fraction_dead", "dead", ".1%"))  # fmt: skip
+"""What people see of an evaluation: metric, title, format."""
 
 _ORDER = ("l0", "explained_variance", "fvu", "ce_recovered", "kl", "fraction_dead", "mse", "cosine", "n_tokens")
+_PER_HOOK = ("l0", "fvu", "ce_recovered", "fraction_dead")
 
 
 def number(value: object) -> float | int | None:
@@ -40,9 +46,14 @@ def number(value: object) -> float | int | None:
     return float(f"{plain:.{DIGITS}g}") if math.isfinite(plain) else None
 
 
-def evaluation_attributes(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
-    """`eval/<hook point>` → its metrics, the important ones first; a long list (a histogram) goes if it is too much."""
-    result = {}
+def evaluation_attributes(evaluation: Evaluation) -> dict[str, Any]:
+    """What a trial's evaluation leaves in its attributes.
+
+    `eval/<hook point>` → its metrics, the important ones first; a long list (a histogram) goes if it is too much. For
+    the dashboard's columns and axes also numbers of their own: `<metric>`, the mean over hook points, and, of the most
+    important ones where there are several hook points, `<metric>@<hook point>`.
+    """
+    result: dict[str, Any] = {}
     for hook, metrics in evaluation.items():
         names = [n for n in _ORDER if n in metrics] + sorted(n for n in metrics if n not in _ORDER)
         compact: dict[str, Any] = {}
@@ -52,6 +63,12 @@ def evaluation_attributes(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
             if short is not None and len(json.dumps({**compact, name: short})) <= LIMIT:
                 compact[name] = short
         result[f"{EVALUATION}{hook}"[:512]] = compact
+    for name in _ORDER[:-1]:
+        if (mean := number(mean_metric(evaluation, name))) is not None:
+            result[name] = mean
+    for name, hook in ((n, h) for n in _PER_HOOK for h in evaluation if len(evaluation) > 1):
+        if (value := number(evaluation[hook].get(name))) is not None:
+            result[f"{name}@{hook}"[:512]] = value
     return result
 
 

@@ -19,12 +19,9 @@ from saeopt.evaluation.load import list_checkpoints
 from saeopt.evaluation.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.files import atomic_write
 from saeopt.search import queries
-from saeopt.search.attributes import RUN_DIR, not_found
+from saeopt.search.attributes import COLUMNS, RUN_DIR, not_found
 from saeopt.search.points import candidates, fronts, points_of
 from saeopt.search.storage import Store
-
-COLUMNS = (("l0", "L0", ".1f"), ("fvu", "FVU", ".4f"), ("ce_recovered", "CE recovered", ".3f"), ("kl", "KL", ".3f"),
-           ("fraction_dead", "dead", ".1%"))  # fmt: skip
 
 
 @dataclass(frozen=True)

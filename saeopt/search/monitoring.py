@@ -7,7 +7,6 @@ is a warning and never costs a trial.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from optuna.trial import FrozenTrial
 
 from saeopt.config.study import StudySpec
 from saeopt.console import log
-from saeopt.evaluation.pareto import Point
 from saeopt.files import write_bytes
 from saeopt.search import claims, notes
 from saeopt.search import internals as db
-from saeopt.search.attributes import RUN_DIR
+from saeopt.search.attributes import CURVE_NAME, RUN_DIR, Evaluation
 from saeopt.search.claims import Claim
-from saeopt.search.points import candidates, study_points
+from saeopt.search.points import study_points
 from saeopt.search.storage import Store, StudyGone, check_identity
 
 ARTIFACTS = "artifacts"
@@ -87,9 +85,16 @@ def on_trial_start(
 
 @harmless
 def on_trial_end(
-    store: Store, study_id: int, trial_id: int, spec: StudySpec, outcome: str = "trained", *, claim: Claim | None = None
+    store: Store,
+    study_id: int,
+    trial_id: int,
+    spec: StudySpec,
+    outcome: str = "trained",
+    *,
+    claim: Claim | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """Training curves as an artifact, the note with the outcome. Before the tell: a told trial takes no artifacts."""
+    """Training curves as an artifact, the note with the results. Before the tell: a told trial takes no artifacts."""
     from saeopt.evaluation.plots import CURVES, training_curves
     from saeopt.files import read_metrics
 
@@ -97,7 +102,7 @@ def on_trial_end(
         return
     trial = store.optuna.get_trial(trial_id)
     run_dir = spec.run_dir(trial.number)
-    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome))
+    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome, evaluation or {}))
     picture = run_dir / CURVES
     rows = [] if picture.exists() else read_metrics(run_dir / "metrics.jsonl")
     if rows:
@@ -112,6 +117,7 @@ def on_study_progress(
 ) -> None:
     """Draw the front anew, at most once a minute over all workers unless forced."""
     from saeopt.evaluation.plots import pareto_plot
+    from saeopt.search import figures
 
     with store.write() as connection:
         check_identity(connection, study_id, identity)
@@ -119,29 +125,15 @@ def on_study_progress(
         if not force and time.time() - last < PROGRESS_EVERY_S:
             return
         db.set_attrs(connection, db.study_attrs, study_id, {_DRAWN: time.time()})
+    study = store.study(spec.name)
+    if (name := study.user_attrs.get(CURVE_NAME)) is not None:
+        figures.save(study, figures.curves_figure(store.engine, study_id, name), "curves")
     found = study_points(store.engine, study_id, spec)
     if not found:
         return
-    study = store.study(spec.name)
     with tempfile.TemporaryDirectory() as scratch:
         put_artifact(store, study_id, study, artifact_dir(spec), pareto_plot(found, Path(scratch) / FRONT))
-    _interactive_front(study, found)
-
-
-def _interactive_front(study: optuna.Study, found: list[Point]) -> None:
-    """The same as a plotly figure that the dashboard shows beside its own plots; the newest 200 SAEs."""
-    import plotly.graph_objects as go
-    from optuna_dashboard import save_plotly_graph_object
-
-    plot = go.Figure()
-    shown = [p for p in candidates(found) if math.isfinite(p["fvu"])][-200:]
-    for hook in dict.fromkeys(p.hook_point for p in shown):
-        here = [p for p in shown if p.hook_point == hook]
-        x, y = [p["l0"] for p in here], [1 - p["fvu"] for p in here]
-        plot.add_scatter(x=x, y=y, text=[p.label for p in here], mode="markers", name=hook)
-    plot.update_layout(title="Sparsity against fidelity", xaxis={"type": "log", "title": "L0"})
-    plot.update_layout(yaxis={"title": "explained variance"}, template=None)  # the template alone has 7,000 characters
-    save_plotly_graph_object(study, plot, graph_object_id="front")
+    figures.save(study, figures.front_figure(found), "front")
 
 
 def put_artifact(store: Store, study_id: int, owner: optuna.Study | FrozenTrial, folder: Path, file: Path) -> None:

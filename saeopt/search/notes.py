@@ -11,6 +11,7 @@ from optuna_dashboard._note import note_str_key_prefix, note_ver_key
 from saeopt.config.settings import redact
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.search import internals as db
+from saeopt.search.attributes import COLUMNS, Evaluation, number
 from saeopt.search.storage import Store
 
 LIMIT = 2_000
@@ -63,8 +64,14 @@ def study_text(spec: StudySpec) -> str:
     return "\n".join([*lines, "", f"Status: `saeopt study status {spec.name}`; best: `saeopt study best {spec.name}`"])
 
 
-def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str) -> str:
-    """What the trial trains and where its files are."""
-    lines = [f"**{outcome}**", "", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
+def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str, evaluation: Evaluation | None = None) -> str:
+    """What the trial trains, what it came to, and where its files are."""
+    lines = [f"**{outcome}**", ""]
+    if evaluation:
+        lines += [f"| hook point | {' | '.join(title for _, title, _ in COLUMNS)} |", "|---|" + "--:|" * len(COLUMNS)]
+    for hook, metrics in (evaluation or {}).items():
+        numbers = [(number(metrics.get(key)), form) for key, _, form in COLUMNS]
+        lines.append(f"| {hook} | " + " | ".join("–" if v is None else format(v, form) for v, form in numbers) + " |")
+    lines += ["", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
     lines += [f"- {name}: {json.dumps(value)}" for name, value in trial.params.items()]
     return "\n".join(lines)

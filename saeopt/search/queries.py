@@ -77,17 +77,34 @@ def state_counts(engine: Engine) -> dict[int, dict[str, int]]:
 
 
 def trial_rows(engine: Engine, study_id: int) -> list[TrialRow]:
-    """All trials with their user attributes, without parameters, values and reports."""
+    """All trials with their user attributes, without parameters, values and reports.
+
+    Attributes of one hook point (`fvu@…`) are left out: they are there for the dashboard, and many.
+    """
     sql = "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials WHERE study_id = :study"
     rows = [TrialRow(i, n, s, _time(a), _time(b)) for i, n, s, a, b in _rows(engine, sql, study=study_id)]
     by_id = {row.trial_id: row for row in rows}
     sql = (
         "SELECT a.trial_id, a.key, a.value_json FROM trial_user_attributes a JOIN trials t ON a.trial_id = t.trial_id"
-        " WHERE t.study_id = :study"
+        " WHERE t.study_id = :study AND a.key NOT LIKE '%@%'"
     )
     for trial, key, value in _rows(engine, sql, study=study_id):
         by_id[trial].attributes[key] = json.loads(value)
     return sorted(rows, key=lambda row: row.number)
+
+
+def curves(engine: Engine, study_id: int, newest: int) -> dict[int, list[tuple[int, float]]]:
+    """Trial → (step, value) of its finite intermediate values, for the newest trials that have any."""
+    sql = (
+        "SELECT t.number, v.step, v.intermediate_value FROM trial_intermediate_values v"
+        " JOIN trials t ON v.trial_id = t.trial_id WHERE t.trial_id IN (SELECT trial_id FROM trials WHERE"
+        " study_id = :study AND trial_id IN (SELECT trial_id FROM trial_intermediate_values)"
+        " ORDER BY trial_id DESC LIMIT :newest) AND v.intermediate_value_type = 'FINITE' ORDER BY t.number, v.step"
+    )
+    found: dict[int, list[tuple[int, float]]] = {}
+    for number, step, value in _rows(engine, sql, study=study_id, newest=newest):
+        found.setdefault(number, []).append((step, value))
+    return found
 
 
 def add_steps(engine: Engine, rows: list[TrialRow]) -> None:

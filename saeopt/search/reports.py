@@ -17,8 +17,16 @@ from saeopt.console import log
 from saeopt.files import is_evaluation, read_metrics
 from saeopt.search import claims, pruning
 from saeopt.search import internals as db
+from saeopt.search.attributes import CURVE_NAME
 from saeopt.search.claims import Claim
-from saeopt.search.objectives import Evaluation, collapse_reason, expanded, metric_of, objective_values
+from saeopt.search.objectives import (
+    Evaluation,
+    collapse_reason,
+    expanded,
+    metric_of,
+    objective_names,
+    objective_values,
+)
 from saeopt.search.pruning import CURVE, Curve, Patience, Stopper
 from saeopt.search.storage import Store, persistently
 
@@ -41,8 +49,9 @@ class Reports(threading.Thread):
 
     def __init__(self, store: Store, study_id: int, spec: StudySpec) -> None:
         super().__init__(name="saeopt-reports", daemon=True)
-        self.store, self.spec = store, spec
+        self.store, self.study_id, self.spec = store, study_id, spec
         self.stopper = Stopper(store, study_id, spec)
+        self._named = False
         self.from_evaluations = bool(spec.base.get("eval_every_n_samples"))
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
 
@@ -91,6 +100,9 @@ class Reports(threading.Thread):
             shown = values[0] if values is not None else self._stand_in(metrics)
             if shown is not None:
                 self._queue.put(lambda: self._send(progress, samples, shown, values))
+                if not self._named:
+                    self._named = True
+                    self._queue.put(lambda: self._name_curve(values is not None))
                 if evaluated:
                     self.flush(3.0)
         return progress.verdict
@@ -128,10 +140,19 @@ class Reports(threading.Thread):
         curve = {s: v for s, v in pruning.parse_curve(stored).items() if s <= progress.reported}
         progress.curve = curve | progress.curve
 
+    def _name_curve(self, measured: bool) -> None:
+        """Say in the study what the intermediate values of its trials are: Optuna has no name for them."""
+        name = objective_names(self.spec)[0] if measured else f"{self._stand_in_name} (mean over hook points)"
+        with self.store.write() as connection:
+            db.set_attrs(connection, db.study_user_attrs, self.study_id, {CURVE_NAME: name})
+
+    @property
+    def _stand_in_name(self) -> str:
+        return "explained_variance" if expanded(self.spec)[0][1].maximised else "fvu"
+
     def _stand_in(self, metrics: Evaluation) -> float | None:
         """A curve for objectives that training does not measure: explained variance or FVU, by direction."""
-        name = "explained_variance" if expanded(self.spec)[0][1].maximised else "fvu"
-        found = [metric_of(row, name) for row in metrics.values()]
+        found = [metric_of(row, self._stand_in_name) for row in metrics.values()]
         if not found or any(v is None or not math.isfinite(v) for v in found):
             return None
         return math.fsum(v for v in found if v is not None) / len(found)

@@ -117,6 +117,8 @@ def test_packs_are_trained_and_every_trial_is_told(store: Store, tmp_path: Path)
     assert trainer.packs == [["0", "1", "2", "3"], ["4", "5"]]
     trial = store.study("s").trials[0]
     assert (trial.state.name, trial.values) == ("COMPLETE", [20.0, 0.8])
+    assert store.study("s").user_attrs["intermediate_values"] == "l0"
+    assert (trial.user_attrs["fvu"], trial.user_attrs["l0"]) == (0.2, 20.0)
     assert 1 < len(trial.intermediate_values) <= 50
     assert evaluation_of(trial.user_attrs) == {HOOK: {"l0": 20.0, "fvu": 0.2}}
     log = (tmp_path / "out/s/0/trial.log").read_text()

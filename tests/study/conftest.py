@@ -100,7 +100,7 @@ def finish(store_url: str) -> Callable[..., None]:
         for i, row in enumerate(rows):
             claims.report(store, claim, row["samples"] + i, row["fvu"])
         found = evaluation(*outcome)
-        on_trial_end(store, study_id, claim.trial_id, spec)
+        on_trial_end(store, study_id, claim.trial_id, spec, evaluation=found)
         attrs = evaluation_attributes(found)
         assert claims.finish(store, claim, "COMPLETE", objective_values(spec, found), attrs=attrs)
         store.close()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,16 +23,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def dashboard(cli: Cli, study_file: Path, finish: Finish, store_url: str, tmp_path: Path) -> Iterator[str]:
-    """URL of a dashboard over a study with three complete trials and a front."""
+    """URL of a dashboard over two studies, of three complete trials and of one, with their fronts."""
     from saeopt.search.monitoring import on_study_progress
     from saeopt.search.storage import Store
 
     cli("create", study_file)
+    cli("create", study_file, "--name", "other", "--output-dir", tmp_path / "elsewhere")
     for outcome in ((40.0, 0.05), (20.0, 0.1), (10.0, 0.2)):
         finish("six", outcome)
+    finish("other", (15.0, 0.15))
     store = Store.open(store_url)
-    spec = store.spec("six")
-    on_study_progress(store, store.study_id("six"), spec, force=True)
+    for name in ("six", "other"):
+        store.study(name).set_user_attr("intermediate_values", "fvu (mean over hook points)")
+        on_study_progress(store, store.study_id(name), store.spec(name), force=True)
     store.close()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,11 +76,28 @@ def test_the_dashboards_interface_has_names_values_notes_and_artifacts(dashboard
     assert "final_config.yaml" in first["note"]["body"]
     assert 0 < len(first["intermediate_values"]) <= 50
     assert [a["filename"] for a in first["artifacts"]] == ["training_curves.png"]
-    assert {a["key"] for a in first["user_attrs"]} >= {"eval/blocks.0.hook_resid_pre", "run_dir"}
+    attributes = {a["key"]: a["value"] for a in first["user_attrs"]}
+    assert attributes.keys() >= {"eval/blocks.0.hook_resid_pre", "run_dir", "ce_recovered", "kl"}
+    assert float(attributes["fvu"]) == 0.055  # the mean of 0.05 and 0.06
+    assert float(attributes["fvu@blocks.1.hook_resid_pre"]) == 0.06
+    assert "| blocks.1.hook_resid_pre | 40.0 | 0.0600 | 0.975 |" in first["note"]["body"]
     assert all(len(a["value"]) <= 1024 for a in first["user_attrs"])
-    artifact = f"{dashboard}/artifacts/1/{first['trial_id']}/{first['artifacts'][0]['artifact_id']}"
-    with urllib.request.urlopen(artifact, timeout=10) as answer:
-        assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+    for number in (1, 2):
+        study = _json(f"{dashboard}/api/studies/{number}?after=0")
+        trial = study["trials"][0]
+        ids = [study["artifacts"][0]["artifact_id"], f"{trial['trial_id']}/{trial['artifacts'][0]['artifact_id']}"]
+        for path in ids:
+            with urllib.request.urlopen(f"{dashboard}/artifacts/{number}/{path}", timeout=10) as answer:
+                assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_missing_artifact_is_not_found_and_the_page_lives_on(dashboard: str, tmp_path: Path) -> None:
+    artifact = _json(f"{dashboard}/api/studies/2?after=0")["artifacts"][0]["artifact_id"]
+    (tmp_path / "elsewhere/other/artifacts" / artifact).unlink()
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        urllib.request.urlopen(f"{dashboard}/artifacts/2/{artifact}", timeout=10)
+    assert answer.value.code == 404
+    assert len(_json(f"{dashboard}/api/studies")["study_summaries"]) == 2
 
 
 @pytest.mark.slow
@@ -85,12 +106,21 @@ def test_the_dashboard_in_chromium_shows_front_curves_notes_and_an_artifact(dash
     browser = _browser(tmp_path)
     try:
         pages = {
-            "": ["Pareto Front", "explained_variance", "Sparsity against fidelity", "pareto_front.png"],
+            "": [
+                "Pareto Front",
+                "explained_variance",
+                "Sparsity against fidelity",
+                "pareto_front.png",
+                "fvu (mean over hook points) while training",
+                "relu · blocks.1.hook_resid_pre",
+            ],
             "/trials?numbers=0": [
                 "final_config.yaml",
                 "Intermediate Values",
                 "eval/blocks.0.hook_resid_pre",
                 "training_curves.png",
+                "CE recovered",
+                "fvu@blocks.1.hook_resid_pre",
             ],
             "/note": ["run folders"],
         }
@@ -103,8 +133,9 @@ def test_the_dashboard_in_chromium_shows_front_curves_notes_and_an_artifact(dash
         pictures = (
             "return [...document.images].filter(i => i.src.includes('/artifacts/') && i.naturalWidth > 100).length"
         )
-        browser.get(f"{dashboard}/dashboard/studies/1/trials?numbers=0")
-        _wait(lambda: browser.execute_script(pictures) >= 1, 60)
+        for page in ("1/trials?numbers=0", "2/trials?numbers=0", "2"):
+            browser.get(f"{dashboard}/dashboard/studies/{page}")
+            _wait(lambda: browser.execute_script(pictures) >= 1, 60)
         errors = [e for e in browser.get_log("browser") if e["level"] == "SEVERE" and "favicon" not in e["message"]]
         assert not errors
     finally:
