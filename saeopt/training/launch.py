@@ -64,7 +64,12 @@ def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
         key for key in {**old, **new} if old.get(key) != new.get(key) and typed[0].get(key) != typed[1].get(key)
     ]
     moved = [key for key in differing if key in DATA_AND_MODEL]
-    differing = [key for key in differing if key not in moved] or ([] if _knows_its_data(saved.parent) else moved)
+    differing = [key for key in differing if key not in moved]
+    if moved and not differing and not _knows_its_data(saved.parent):
+        raise UserError(
+            f"'{moved[0]}' is not what {saved} says, and this run's checkpoints are of a version that did not note what"
+            " they were trained on: if it only moved, put it back or write the new place into that file"
+        )
     if differing:
         key = "recipe" if "recipe" in differing else differing[0]  # the others follow from it
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""

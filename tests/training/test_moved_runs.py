@@ -11,6 +11,7 @@ import torch
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
 from saeopt.evaluation.load import load_run
+from saeopt.tensor_file import read_metadata, read_tensors, write_tensors
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.launch import resolve
 from saeopt.training.run_folder import RunFolder
@@ -97,3 +98,14 @@ def test_a_worker_takes_up_a_trial_whose_paths_are_found_elsewhere(make_config, 
     there = make_config(**{"data.dataset_name": "text.jsonl"})
     assert there.data.dataset_name != here.data.dataset_name
     assert start_of(tmp_path / "a", there) > 0
+
+
+def test_a_run_of_a_version_without_fingerprints_does_not_move(make_config, tiny_text, tmp_path):
+    train_pack([TrialPlan("a", make_config(), tmp_path / "a")], Runtime("cpu"), Interrupt())
+    state = next((tmp_path / "a" / "state").iterdir())
+    tensors, metadata = read_tensors(state), read_metadata(state)
+    write_tensors(state, tensors, {k: v for k, v in metadata.items() if k != "identity"})
+    shutil.copy(tiny_text, tmp_path / "moved.jsonl")
+    with pytest.raises(UserError, match=r"'data.dataset_name' is not what .*final_config.yaml says"):
+        go_on(tmp_path / "a", f"data.dataset_name={tmp_path}/moved.jsonl")
+    assert go_on(tmp_path / "a").status == "finished"
