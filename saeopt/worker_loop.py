@@ -17,6 +17,7 @@ from saeopt.console import log
 from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.pulse import listen
 from saeopt.search import claims, monitoring
+from saeopt.search.allowed import check_allowed
 from saeopt.search.attributes import mean_metric, number
 from saeopt.search.heart import Heart
 from saeopt.search.packing import Assignment, Refused, acquire
