@@ -130,7 +130,7 @@ def test_a_sink_that_fails_warns_once_and_goes_quiet(caplog: pytest.LogCaptureFi
         ({"wandb_project": "a/b"}, "'wandb_project': W&B refuses it: Invalid project name 'a/b'"),
         ({"wandb_project": "p" * 129}, "'wandb_project'.*exceeded 128 characters"),
         ({"wandb_project": "p", "wandb_tags": ["ok", "t" * 65]}, "'wandb_tags'.*is 65 characters"),
-        ({"trackers": "wandb", "wandb_tags": [""]}, "'wandb_tags'.*is empty"),
+        ({"trackers": "wandb", "wandb_tags": ["t" * 65]}, "'wandb_tags'.*is 65 characters"),
     ],
 )
 def test_what_wandb_refuses_is_told_before_anything_trains(changes: dict[str, Any], words: str) -> None:
