@@ -20,6 +20,10 @@ COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
 
+Ablation = Literal["unmasked", "all"]
+"""Positions that `ce_zero` sets to 0."""
+
+
 class DataConfig(StrictModel):
     """The `data:` section. A sample is one token sequence of `context_length` tokens."""
 
@@ -173,6 +177,9 @@ class RunConfig(StrictModel):
     """Weights files kept; null: all."""
     eval_every_n_samples: Cadence = 0
     """Evaluation cadence; 0: at the end, null: never."""
+    ce_ablation: Ablation = "unmasked"
+    """What `ce_zero`, to which CE recovered compares, sets to 0. unmasked: masked positions keep their activations, as
+    in `ce_sae`; all: they are zeroed too, as in sae-lens, which changes CE recovered by up to 0.003."""
     log_every_n_grad_steps: PositiveInt = 20
     """Metrics are read from the device, logged and written so often."""
     lr: Annotated[Float, Field(ge=1e-12, le=1e30)] = 1e-3

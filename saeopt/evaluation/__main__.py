@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,6 +45,9 @@ def evaluate_run(
     everything: Annotated[
         bool, typer.Option("--all", help="All samples that --data holds, or the run's own held-out data set.")
     ] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write here; default: a name in the run folder.")
+    ] = None,
     cross_entropy: Annotated[
         bool, typer.Option("--cross-entropy/--no-cross-entropy", help="Also splice x̂ into the language model.")
     ] = True,
@@ -52,8 +55,9 @@ def evaluate_run(
 ) -> None:
     """Evaluate what a run saved on its held-out samples.
 
-    Writes evaluation.json and plots into the run folder.
+    Writes evaluation.json and plots into the run folder; other data and other settings go to a file of their own.
     """
+    from saeopt.evaluation.conditions import file_for, settings, with_conditions
     from saeopt.evaluation.load import load_checkpoint
     from saeopt.evaluation.plots import plot_run
     from saeopt.evaluation.report import print_run
@@ -65,17 +69,21 @@ def evaluate_run(
     config = config_of(run_dir, loaded, [*(overrides or []), *([f"data.eval_dataset_name={data}"] if data else [])])
     if everything and config.data.eval_data is None:
         raise UserError("--all needs --data FILE: the rest of the run's own data were trained on")
-    metrics = measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)
-    folder = loaded.path.parent
-    target = evaluation_file(loaded, data)
-    write_json(target, metrics)
-    plot_run(folder)
+    metrics, told = measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)
+    folder, run = loaded.path.parent, config_of(run_dir, loaded, [])
+    own = settings(run, run.data.n_eval_samples)
+    target = output or file_for(told, own, folder, [str(loaded.samples)] if is_older(loaded) else [])
+    write_json(target, with_conditions(metrics, told))
+    if target == folder / "evaluation.json":
+        plot_run(folder)
     if as_json:
         console.print_json(target.read_text(encoding="utf-8"))
     else:
         print_run(folder, metrics)
-        if target.name != "evaluation.json":
+        if target != folder / "evaluation.json":
             console.print(f"{'this one':>10}  {target}", soft_wrap=True)
+        size = f"{told['n_samples']:,} samples of {told['context_length']} tokens"
+        console.print(f"{'data':>10}  {told['data']}: {size}", soft_wrap=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -102,15 +110,12 @@ def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunCon
     return validate_run(apply_overrides(raw, dict(map(parse_override, overrides))), loaded.path)
 
 
-def evaluation_file(loaded: Checkpoint, data: str | None = None) -> Path:
-    """`evaluation.json` for the newest checkpoint; older ones and other data do not overwrite the run's result."""
+def is_older(loaded: Checkpoint) -> bool:
+    """Whether the folder holds a newer checkpoint, whose evaluation is the result of the run."""
     from saeopt.evaluation.load import list_checkpoints
 
-    folder = loaded.path.parent
-    newest = list_checkpoints(folder)[:1]
-    older = bool(newest) and newest[0][0] > loaded.samples
-    words = ["evaluation", *([Path(data).stem] if data else []), *([str(loaded.samples)] if older else [])]
-    return folder / ("_".join(words) + ".json")
+    newest = list_checkpoints(loaded.path.parent)[:1]
+    return bool(newest) and newest[0][0] > loaded.samples
 
 
 def measure(
@@ -120,12 +125,14 @@ def measure(
     n_eval_samples: int | None,
     cross_entropy: bool,
     everything: bool = False,
-) -> dict[str, Metrics]:
-    """Hook point → metrics of a checkpoint on held-out samples: those of the run, or of data of their own."""
+) -> tuple[dict[str, Metrics], dict[str, Any]]:
+    """Hook point → metrics of a checkpoint on held-out samples (those of the run, or of data of their own); and the
+    conditions."""
     import torch
     from rich.progress import Progress
 
     from saeopt.activations.language_model import LanguageModel
+    from saeopt.evaluation.conditions import Seen, conditions
     from saeopt.evaluation.evaluate import evaluate
 
     if config.threads is not None:
@@ -138,15 +145,17 @@ def measure(
             raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
     batches, n = _held_out(config, lm, n, everything)
     _set_norm_limits(loaded, config, lm)
+    seen = Seen()
     with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=n)
         try:
             found = evaluate(
                 loaded.saes,
                 lm,
-                _first(batches, n),
+                seen.watch(_first(batches, n)),
                 data=config.data,
                 cross_entropy=cross_entropy,
+                ce_ablation=config.ce_ablation,
                 device=device,
                 progress=lambda done: bar.advance(task, done),
             )
@@ -154,7 +163,8 @@ def measure(
             raise UserError(
                 "out of GPU memory: lower it with --set data.eval_batch_size=1 or use --device cpu"
             ) from None
-    return {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+    rows = {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+    return rows, conditions(config, lm, seen, cross_entropy)
 
 
 def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:

@@ -8,7 +8,7 @@ acts. All four passes are averaged over the same positions, in nats per token:
 
     ce_clean        the model as it is
     ce_sae          x̂ at the unmasked positions
-    ce_zero         0 at the unmasked positions
+    ce_zero         0 at the unmasked positions; with `ce_ablation: all` at the masked ones too, as sae-lens does
     ce_degradation  ce_sae − ce_clean
     ce_recovered    (ce_zero − ce_sae) / (ce_zero − ce_clean): 1 for a perfect SAE, 0 for zero ablation
     kl              mean of KL(clean ‖ spliced) over the vocabulary

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saeopt.activations.masks import keep_mask
-from saeopt.config.run import DataConfig
+from saeopt.config.run import Ablation, DataConfig
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
 from saeopt.saes.base import SAE
@@ -91,6 +91,7 @@ def evaluate(
     data: DataConfig | None = None,
     keep: Keep | None = None,
     cross_entropy: bool = True,
+    ce_ablation: Ablation = "unmasked",
     device: torch.device | str | None = None,
     reduce: Reduce | None = None,
     progress: Callable[[int], None] | None = None,
@@ -123,7 +124,7 @@ def evaluate(
             clean_BTV = lm.logits(tokens_BT[part]) if cross_entropy else None
             for place in places:
                 here = [member for member in members.values() if member.place == place]
-                _evaluate_hook(here, lm, tokens_BT[part], x[place[0]][part], kept[place][part], clean_BTV)
+                _evaluate_hook(here, lm, tokens_BT[part], x[place[0]][part], kept[place][part], clean_BTV, ce_ablation)
             if clean_BTV is not None:
                 rows = sequences_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
         if progress is not None:
@@ -135,8 +136,9 @@ def evaluate(
 
 def _member(key: object, value: SAE | tuple[str, SAE]) -> _Member:
     hook, sae = value if isinstance(value, tuple) else (str(key), value)
-    device = sae.W_enc.device
-    return _Member(hook, sae, Accumulator(sae.d, sae.h, scale=sae.scale, device=device), CrossEntropy(device))
+    device, norm_h = sae.W_enc.device, sae.W_dec.detach().norm(dim=-1)
+    sums = Accumulator(sae.d, sae.h, scale=sae.scale, norm_h=norm_h, device=device)
+    return _Member(hook, sae, sums, CrossEntropy(device))
 
 
 def _evaluate_hook(
@@ -146,11 +148,13 @@ def _evaluate_hook(
     x_BTd: Tensor,
     keep_BT: Tensor,
     clean_BTV: Tensor | None,
+    ce_ablation: Ablation,
 ) -> None:
     hook, x_Nd, keep_N = members[0].hook, x_BTd.flatten(0, 1), keep_BT.flatten()
     if clean_BTV is not None:
         clean = pass_sums(clean_BTV, clean_BTV, tokens_BT, keep_BT, with_kl=False)
-        zeroed_BTV = lm.spliced_logits(tokens_BT, hook, splicer(None, keep_BT))
+        zeroed_BT = keep_BT if ce_ablation == "unmasked" else torch.ones_like(keep_BT)
+        zeroed_BTV = lm.spliced_logits(tokens_BT, hook, splicer(None, zeroed_BT))
         zero = pass_sums(clean_BTV, zeroed_BTV, tokens_BT, keep_BT, with_kl=False)
         del zeroed_BTV
     for member in members:

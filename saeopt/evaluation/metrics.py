@@ -4,12 +4,13 @@ Shape suffixes: N tokens, d model width, h dictionary width. Masked tokens (keep
 code is in raw activation units. With f the code, x̂ the reconstruction and n the number of kept tokens:
 
     l0                  Σ_n #{i : f_i ≠ 0} / n                    negative entries count
-    l1                  Σ_n Σ_i |f_i| / scale / n                 scale: x_normalised = x · scale
+    l1                  Σ_n Σ_i |f_i| ‖W_dec,i‖ / scale / n       raw units (x_normalised = x · scale): rescaling a
+                                                                  latent and its decoder row changes nothing
     mse                 Σ_n ‖x − x̂‖² / n                          summed over d
     fvu                 Σ_n ‖x − x̂‖² / Σ_n ‖x − mean(x)‖²         mean(x) over the whole set
     explained_variance  1 − fvu
     cosine              Σ_n cos(x, x̂) / n                         0 where one of them is 0
-    norm_ratio          Σ_n ‖x̂‖ / Σ_n ‖x‖
+    norm_ratio          Σ_n ‖x̂‖ / Σ_n ‖x‖                         a ratio of sums, not a mean of ratios per token
     fraction_dead       latents that fired on none of the n tokens; fraction_alive is the rest
     log10_density       histogram over the alive latents of log10(share of tokens on which the latent fired)
 
@@ -46,9 +47,11 @@ def l0_N(f_Nh: Num[Tensor, "N h"]) -> Num[Tensor, " N"]:
     return (f_Nh != 0).sum(-1)
 
 
-def l1_N(f_Nh: Float[Tensor, "N h"], scale: Tensor | float = 1.0) -> Float[Tensor, " N"]:
-    """Σ |f| per token, in raw units."""
-    return f_Nh.abs().sum(-1) / scale
+def l1_N(
+    f_Nh: Float[Tensor, "N h"], scale: Tensor | float = 1.0, norm_h: Float[Tensor, " h"] | None = None
+) -> Float[Tensor, " N"]:
+    """Σ |f| ‖W_dec‖ per token, in raw units; `norm_h` None: decoder rows of norm 1."""
+    return (f_Nh.abs().sum(-1) if norm_h is None else f_Nh.abs() @ norm_h) / scale
 
 
 def squared_error_N(x_Nd: Float[Tensor, "N d"], x_hat_Nd: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
@@ -88,9 +91,15 @@ class Accumulator:
     """
 
     def __init__(
-        self, d: int, h: int, *, scale: Tensor | float = 1.0, device: torch.device | str | None = None
+        self,
+        d: int,
+        h: int,
+        *,
+        scale: Tensor | float = 1.0,
+        norm_h: Float[Tensor, " h"] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.d, self.h, self.scale = d, h, scale
+        self.d, self.h, self.scale, self.norm_h = d, h, scale, norm_h
         # n, l1, squared error, Σ‖x‖², cosine, ‖x̂‖, ‖x‖; then Σx (d) and firing counts (h): one tensor, one reduction
         self.sums = torch.zeros(7 + d + h, dtype=torch.float64, device=device)
 
@@ -111,7 +120,7 @@ class Accumulator:
         x_norm_N, x_hat_norm_N = x_Nd.norm(dim=-1), x_hat_Nd.norm(dim=-1)
         rows = [
             keep_N.sum(),
-            torch.where(keep_N, l1_N(f_Nh, self.scale).double(), 0.0).sum(),
+            torch.where(keep_N, l1_N(f_Nh, self.scale, self.norm_h).double(), 0.0).sum(),
             squared_error_N(x_Nd, x_hat_Nd).sum(),
             x_norm_N.square().sum(),
             cosine_N(x_Nd, x_hat_Nd).sum(),

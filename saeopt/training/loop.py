@@ -15,6 +15,7 @@ from saeopt.activations.stream import ActivationStream
 from saeopt.activations.tokens import TokenData
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.evaluation.conditions import Seen, conditions, with_conditions
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.plots import plot_run
 from saeopt.files import LostRun, is_evaluation, write_json
@@ -283,11 +284,13 @@ class _Loop:
         """Held-out metrics of trials: one language-model pass for all of them."""
         if not self._evaluates or not trials:
             return {}
-        data = self.config.data
+        data, ablation = self.config.data, self.config.ce_ablation
         saes = {(t.plan.name, m.hook_point): (m.hook_point, m.sae) for t in trials for m in t.members}
         batches = islice(self.tokens.eval_batches(data.eval_batch_size), self.runtime.rank, None, self.runtime.world)
         reduce = self.runtime.reduce if self.runtime.world > 1 else None
-        rows = evaluate(saes, self.model, batches, data=data, device=self.runtime.device, reduce=reduce)
+        rows = evaluate(
+            saes, self.model, batches, data=data, ce_ablation=ablation, device=self.runtime.device, reduce=reduce
+        )
         found: dict[str, Metrics] = {}
         for (name, hook), row in rows.items():
             found.setdefault(name, {})[hook] = row
@@ -350,11 +353,13 @@ class _Loop:
         self._save()
         together = [t for t in self.trials if t.result is None]
         found = self._measure(together)
+        seen = Seen.all_of(self.tokens.eval_batches(self.config.data.eval_batch_size) if found else ())
         for other in together:
             metrics = found.get(other.plan.name, {})
             if self.runtime.is_main and metrics:
+                told = conditions(other.plan.config, self.model, seen)
                 with self._writing(other):
-                    write_json(other.folder.evaluation_path, metrics)
+                    write_json(other.folder.evaluation_path, with_conditions(metrics, told))
             self._write(other, named(metrics))
             lost = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
             self._close(other, TrialResult("finished", self.samples, "; ".join(lost) or None, metrics))

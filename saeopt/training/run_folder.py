@@ -13,6 +13,7 @@ from typing import Any
 
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
+from saeopt.evaluation.conditions import KEY as CONDITIONS
 from saeopt.files import (
     atomic_write,
     check_owned,
@@ -140,7 +141,8 @@ class RunFolder:
             found: dict[str, Any] = json.loads(self.evaluation_path.read_text(encoding="utf-8"))
             if any("samples" in row for row in found.values()):
                 return None
-            return {h: {k: math.nan if v is None else v for k, v in row.items()} for h, row in found.items()}
+            rows = {h: {k: v for k, v in row.items() if k != CONDITIONS} for h, row in found.items()}
+            return {h: {k: math.nan if v is None else v for k, v in row.items()} for h, row in rows.items()}
         except (OSError, ValueError, AttributeError, TypeError):
             return None
 

@@ -79,11 +79,13 @@ def test_the_file_holds_every_metric_and_agrees_with_plain_transformers(
 def test_an_older_checkpoint_leaves_the_result_of_the_run_alone(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(run_dir, "--no-cross-entropy")
+    command(run_dir)
     before = (run_dir / "evaluation.json").read_bytes()
+    command(run_dir, "--checkpoint", 50)
+    assert evaluation(run_dir, "evaluation_50.json")[HOOKS[0]]["samples"] == 50
     command(run_dir, "--checkpoint", 50, "--no-cross-entropy")
     assert (run_dir / "evaluation.json").read_bytes() == before
-    older = evaluation(run_dir, "evaluation_50.json")
+    older = evaluation(run_dir, "evaluation_no-ce_50.json")
     assert older[HOOKS[0]]["samples"] == 50
     assert "ce_sae" not in older[HOOKS[0]]
     assert older[HOOKS[0]]["fvu"] != evaluation(run_dir)[HOOKS[0]]["fvu"]
@@ -91,26 +93,27 @@ def test_an_older_checkpoint_leaves_the_result_of_the_run_alone(
 
 def test_json_is_all_that_is_printed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(run_dir, "--json", "--no-cross-entropy", "--n-eval-samples", 3)
-    assert json.loads(capsys.readouterr().out) == evaluation(run_dir)
+    assert json.loads(capsys.readouterr().out) == evaluation(run_dir, "evaluation_3-samples_no-ce.json")
 
 
 def test_fewer_samples_are_the_first_of_the_held_out_ones(run_dir: Path, config: RunConfig) -> None:
     command(run_dir, "--n-eval-samples", 3, "--no-cross-entropy")
     lm = LanguageModel.load(config, "cpu")
     tokens = next(TokenData.load(config.data, lm).eval_batches(3))
-    assert evaluation(run_dir)[HOOKS[0]]["n_tokens"] == int((tokens > 1).sum())
+    found = evaluation(run_dir, "evaluation_3-samples_no-ce.json")
+    assert found[HOOKS[0]]["n_tokens"] == int((tokens > 1).sum())
 
 
 def test_a_weights_file_alone_is_enough(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "final_config.yaml").unlink()
     command(weights_path(run_dir, 100), "--set", "data.n_eval_samples=2", "--no-cross-entropy")
-    assert evaluation(run_dir)[HOOKS[1]]["n_tokens"] <= 2 * 16
+    assert evaluation(run_dir, "evaluation_2-samples_no-ce.json")[HOOKS[1]]["n_tokens"] <= 2 * 16
 
 
 def test_all_of_another_file_is_evaluated_without_the_data_of_the_run(
     run_dir: Path, tmp_path: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(run_dir, "--no-cross-entropy")
+    command(run_dir)
     before = (run_dir / "evaluation.json").read_bytes()
     other = tmp_path / "other.txt"
     other.write_text("w5 w6 w7\n\n" * 41)  # 41 documents with their separators are 164 tokens: ten samples of 16
@@ -119,11 +122,70 @@ def test_all_of_another_file_is_evaluated_without_the_data_of_the_run(
     assert evaluation(run_dir, "evaluation_other.json")[HOOKS[0]]["n_tokens"] == 120
     assert (run_dir / "evaluation.json").read_bytes() == before
     command(run_dir, *gone, "--n-eval-samples", 2)
-    assert evaluation(run_dir, "evaluation_other.json")[HOOKS[0]]["n_tokens"] == 24
+    assert evaluation(run_dir, "evaluation_other_2-samples.json")[HOOKS[0]]["n_tokens"] == 24
+    assert evaluation(run_dir, "evaluation_other.json")[HOOKS[0]]["n_tokens"] == 120
     with pytest.raises(UserError, match="--all needs --data FILE"):
         command(run_dir, "--all")
     with pytest.raises(UserError, match=r"'data.eval_dataset_name': .*none.txt: no such file"):
         command(run_dir, "--all", "--data", tmp_path / "none.txt")
+
+
+def test_an_evaluation_says_what_it_was_made_of(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(run_dir)
+    told = evaluation(run_dir)[HOOKS[0]]["evaluated"]
+    wanted = {"n_samples": 11, "context_length": 16, "mask_special_tokens": True, "cross_entropy": True}
+    assert wanted | {"lm_dtype": "float32", "split": "train", "ce_ablation": "unmasked"} == {
+        key: told[key] for key in (*wanted, "lm_dtype", "split", "ce_ablation")
+    }
+    assert told["data"].endswith("tiny.jsonl")
+    assert len(told["tokens"]) == len(told["weights"]) == 16
+    assert "tiny.jsonl: 11 samples of 16 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (["--n-eval-samples", "3"], "evaluation_3-samples.json"),
+        (["--set", "data.mask_special_tokens=false"], "evaluation_mask-special-tokens-False.json"),
+        (["--set", "ce_ablation=all"], "evaluation_ce-ablation-all.json"),
+        (["--set", "data.context_length=8"], "evaluation_context-length-8.json"),
+        (["--set", "data.dataset_name=DIR/other.jsonl"], "evaluation_other.json"),
+        (["--set", "data.dataset_name=DIR/more/tiny.jsonl"], "evaluation_tokens-*.json"),
+        (["--output", "DIR/there.json", "--n-eval-samples", "3"], "there.json"),
+    ],
+)
+def test_other_data_and_other_settings_leave_the_result_and_the_plots_of_the_run_alone(
+    change: list[str], name: str, run_dir: Path, tiny_text: Path
+) -> None:
+    lines = tiny_text.read_text().splitlines()
+    (run_dir / "more").mkdir()
+    for file in ("other.jsonl", "more/tiny.jsonl"):
+        (run_dir / file).write_text("\n".join(lines[200:]))
+    command(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}
+    command(run_dir, *[text.replace("DIR", str(run_dir)) for text in change])
+    assert {p: p.read_bytes() for p in before} == before
+    (made,) = set(run_dir.iterdir()) - set(before) - {run_dir / "more"}
+    assert made.match(name)
+    assert json.loads(made.read_text())[HOOKS[0]] != evaluation(run_dir)[HOOKS[0]]
+
+
+def test_the_same_tokens_from_another_place_are_the_same_evaluation(run_dir: Path, tiny_text: Path) -> None:
+    command(run_dir)
+    before = {p.name for p in run_dir.iterdir()}
+    moved = run_dir.parent / "moved.jsonl"
+    moved.write_bytes(tiny_text.read_bytes())
+    command(run_dir, "--set", f"data.dataset_name={moved}")
+    assert {p.name for p in run_dir.iterdir()} == before
+    assert evaluation(run_dir)[HOOKS[0]]["evaluated"]["data"] == str(moved)
+
+
+def test_an_evaluation_of_before_is_replaced_by_its_like_only(run_dir: Path) -> None:
+    (run_dir / "evaluation.json").write_text('{"blocks.0.hook_resid_pre": {"l0": 3.0}}')
+    command(run_dir, "--n-eval-samples", 3)
+    assert evaluation(run_dir) == {"blocks.0.hook_resid_pre": {"l0": 3.0}}
+    command(run_dir)
+    assert evaluation(run_dir)[HOOKS[0]]["evaluated"]["n_samples"] == 11
 
 
 def test_an_sae_of_another_model_is_refused(

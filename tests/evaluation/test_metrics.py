@@ -49,6 +49,13 @@ def test_the_case_of_the_specification() -> None:
     assert got["n_tokens"] == 2
 
 
+def test_l1_counts_what_a_latent_writes() -> None:
+    """Σ f ‖W_dec‖ in raw units: (3·2 + 4·0.5) / scale."""
+    sums = Accumulator(2, 2, scale=0.5, norm_h=torch.tensor([2.0, 0.5]))
+    sums.update(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[3.0, -4.0]]))
+    assert sums.result()["l1"] == (3 * 2 + 4 * 0.5) / 0.5
+
+
 def test_the_density_histogram_counts_alive_latents_by_their_share_of_tokens() -> None:
     f = torch.zeros(1000, 4)
     f[:, 0] = 1  # log10 1 = 0: last bin

@@ -54,6 +54,8 @@ def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_con
     evaluation = json.loads(folder.evaluation_path.read_text())[HOOK]
     wanted = "l0 l1 mse fvu explained_variance cosine fraction_dead ce_clean ce_sae ce_zero ce_recovered kl n_tokens"
     assert set(wanted.split()) <= set(evaluation)
+    assert evaluation["evaluated"]["n_samples"] == 20
+    assert folder.evaluation()[HOOK].keys() == evaluation.keys() - {"evaluated"}
     rows = [json.loads(line) for line in folder.metrics_path.read_text().splitlines()]
     logged = [row["samples"] for row in rows if "loss" in row]
     assert logged == [64, 128, 192, 256]
@@ -362,7 +364,7 @@ def test_norm_outliers_have_one_limit_that_is_stored_with_the_weights(make_confi
     assert math.isfinite(limit)
     assert load_checkpoint(tmp_path / "plain").saes[HOOK].norm_limit == math.inf
     other = make_config(**{"data.mask_norm_outliers": 1.1, "data.eval_batch_size": 20})
-    again = measure(loaded, other, torch.device("cpu"), None, True)[HOOK]
+    again = measure(loaded, other, torch.device("cpu"), None, True)[0][HOOK]
     for name in ("n_tokens", "fvu", "ce_degradation"):
         assert again[name] == pytest.approx(result.evaluation[HOOK][name], rel=1e-4)
     loaded.saes[HOOK].norm_limit = math.inf  # as a version stored it that had no limit
