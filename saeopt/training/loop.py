@@ -125,7 +125,7 @@ class _Loop:
     def _evaluates(self) -> bool:
         return self.config.eval_every_n_samples is not None and self.config.data.n_eval_samples > 0
 
-    def _restored(self, trial: _Trial) -> checkpoint.Restored | None:
+    def _restored(self, trial: Trial) -> checkpoint.Restored | None:
         return checkpoint.restore(trial.folder, trial.members, self.runtime.world, self.identity)
 
     def run(self) -> dict[str, TrialResult]:
