@@ -34,6 +34,9 @@ def trial_logs(folders: Iterable[Path]) -> Iterator[None]:
     """
     open_now = {getattr(handler, "baseFilename", "") for handler in log.handlers}
     with ExitStack() as stack:
+        if log.level == logging.NOTSET:  # used without a command line, whose level would hold
+            log.setLevel(logging.INFO)
+            stack.callback(log.setLevel, logging.NOTSET)
         for folder in folders:
             if os.path.abspath(folder / NAME) in open_now:
                 continue
