@@ -69,7 +69,7 @@ def create(
     """
     spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
-        spec = _with_base(spec, overrides)
+        spec = _with_base(spec, overrides, file or base_config)
     if dry_run:
         from saeopt.preview import print_preview
 
@@ -130,16 +130,16 @@ def _spec(
     return study_spec(raw, file)
 
 
-def _with_base(spec: StudySpec, overrides: list[str]) -> StudySpec:
-    from saeopt.config.io import apply_overrides, parse_override
+def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> StudySpec:
+    from saeopt.config.io import changed, validate_run
     from saeopt.config.study import study_spec
 
     raw = spec.model_dump(mode="json", by_alias=True)
     if spec.older is not None:
         del raw["base"]["recipe"]  # the file names none
-    for text in overrides:
-        raw["base"] = apply_overrides(raw["base"], dict([parse_override(text)]))
-    return study_spec(raw, "--set")
+    raw["base"] = changed(raw["base"], overrides)
+    validate_run(raw["base"], f"{source}: base", overrides)
+    return study_spec(raw, str(source))
 
 
 @app.command("list")

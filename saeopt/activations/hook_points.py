@@ -76,7 +76,38 @@ def match_hooks(patterns: Sequence[str], known: Sequence[str], misnamed: Mapping
     return in_model_order(found)
 
 
+_LAYER = re.compile(r"(?:.*\.)?(?:layers?|h|blocks?)\.(\d+|\*)(?:\.(.+))?")
+_PARTS = {
+    "hook_resid_pre": "input",
+    "hook_resid_post": "output",
+    "hook_mlp_out": "mlp mlp.output feed_forward ffn block_sparse_moe mlp.down_proj mlp.c_proj mlp.dense_4h_to_h",
+    "mlp.hook_post": "mlp.act mlp.act_fn",
+    "hook_attn_out": "attn attention self_attn self_attention self_attn.o_proj attn.c_proj attention.dense"
+    " attn.output self_attn.output",
+    "ln1.hook_normalized": "input_layernorm ln_1 ln1",
+    "ln2.hook_normalized": "post_attention_layernorm ln_2 ln2",
+}
+_HOOK_OF_PART = {part: hook for hook, parts in _PARTS.items() for part in parts.split()} | {"": "hook_resid_post"}
+
+
+def hook_of_module(name: str) -> str | None:
+    """The hook point of what a module of a Hugging Face model puts out; None where there is none.
+
+    `model.layers.2` and `transformer.h.2` are `blocks.2.hook_resid_post`, `….2.mlp` is `blocks.2.hook_mlp_out`.
+    """
+    if re.fullmatch(r"(?:.*\.)?(?:embed_tokens|wte|embed_in)", name):
+        return "hook_embed"
+    if states := re.fullmatch(r"hidden_states[.\[](\d+)\]?", name):
+        return f"blocks.{states[1]}.hook_resid_pre"
+    match = _LAYER.fullmatch(name)
+    part = _HOOK_OF_PART.get(match[2] or "") if match else None
+    return f"blocks.{match[1]}.{part}" if match and part else None
+
+
 def _near(pattern: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+    here = hook_of_module(pattern)
+    if here is not None and fnmatch.filter(known, here):
+        return f"; that is '{here}' here"
+    close = difflib.get_close_matches(here or pattern, known, n=3, cutoff=0.4)
     last = in_model_order(known)[-1:] if not close else []
     return "; near ones: " + ", ".join(close or last) if close or last else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -79,34 +80,27 @@ def nearest(word: str, known: list[str], n: int = 3) -> str:
     return "; did you mean " + " or ".join(repr(k) for k in near) + "?" if near else ""
 
 
-_OTHER_NAMES = {
-    "learning_rate": "lr",
-    "batch_size": "data.train_batch_size",
-    "dataset": "data.dataset_name",
-    "model": "tlens_model_name",
-    "model_name": "tlens_model_name",
-    "output_dir": "save_dir",
-    "l1_coeff": "saes.sparsity_coeff",
-    "hook_point": "saes.sae_positions",
-    "hook_points": "saes.sae_positions",
-    "expansion_factor": "saes.dict_size_to_input_ratio",
-    "betas": "adam_betas",
-    "grad_clip": "max_grad_norm",
-}
-"""What people bring from other libraries."""
-
-
 def explain(
-    error: ValidationError, source: str, known: dict[tuple[str, ...], list[str]], sae_type: str = ""
+    error: ValidationError,
+    source: str,
+    known: dict[tuple[str, ...], list[str]],
+    sae_type: str = "",
+    changes: Iterable[str] = (),
 ) -> UserError:
-    """The first problem of a validation as one line; `known` maps a section to the names it accepts."""
+    """The first problem of a validation as one line; `known` maps a section to the names it accepts.
+
+    `changes` are the `key=value` of the command line: the one at fault is named instead of the file.
+    """
+    from saeopt.config.names import suggestion
+
     problems = error.errors(include_url=False)
     # a misspelt key that is required is told as a misspelling, not as missing
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     location = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     field = ".".join(location) or "the file"
+    source = next((f"--set {c[:200]}" for c in changes if _is_about(c, location, first["msg"])), source)
     if first["type"] == "extra_forbidden":
-        return UserError(f"{source}: unknown key '{field}'{_suggestion(location, known, sae_type)}")
+        return UserError(f"{source}: unknown key '{field}'{suggestion(location, known, sae_type)}")
     if first["type"] == "missing":
         return UserError(f"{source}: '{field}' is missing")
     if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
@@ -118,19 +112,20 @@ def explain(
     return UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{shown}")
 
 
+def _is_about(change: str, location: tuple[str, ...], message: str) -> bool:
+    """Whether a `key=value` set what an error is about: the field itself, or one that the message names."""
+    field, _, hook = change.partition("=")[0].strip().partition("@")
+    path = tuple(field.split("."))
+    if hook:
+        path = ("saes", "per_hook", hook, path[-1])
+        if f"per_hook.{hook}.{path[-1]}" in message:
+            return True
+    return location[: len(path)] == path or (location == path[: len(location)] and f"'{path[-1]}" in message)
+
+
 def got(value: object) -> str:
     """What stood in the file, where it is short."""
     try:
         return "" if isinstance(value, dict | list) or len(str(value)) > 80 else f" (got {value!r})"
     except (ValueError, RecursionError):  # a number of thousands of digits, a list in itself
         return ""
-
-
-def _suggestion(location: tuple[str, ...], known: dict[tuple[str, ...], list[str]], sae_type: str) -> str:
-    """Where the name would be right, or what it resembles."""
-    section, name = location[:-1], location[-1]
-    elsewhere = [".".join((*at, name)) for at, names in known.items() if name in names]
-    if elsewhere or name in _OTHER_NAMES:
-        return f"; did you mean '{(elsewhere or [_OTHER_NAMES[name]])[0]}'?"
-    near = nearest(name, known.get(section, []))
-    return f" of sae_type '{sae_type}'{near}" if sae_type and section == ("saes",) else near

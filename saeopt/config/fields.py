@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from saeopt.config.base import got, nearest
+from saeopt.config.base import got
+from saeopt.config.names import field_suggestion
 from saeopt.config.run import DataConfig, RunConfig
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
@@ -49,7 +50,9 @@ def _adapter(field: str, sae_type: str) -> TypeAdapter[Any]:
 def field_value(field: str, value: object, sae_type: str, source: str) -> Any:
     """`value` as the field's own type, in JSON's terms: "1e-3" and 0.001 become one."""
     if not has_field(field, sae_type):
-        raise UserError(f"{source}: unknown config field '{field}'{nearest(field, field_names(sae_type))}")
+        raise UserError(
+            f"{source}: unknown config field '{field}'{field_suggestion(field, field_names(sae_type), sae_type)}"
+        )
     if field in ("saes.sae_positions", "saes.pretrained_sae_paths") and isinstance(value, str):
         value = [value]
     adapter = _adapter(field, sae_type)

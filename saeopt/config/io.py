@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,17 @@ def apply_overrides(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     return result
 
 
+def changed(raw: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """`raw` with the `key=value` of the command line applied in order; :class:`UserError` names the one at fault."""
+    for text in changes:
+        value = dict([parse_override(text)])
+        try:
+            raw = apply_overrides(raw, value)
+        except UserError as error:
+            raise UserError(f"--set {text[:200]}: {error}") from None
+    return raw
+
+
 def _drop_foreign_fields(raw: dict[str, Any], sae_type: str) -> None:
     from saeopt.saes.registry import sae_config_class
 
@@ -137,14 +148,17 @@ def _sae_class(raw: Mapping[str, Any]) -> type[SAEConfig]:
     return sae_config_class(saes["sae_type"])
 
 
-def validate_run(raw: Mapping[str, Any], source: str | Path) -> RunConfig:
-    """A run config from a mapping, its paths absolute; :class:`UserError` names `source` and the field."""
+def validate_run(raw: Mapping[str, Any], source: str | Path, changes: Sequence[str] = ()) -> RunConfig:
+    """A run config from a mapping, its paths absolute; :class:`UserError` names `source` and the field.
+
+    Where one of the `changes` (`key=value`) of the command line is at fault, it is named instead.
+    """
     try:
         return run_model(_sae_class(raw)).model_validate(located(raw))
     except ValidationError as error:
         saes = raw.get("saes")
         sae_type = str(saes.get("sae_type")) if isinstance(saes, dict) else ""
-        raise explain(error, str(source), known_names(raw), sae_type) from None
+        raise explain(error, str(source), known_names(raw), sae_type, changes) from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
 
@@ -180,13 +194,8 @@ def load_run_config(path: str | Path, overrides: Iterable[str] = (), recipe: int
     raw = read_run_yaml(path)
     if recipe is not None:
         raw = {"recipe": recipe, **raw}
-    for text in overrides:
-        changes = dict([parse_override(text)])
-        try:
-            raw = apply_overrides(raw, changes)
-        except UserError as error:
-            raise UserError(f"--set {text[:200]}: {error}") from None
-    return validate_run(raw, path)
+    overrides = list(overrides)
+    return validate_run(changed(raw, overrides), path, overrides)
 
 
 def dump_yaml(config: RunConfig) -> str:

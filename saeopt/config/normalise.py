@@ -6,8 +6,8 @@ import json
 import os
 from typing import Any
 
-from saeopt.config.base import nearest
 from saeopt.config.fields import field_names, field_value, has_field
+from saeopt.config.names import field_suggestion
 from saeopt.config.places import expanded
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
@@ -58,7 +58,9 @@ def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list
     if not visited:
         raise UserError(f"{where}: '{name}': 'when' never holds (sae_type is one of {', '.join(sae_types)})")
     if not any(has_field(field, t) for t in visited):
-        raise UserError(f"{where}: unknown config field '{field}'{nearest(field, field_names(visited[0]))}")
+        raise UserError(
+            f"{where}: unknown config field '{field}'{field_suggestion(field, field_names(visited[0]), visited[0])}"
+        )
     missing = [t for t in visited if not has_field(field, t)]
     if missing:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from saeopt.config.base import Amount, Float, Span, StrictModel, Text, Weight
+from saeopt.config.names import Known, suggestion
 
 
 class SAEConfig(StrictModel):
@@ -62,7 +63,9 @@ class SAEConfig(StrictModel):
         for hook, fields in self.per_hook.items():
             for field in fields:
                 if field not in type(self).model_fields or field in _NOT_PER_HOOK:
-                    raise ValueError(f"'per_hook.{hook}.{field}' is no field that can differ per hook point")
+                    known: Known = {("saes",): sorted(set(type(self).model_fields) - _NOT_PER_HOOK)}
+                    near = suggestion(("saes", field), known, self.sae_type)
+                    raise ValueError(f"'per_hook.{hook}.{field}' is no field that can differ per hook point{near}")
             self._merged(fields)
         return self
 

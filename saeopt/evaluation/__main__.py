@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
-from saeopt.config.io import parse_override
 from saeopt.console import console, error_console, log, set_up_logging
 from saeopt.errors import UserError, run_cli
 from saeopt.options import AsJson, Changes, Device, new_app
@@ -107,7 +106,7 @@ def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunCon
     if path.exists():
         return load_run_config(path, overrides)
     raw = loaded.config.model_dump(mode="json")
-    return validate_run(apply_overrides(raw, dict(map(parse_override, overrides))), loaded.path)
+    return validate_run(changed(raw, overrides), loaded.path, overrides)
 
 
 def is_older(loaded: Checkpoint) -> bool:
