@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,5 +69,14 @@ def reference() -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page is out of date")
+    if parser.parse_args().check:
+        sys.exit(TARGET.read_text(encoding="utf-8") != reference())
     TARGET.write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@
 #   INTEROP_DIR=PATH scripts/interop_envs.sh         elsewhere
 #   TORCH_INDEX=URL scripts/interop_envs.sh          torch from another index (PyTorch's own has small CPU builds)
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh

@@ -5,6 +5,7 @@
 #   scripts/lock.sh --keep     keep what is pinned; only add and drop what pyproject.toml added and dropped
 # TORCH=2.13.0 is pinned first, so that pip takes the build that its configuration offers (a CPU build in find-links, say).
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes .env from .env.example with fresh passwords and this user's ids; what is set already stays as it is.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 secret() { LC_ALL=C tr -dc 'A-Za-z0-9' < <(head -c 4096 /dev/urandom) | head -c 32 || true; }

@@ -7,11 +7,11 @@
 #   scripts/quickstart.sh mine --set lr=4e-3 --set seed=1     another study: a name, then options of saeopt study create
 #   PYTHON=python3.12 scripts/quickstart.sh                   with this interpreter
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh
 
-case ${1:-} in -h | --help) sed -n 's/^# \{0,1\}//p' scripts/quickstart.sh | sed -n '2,8p'; exit ;; esac
 venv=${SAEOPT_VENV:-.venv}
 if [ -z "${SAEOPT_VENV:-}" ] || [ ! -x "$venv/bin/python" ]; then
   ensure_venv "$venv" gguf

@@ -5,6 +5,7 @@
 #   scripts/test.sh tests/saes -k topk   arguments go to pytest
 #   SAEOPT_VENV=PATH scripts/test.sh     use this environment as it is (made and filled when it is not there)
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/lib/venv.sh
 . scripts/lib/venv.sh

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
+from saeopt.config.io import changed
 from saeopt.console import console, error_console, log, set_up_logging
 from saeopt.errors import UserError, run_cli
 from saeopt.options import AsJson, Changes, Device, new_app

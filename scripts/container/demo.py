@@ -5,6 +5,7 @@ It shows that database, workers, volumes and dashboard work together; what SAEs 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -45,6 +46,7 @@ def make_text(file: Path) -> None:
 
 def main() -> None:
     """Appears complete or not at all."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     target = Path(os.environ.get("SAEOPT_CACHE_DIR", "cache")) / "demo"
     if target.exists():
         return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -75,3 +77,24 @@ def test_no_registry_host_and_no_machine_path_in_any_file() -> None:
         text = path.read_bytes().decode("utf-8", errors="ignore")
         found = [word for word in hosts + places if word in text]
         assert not found, f"{path.relative_to(ROOT)} names {found}"
+
+
+SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), *sorted((ROOT / "scripts").glob("*.py")),
+           ROOT / "scripts/container/demo.py"]  # fmt: skip
+COMMANDS = [p for p in SCRIPTS if p.suffix == ".sh" or "__main__" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
+def test_help_of_a_script_says_something_and_does_nothing(script: Path, tmp_path: Path) -> None:
+    def state() -> list[object]:
+        status = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, check=False).stdout
+        return [status, *((path, path.stat().st_mtime_ns) for path in [ROOT, *sorted((ROOT / "docs").rglob("*"))])]
+
+    before = state()
+    command = ["bash" if script.suffix == ".sh" else sys.executable, str(script), "--help"]
+    own = {"HOME": str(tmp_path), "SAEOPT_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | own, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 10
+    assert not (tmp_path / "cache").exists()
+    assert state() == before

@@ -52,7 +52,6 @@ def call(command: list[str], tmp_path: Path, **env: str) -> subprocess.Completed
         command,
         capture_output=True,
         text=True,
-        timeout=240,
         cwd=tmp_path,
         env=environment(tmp_path, **env),
         check=False,

@@ -171,7 +171,7 @@ def test_real_command_lines(config_file: Path, tmp_path: Path) -> None:
     }
     for change, told in cases.items():
         command = [sys.executable, "-m", "saeopt.train", "--config", str(config_file), "--set", change]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 2, done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
         assert told(done.stderr), done.stderr

@@ -56,7 +56,7 @@ def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config
     (tmp_path / "two").mkdir()
     job = write_job(tmp_path / "two" / "job.json", two, dtype="float64")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    subprocess.run([*command, f"--master_port={free_port()}", str(JOB), job], check=True, env=ENVIRONMENT, timeout=300)
+    subprocess.run([*command, f"--master_port={free_port()}", str(JOB), job], check=True, env=ENVIRONMENT)
     runtime = Runtime("cpu", weights_dtype=torch.float64)
     results = train_pack([TrialPlan(n, c, tmp_path / "one" / n) for n, c in one.items()], runtime)
     for name in kinds:
