@@ -13,7 +13,7 @@ from saeopt.search import claims, monitoring
 from saeopt.search.attributes import REASON, evaluation_attributes
 from saeopt.search.claims import Claim
 from saeopt.search.heart import Heart
-from saeopt.search.objectives import objective_names, objective_values, violations
+from saeopt.search.objectives import collapse_reason, final_rule, objective_names, objective_values, violations
 from saeopt.search.packing import Assignment, owner_of
 from saeopt.search.reports import Progress
 from saeopt.search.storage import Store, is_transient, persistently
@@ -108,15 +108,13 @@ class Outcomes:
         if self.heart.has_lost(claim):
             assignment.owner.leave(assignment.run_dir)
             return
-        values = objective_values(spec, result.evaluation) if result.status == "finished" else None
-        reason = result.reason
-        if result.status == "finished" and values is None:
-            reason = f"no finite value of every objective in the evaluation ({reason or 'all hook points'})"
+        values, reason = self._judged(result)
         attrs: dict[str, Any] = {**evaluation_attributes(result.evaluation), "samples": result.samples}
         if reason:
             attrs[REASON] = reason
         limits = self._constraints(result, reason, pruned=values is None)
-        outcome = f"{'complete' if values is not None else 'stopped early'}{': ' + reason if reason else ''}"
+        how = "complete" if values is not None else "no candidate" if result.status == "finished" else "stopped early"
+        outcome = f"{how}{': ' + reason if reason else ''}"
         monitoring.on_trial_end(
             self.store, self.study_id, claim.trial_id, spec, outcome, claim=claim, evaluation=result.evaluation
         )
@@ -136,6 +134,21 @@ class Outcomes:
             log.info("trial %d: %s%s", claim.number, outcome, shown)
         self.part_with(claim)
 
+    def _judged(self, result: TrialResult) -> tuple[list[float] | None, str | None]:
+        """The objectives of a trial, and what is to be said of it; None for one that no front may hold.
+
+        A collapsed trial has the lowest L0 of all. Optuna's fronts leave out trials that violate a constraint, the
+        dashboard's and a storage's best trial do not; what all of them leave out is a pruned trial.
+        """
+        if result.status != "finished":
+            return None, result.reason
+        if collapsed := collapse_reason(final_rule(self.spec), result.evaluation):
+            return None, collapsed
+        values = objective_values(self.spec, result.evaluation)
+        if values is None:
+            return None, f"no finite value of every objective in the evaluation ({result.reason or 'all hook points'})"
+        return values, result.reason
+
     def _last_values(self, assignment: Assignment) -> list[float] | None:
         """What a trial that was given up had reached, as Optuna keeps it for a single objective."""
         curve = self.progress[assignment.name].curve
@@ -146,7 +159,8 @@ class Outcomes:
         rule = self.spec.early_stopping.collapse
         found: dict[str, float] = {}
         if rule is not None and rule.constraint:
-            found = violations(rule, result.evaluation) if not pruned else {"min_l0": 0.0, "max_fvu": 0.0}
+            ended = result.status == "finished"
+            found = violations(final_rule(self.spec), result.evaluation) if ended else {"min_l0": 0.0, "max_fvu": 0.0}
         if not pruned:
             return found
         hopeless = result.status == "diverged" or (reason or "").startswith("collapsed")

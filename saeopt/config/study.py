@@ -135,7 +135,8 @@ class Collapse(StrictModel):
     patience: Positive = 2
     """So many reports in a row must agree before the trial is stopped."""
     constraint: bool = True
-    """Tell the sampler that collapsed trials are infeasible, so that they are no extreme of the front."""
+    """Tell the sampler that collapsed trials are infeasible.
+    They are pruned trials in any case: no front holds them."""
 
 
 class EarlyStopping(StrictModel):

@@ -20,7 +20,7 @@ from saeopt.evaluation.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.files import atomic_write
 from saeopt.search import queries
 from saeopt.search.attributes import COLUMNS, RUN_DIR, not_found
-from saeopt.search.points import candidates, fronts, points_of
+from saeopt.search.points import candidates, fronts, points_of, was_evaluated
 from saeopt.search.storage import Store
 
 
@@ -56,7 +56,7 @@ class HookBest:
 def load_points(store: Store, name: str) -> tuple[list[Point], dict[str, Trained]]:
     """All evaluated SAEs of a study, and the trials by label (`#7`)."""
     spec, study_id = store.spec(name), store.study_id(name)
-    rows = [row for row in queries.trial_rows(store.engine, study_id) if row.state == "COMPLETE"]
+    rows = list(filter(was_evaluated, queries.trial_rows(store.engine, study_id)))
     queries.add_params(store.engine, rows, study_id)
     found: list[Point] = []
     trials = {}

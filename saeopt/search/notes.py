@@ -12,6 +12,7 @@ from saeopt.config.settings import redact
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.search import internals as db
 from saeopt.search.attributes import COLUMNS, Evaluation, number
+from saeopt.search.objectives import final_rule
 from saeopt.search.storage import Store
 
 LIMIT = 2_000
@@ -43,7 +44,7 @@ def dimension_text(dimension: Dimension) -> str:
 
 def study_text(spec: StudySpec) -> str:
     """What the study is about and where its files are."""
-    base = spec.base
+    base, rule = spec.base, final_rule(spec)
     data, saes = base.get("data") or {}, base.get("saes") or {}
     model = base.get("tlens_model_name") or base.get("tlens_model_path")
     objectives = ", ".join(("maximise " if o.maximised else "minimise ") + o.metric for o in spec.objectives)
@@ -55,6 +56,8 @@ def study_text(spec: StudySpec) -> str:
         f"- hook points: {', '.join(f'`{h}`' for h in saes.get('sae_positions', []))}",
         f"- sampler: {spec.sampler.type}; objectives: {objectives}; early stopping: {spec.early_stopping.type}",
         f"- run folders: `{spec.runs.resolve()}/<trial>/`",
+        f"- a trial whose SAEs have all collapsed (L0 below {rule.min_l0:g} or FVU from {rule.max_fvu:g} on) is shown"
+        " as pruned: no front holds it",
         "",
         "| parameter | values |",
         "|---|---|",

@@ -9,6 +9,9 @@ from typing import Literal
 from saeopt.config.study import Collapse, Objective, StudySpec
 from saeopt.errors import UserError
 
+COLLAPSED_L0, COLLAPSED_FVU = 1.0, 0.9
+"""Below this L0, or from this FVU on, an SAE is no candidate: an empty code is a trivial end of every front."""
+
 Evaluation = Mapping[str, Mapping[str, float]]
 
 
@@ -122,6 +125,13 @@ def violations(rule: Collapse, evaluation: Evaluation) -> dict[str, float]:
         return {}
     low, high = min(rows, key=lambda r: max(r[0], 0.0) + max(r[1], 0.0))
     return {"min_l0": float(low), "max_fvu": float(high)}
+
+
+def final_rule(spec: StudySpec) -> Collapse:
+    """What counts as collapsed at the end of a trial: the study's rule, and in any case what `best` leaves out."""
+    rule = spec.early_stopping.collapse or Collapse()
+    bounds = {"min_l0": max(rule.min_l0, COLLAPSED_L0), "max_fvu": min(rule.max_fvu, COLLAPSED_FVU)}
+    return rule.model_copy(update=bounds)
 
 
 def _log_ratio(bound: float, l0: float) -> float:

@@ -11,16 +11,22 @@ from sqlalchemy import Engine
 from saeopt.config.study import StudySpec
 from saeopt.evaluation.pareto import Point, pareto_front
 from saeopt.search import queries
-from saeopt.search.attributes import evaluation_of
-
-COLLAPSED_L0, COLLAPSED_FVU = 1.0, 0.9
-"""Below this L0, or from this FVU on, an SAE is no candidate: an empty code is a trivial end of every front."""
+from saeopt.search.attributes import REASON, evaluation_of
+from saeopt.search.objectives import COLLAPSED_FVU, COLLAPSED_L0
+from saeopt.search.queries import TrialRow
 
 
 def collapsed(metrics: Mapping[str, Any]) -> bool:
     """Whether the SAE reconstructs nothing (also when a value is missing or NaN)."""
     l0, fvu = metrics.get("l0", math.nan), metrics.get("fvu", math.nan)
     return not (l0 >= COLLAPSED_L0 and fvu < COLLAPSED_FVU)
+
+
+def was_evaluated(row: TrialRow) -> bool:
+    """Whether a trial was trained to its end: complete, or pruned because it had collapsed."""
+    return row.state == "COMPLETE" or (
+        row.state == "PRUNED" and str(row.attributes.get(REASON, "")).startswith("collapsed")
+    )
 
 
 def points_of(number: int, attributes: Mapping[str, Any], group: str = "") -> list[Point]:
@@ -53,7 +59,7 @@ def hypervolume(points: Iterable[tuple[float, float]], reference: Sequence[float
 
 def study_points(engine: Engine, study_id: int, spec: StudySpec) -> list[Point]:
     """The evaluated SAEs of a study, in order of their trials; the architecture is their group."""
-    rows = [row for row in queries.trial_rows(engine, study_id) if row.state == "COMPLETE"]
+    rows = list(filter(was_evaluated, queries.trial_rows(engine, study_id)))
     if "saes.sae_type" in spec.space:
         queries.add_params(engine, rows, study_id)
     found: list[Point] = []

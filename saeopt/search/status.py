@@ -18,7 +18,7 @@ from saeopt.console import unbroken
 from saeopt.search import claims, presence, queries
 from saeopt.search.attributes import REASON, mean_metric
 from saeopt.search.objectives import expanded
-from saeopt.search.points import collapsed, fronts, points_of
+from saeopt.search.points import collapsed, fronts, points_of, was_evaluated
 from saeopt.search.presence import Presence
 from saeopt.search.queries import TrialRow
 from saeopt.search.storage import Store
@@ -149,7 +149,7 @@ def _pace(status: Status) -> RenderableType:
 
 
 def _best(status: Status) -> RenderableType | None:
-    done = [row for row in status.rows if row.state == "COMPLETE"]
+    done = list(filter(was_evaluated, status.rows))
     points = [p for row in done for p in points_of(row.number, row.attributes)]
     if not points:
         return None
@@ -255,7 +255,7 @@ def _reasons(status: Status) -> RenderableType | None:
 
 def as_json(status: Status) -> dict[str, Any]:
     """The same for programs: numbers as they are, null where there is none."""
-    done = [row for row in status.rows if row.state == "COMPLETE"]
+    done = list(filter(was_evaluated, status.rows))
     points = [p for row in done for p in points_of(row.number, row.attributes)]
     best = fronts(points)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -9,16 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 from _stores import grid_spec
+from optuna_dashboard._app import create_app
 
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import UserError, WorkerFault
 from saeopt.search import claims, monitoring, presence
 from saeopt.search import internals as db
 from saeopt.search.attributes import evaluation_of
+from saeopt.search.best import load_points
 from saeopt.search.create import create_study
+from saeopt.search.points import fronts
 from saeopt.search.storage import Store
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.worker_faults import TrainingDied, TrainingStalled
@@ -216,6 +221,48 @@ def test_a_collapsed_trial_is_stopped_with_its_reason_and_is_infeasible(store: S
     assert trials[1].user_attrs["samples"] < TOTAL
     assert max(trials[1].constraints.values()) > 0
     assert max(trials[0].constraints.values()) <= 0
+
+
+OBJECTIVES = [
+    [{"metric": "l0"}, {"metric": "explained_variance"}],
+    [{"metric": "l0"}],
+    [{"metric": "l0"}, {"metric": "fvu"}, {"metric": "explained_variance"}],
+]
+
+
+@pytest.mark.parametrize("collapse", [{}, {"constraint": False}, None])
+@pytest.mark.parametrize("objectives", OBJECTIVES)
+def test_no_view_prefers_a_trial_that_collapsed_at_its_end(
+    objectives: list[dict[str, str]], collapse: dict[str, bool] | None, store: Store, tmp_path: Path
+) -> None:
+    """Optuna's own best trials, the dashboard's (which knows no constraints), and `best`."""
+    spec = spec_in(tmp_path, 4, objectives=objectives, early_stopping={"collapse": collapse})
+
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        if samples < TOTAL or plan.name in ("0", "2"):
+            return {"l0": 20.0 + int(plan.name), "fvu": 0.5}
+        return {"l0": 0.7, "fvu": 0.5} if plan.name == "1" else {"l0": 2.0, "fvu": 0.95}
+
+    start(store, spec, Trainer(measure)).run()
+    study = store.study("s")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
+    assert "L0 0.7 is below 1" in study.trials[1].user_attrs["reason"]
+    assert "FVU 0.95 has reached 0.9" in study.trials[3].user_attrs["reason"]
+    best = study.best_trials if len(objectives) > 1 else [study.best_trial]
+    assert [t.number for t in best] == [0]
+    assert [t["number"] for t in dashboards_view(store)["best_trials"]] == [0]
+    points, _ = load_points(store, "s")
+    assert len(points) == 4  # the collapsed ones are counted, and are no candidates
+    assert [p.label for front in fronts(points).values() for p in front] == ["#0"]
+
+
+def dashboards_view(store: Store) -> Any:
+    """What the dashboard's page of the study gets."""
+    environment: dict[str, Any] = {}
+    setup_testing_defaults(environment)
+    environment |= {"PATH_INFO": f"/api/studies/{store.study_id('s')}", "QUERY_STRING": "after=0"}
+    app: Any = create_app(store.optuna)
+    return json.loads(b"".join(app(environment, lambda *answer: None)))
 
 
 @pytest.mark.parametrize("rule", ["median", "asha", "hyperband"])
