@@ -15,6 +15,7 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.search.create import planned_cells
 from saeopt.search.notes import dimension_text
+from saeopt.search.rounds import told
 from saeopt.search.space import Cell, Space
 from saeopt.search.status import duration
 
@@ -38,6 +39,8 @@ def print_preview(spec: StudySpec) -> None:
     cells, proposed = planned_cells(spec)
     console.print(_space_table(spec))
     console.print(_cells_table(spec, cells, proposed))
+    if about := told(spec):
+        console.print(about, markup=False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
     packs = packs_of(spec, cells, LARGEST_PACK)
     try:

@@ -78,6 +78,7 @@ def create(
     from saeopt.config import recipe_notice
     from saeopt.search.create import create_study, planned_cells
     from saeopt.search.monitoring import on_study_created
+    from saeopt.search.rounds import told
     from saeopt.search.space import Space
     from saeopt.training.loggers import check_sinks
 
@@ -98,6 +99,8 @@ def create(
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
+    if about := told(spec):
+        _say(f"  {about}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
     _say(f"  dashboard: {store.command('dashboard')}")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -142,6 +143,7 @@ def work(
         except UserError as error:
             raise WorkerFault(str(error)) from None
         wanted = spec.pack if pack is None else pack
+        options = replace(options, auto=wanted == "auto")
 
         def limit(space: Space) -> int:
             size = wanted if isinstance(wanted, int) else fitting(space)
@@ -178,7 +180,9 @@ def work(
 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
-    if max(trials, spec.max_trials or 0) > pack:
+    from saeopt.search.rounds import n_proposed
+
+    if max(trials, spec.max_trials or 0) > pack or n_proposed(spec) > 0:
         kept = settings().cache_dir
         root = spec.runs if kept is None else Path(kept).expanduser()
         os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))

@@ -23,6 +23,7 @@ from saeopt.search.heart import Heart
 from saeopt.search.packing import Assignment, Refused, acquire
 from saeopt.search.presence import Presence
 from saeopt.search.reports import Progress, Reports
+from saeopt.search.rounds import room
 from saeopt.search.space import Space
 from saeopt.search.storage import Store, StudyGone, is_transient, patience, persistently
 from saeopt.search.trial_log import trial_logs
@@ -64,6 +65,8 @@ class Options:
     poll: float = 1.0
     sequential: bool = False
     """One trial at a time; the first error is raised."""
+    auto: bool = False
+    """The size of packs is the worker's to choose."""
 
 
 class Worker:
@@ -212,9 +215,9 @@ class Worker:
         """How many trials to claim next."""
         if self._limit is None:
             self._limit = 1 if self.options.sequential else max(1, self._ask_limit(self.space))
-        if self.options.max_trials is None:
-            return self._limit
-        return min(self._limit, max(0, self.options.max_trials - self.me.finished))
+        left = self._limit if self.options.max_trials is None else self.options.max_trials - self.me.finished
+        most, auto = max(0, min(self._limit, left)), self.options.auto
+        return persistently(lambda: room(self.store, self.study_id, self.spec, most, auto=auto), "counting trials")
 
     def _others_work(self) -> bool:
         """Whether a trial of the study is waiting or running (a stopped study waits for nobody)."""

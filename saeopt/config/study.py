@@ -180,7 +180,8 @@ class StudySpec(StrictModel):
     max_trials: Positive | None = None
     """Grid: keep the first so many cells. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
-    """Most trials that a worker trains together; auto: what fits."""
+    """Most trials that a worker trains together; auto: what fits, and for samplers that learn from results no more than
+    leaves ten rounds of proposals."""
     retries: Count = 2
     """How often a failed trial is tried again."""
     max_losses: Positive = 10

@@ -403,6 +403,21 @@ def test_a_folder_of_another_config_is_moved_aside_and_never_resumed(tmp_path: P
     assert (tmp_path / "out/s/0-old-1/final_config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("pack", "packs"), [("auto", [4] + [2] * 10), (24, [4, 20])], ids=["auto", "as large as the study"]
+)
+def test_proposals_are_made_in_rounds_that_have_seen_results(
+    store: Store, tmp_path: Path, pack: int | str, packs: list[int]
+) -> None:
+    space = {"lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    spec = spec_in(tmp_path, space=space, sampler={"type": "tpe", "n_startup_trials": 4}, max_trials=24)
+    ended: list[int] = []
+    trainer = Trainer(before=lambda names: ended.append(sum(s == "COMPLETE" for s in states(store))))
+    start(store, spec, trainer, pack=24, auto=pack == "auto").run()
+    assert [len(names) for names in trainer.packs] == packs
+    assert ended == [sum(packs[:i]) for i in range(len(packs))]
+
+
 def test_samplers_do_not_read_the_queue(store: Store, tmp_path: Path) -> None:
     spec = spec_in(tmp_path, 40)
     study_id = create_study(store, spec).study_id
