@@ -27,7 +27,7 @@ RUN if [ -n "$APT_PACKAGES" ]; then apt-get update -qq \
 # Folders under /data are open to every user, so that the container may run as the host's (UID and GID in .env): a new named volume takes
 # over the mode of the folder that it covers.
 RUN useradd --create-home --uid 1000 saeopt \
-    && mkdir -p /data/output /data/cache /data/huggingface /data/locks && chmod 1777 /data /data/*
+    && mkdir -p /data/output /data/cache /data/huggingface /data/locks /results && chmod 1777 /data /data/*
 COPY --from=packages /opt/venv /opt/venv
 # A user without an entry in /etc/passwd has no name and no home; torch asks for both.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -49,6 +50,17 @@ Changes = Annotated[
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, …")]
 ConfigArgument = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def _in_results(path: Path | None) -> Path | None:
+    """Containers can write in few places: `SAEOPT_RESULTS` is where relative paths of results start."""
+    folder = os.environ.get("SAEOPT_RESULTS")
+    return Path(folder) / path if folder and path is not None else path
+
+
+def result(help: str, metavar: str = "FILE") -> Any:
+    """The option that names a file or folder to write."""
+    return typer.Option(metavar=metavar, help=help, callback=_in_results)
 
 
 def either(argument: T | None, option: T | None, name: str) -> T | None:

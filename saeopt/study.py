@@ -12,7 +12,7 @@ import typer
 
 from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
-from saeopt.options import AsJson, Changes, Storage, StudyName, new_app
+from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
@@ -215,10 +215,8 @@ def best(
     by: Annotated[
         str, typer.Option(metavar="METRIC", help="Metric that the best of a range of L0 has, e.g. ce_recovered.")
     ] = "fvu",
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the fronts into this file.")] = None,
-    copy: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Also copy their weights and configs to DIR/NAME-TRIAL/.")
-    ] = None,
+    png: Annotated[Path | None, result("Also draw the fronts into this file.")] = None,
+    copy: Annotated[Path | None, result("Also copy their weights and configs to DIR/NAME-TRIAL/.", "DIR")] = None,
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
@@ -248,12 +246,10 @@ def best(
 @app.command()
 def export(
     name: StudyName,
-    configs: Annotated[Path | None, typer.Option(metavar="DIR", help="One runnable YAML per cell.")] = None,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="A row per trial and hook point.")] = None,
-    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="The same as Parquet.")] = None,
-    wandb_sweep: Annotated[
-        Path | None, typer.Option("--wandb-sweep", metavar="FILE", help="A W&B sweep definition of the same space.")
-    ] = None,
+    configs: Annotated[Path | None, result("One runnable YAML per cell.", "DIR")] = None,
+    csv: Annotated[Path | None, result("A row per trial and hook point.")] = None,
+    parquet: Annotated[Path | None, result("The same as Parquet.")] = None,
+    wandb_sweep: Annotated[Path | None, result("A W&B sweep definition of the same space.")] = None,
     storage: Storage = None,
 ) -> None:
     """Write a study to files."""

@@ -25,3 +25,8 @@ fi
 chmod 600 .env
 fill POSTGRES_PASSWORD "$(secret)"
 fill DASHBOARD_PASSWORD "$(secret)"
+# The folder that results of `docker compose run --rm study …` come to: made here, or the engine makes it as root's.
+if [ ! -e results ]; then
+  mkdir -m 755 results
+  if [ "$(id -u)" = 0 ]; then chown "$(sed -n 's/^UID=//p' .env):$(sed -n 's/^GID=//p' .env)" results; fi
+fi

@@ -39,6 +39,10 @@ def new_stack(image: str, folder: Path, name: str, **settings: str) -> Stack:
         "HF_HUB_OFFLINE": "1",
         "DASHBOARD_PORT": str(free_port()),
     }
+    results = folder / "results"
+    results.mkdir()
+    results.chmod(0o777)  # the containers' user is not this one
+    own["RESULTS_DIR"] = str(results)
     made = Stack(f"saeopt-test-{name}-{os.getpid()}", folder, own | settings)
     made.write()
     return made
@@ -120,6 +124,14 @@ def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack)
     assert len(cells) == 6
     assert len({tuple(cell) for cell in cells.values()}) == 6, "each cell exactly once"
     assert f"study {STUDY}" in stack.compose("run", "--rm", "-T", "study", "status", STUDY)
+    run = ("run", "--rm", "-T", "study")
+    stack.compose(*run, "best", STUDY, "--png", "front.png", "--copy", "best")
+    stack.compose(*run, "export", STUDY, "--csv", "tables/all.csv", "--configs", "cells")
+    results = Path(stack.settings["RESULTS_DIR"])
+    assert (results / "front.png").read_bytes()[:4] == b"\x89PNG"
+    assert next((results / "best").glob(f"{STUDY}-*/samples_*.safetensors")).stat().st_size > 1000
+    assert len((results / "tables/all.csv").read_text().splitlines()) == 7
+    assert len(list((results / "cells").iterdir())) == 6
     listing = stack.compose(
         "run", "--rm", "-T", "--entrypoint", "find", "study", "/data/output", "-name", "evaluation.json"
     )

@@ -173,3 +173,25 @@ def test_a_worker_under_slurm_hands_back_and_queues_again_on_preemption(tmp_path
     assert "handed back" in rest
     assert "scontrol requeue 5_3" in rest
     assert process.returncode == 0
+
+
+def test_the_studys_results_come_to_the_host_and_the_headers_agree() -> None:
+    study = compose()["services"]["study"]
+    assert "${RESULTS_DIR:-./results}:/results" in study["volumes"]
+    assert study["environment"]["SAEOPT_RESULTS"] == "/results"
+    assert set(study["volumes"]) >= set(compose()["x-saeopt"]["volumes"])
+    head = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").split("x-saeopt")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    steps = [line.split("   ")[0].strip("# ") for line in head.splitlines() if line.startswith("#   ")]
+    places = [readme.index(step) for step in steps if "--profile" not in step]
+    assert places == sorted(places)
+
+
+def test_make_env_makes_the_folder_of_results(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/make_env.sh", ".env.example"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run(["bash", "scripts/make_env.sh"], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "results").stat().st_mode & 0o777 == 0o755
+    env = (tmp_path / ".env").read_text(encoding="utf-8")
+    assert f"UID={(tmp_path / 'results').stat().st_uid}\n" in env

@@ -234,3 +234,22 @@ def test_status_of_a_thousand_trials_asks_the_store_little_and_imports_no_torch(
     assert done.returncode == 0, done.stderr
     assert "899" in done.stdout
     assert int(done.stdout.split()[-1]) < 40  # none per trial
+
+
+def test_relative_results_go_where_a_container_can_write(
+    cli: Cli, study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEOPT_RESULTS", str(tmp_path / "results"))
+    cli("best", study, "--png", "front.png")
+    cli("export", study, "--csv", "t/all.csv", "--configs", tmp_path / "absolute")
+    assert sorted(p.name for p in (tmp_path / "results").rglob("*")) == ["all.csv", "front.png", "t"]
+    assert len(list((tmp_path / "absolute").iterdir())) == 6
+
+
+def test_a_result_that_cannot_be_written_is_one_line(cli: Cli, study: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for args in (("best", study, "--png"), ("export", study, "--csv"), ("export", study, "--parquet"),
+                 ("export", study, "--configs"), ("export", study, "--wandb-sweep")):  # fmt: skip
+        done = cli(*args, tmp_path / "file" / "x", code=2)
+        assert "cannot be written" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
