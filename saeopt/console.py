@@ -11,7 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.settings import redact
@@ -58,6 +59,16 @@ def set_up_logging(level: int = logging.INFO) -> None:
 def unbroken(text: str) -> Text:
     """A line that a narrow window does not break: commands and paths are there to be copied (print with crop=False)."""
     return Text(text, no_wrap=True, overflow="ignore")
+
+
+def titled(title: str, table: RenderableType) -> RenderableType:
+    """A table under a title that may be wider than it."""
+    return Group(unbroken(title), table)
+
+
+def fits(table: Table) -> bool:
+    """Whether the window is wide enough for it to break nothing."""
+    return console.measure(table, options=console.options.update_width(10_000)).maximum <= console.width
 
 
 def program() -> str:

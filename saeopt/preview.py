@@ -7,11 +7,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from saeopt.config.run import RunConfig
 from saeopt.config.study import LARGEST_PACK, MEMORY_SHARE, StudySpec
-from saeopt.console import console
+from saeopt.console import console, fits, titled
 from saeopt.errors import UserError
 from saeopt.search.create import planned_cells
 from saeopt.search.notes import dimension_text
@@ -124,23 +126,32 @@ def _space_table(spec: StudySpec) -> Table:
     return table
 
 
-def _cells_table(spec: StudySpec, cells: Sequence[Cell], proposed: int) -> Table:
+def _cells_table(spec: StudySpec, cells: Sequence[Cell], proposed: int) -> RenderableType:
     space = Space(spec)
     rows = [space.values(cell.params) for cell in cells]
     names = list(dict.fromkeys(name for row in rows for name in row))
     title = f"{len(cells)} cells" + (
         f", and {proposed} trials that {spec.sampler.type} will propose" if proposed else ""
     )
-    table = Table(title=title, title_justify="left")
+    shown = [{name: _shown(row[name]) for name in names if name in row} for row in rows[:_SHOWN]]
+    table = Table()
     table.add_column("trial", justify="right")
     for name in names:
-        table.add_column(name.removeprefix("saes."), overflow="fold")
-    for number, row in enumerate(rows[:_SHOWN]):
-        values = [row.get(name, "–") for name in names]
-        table.add_row(str(number), *[f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+        table.add_column(name.removeprefix("saes."))
+    for number, row in enumerate(shown):
+        table.add_row(str(number), *[row.get(name, "–") for name in names])
+    if not fits(table):  # a line per trial, broken between parameters only
+        table = Table("trial", "parameters")
+        for number, row in enumerate(shown):
+            items = [f"{name.removeprefix('saes.')}={value}".replace(" ", "") for name, value in row.items()]
+            table.add_row(str(number), Text("  ".join(items), overflow="fold"))
     if len(cells) > _SHOWN:
         table.caption = f"and {len(cells) - _SHOWN} more"
-    return table
+    return titled(title, table)
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _packs_table(packs: Sequence[Sequence[Cell]], costs: Sequence[Cost] | None) -> Table:

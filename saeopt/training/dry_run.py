@@ -6,10 +6,11 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import torch
+from rich.console import RenderableType
 from rich.table import Table
 
 from saeopt.config import RunConfig, dump_yaml
-from saeopt.console import console
+from saeopt.console import console, titled
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
 from saeopt.training.environment import precision
@@ -33,7 +34,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     model, lm = weightless(config)
     members = shapes(config, model)
     console.print(dump_yaml(config), markup=False, soft_wrap=True)
-    console.print(_members_table(members, run_name(config)))
+    console.print(_members_table(members, run_name(config)), crop=False)
     lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize
     needed = estimate(config, members, lm, lm_bytes, chosen.type)
     table = Table(title=f"Estimated memory on {chosen}", title_justify="left")
@@ -100,11 +101,11 @@ def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> 
     return max(1, bisect_right(range(1, most + 1), free, key=needed))
 
 
-def _members_table(members: list[MemberShape], name: str) -> Table:
-    table = Table(title=f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}", title_justify="left")
+def _members_table(members: list[MemberShape], name: str) -> RenderableType:
+    table = Table()
     table.add_column("hook point", overflow="fold")
     for column in ("architecture", "d", "h", "parameters"):
         table.add_column(column, justify="right")
     for m in members:
         table.add_row(m.hook_point, m.sae_type, str(m.d), str(m.h), f"{m.n_parameters:,}")
-    return table
+    return titled(f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}", table)

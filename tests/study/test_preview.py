@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from saeopt.config.study import LARGEST_PACK, load_study_spec
@@ -63,3 +64,22 @@ def test_the_time_of_one_pass_over_unknown_data_is_unknown(cli: Cli, study_file:
     assert "GiB" in text
     assert "time: unknown" in text
     assert "about 0" not in text
+
+
+def test_cells_of_many_parameters_break_no_word_in_eighty_columns(
+    cli: Cli, study_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["space"] |= {
+        "saes.sae_type": ["relu", "gated_hard_concrete"],
+        "saes.dict_size_to_input_ratio": [4, 8],
+        "saes.sparsity_coeff@blocks.0.hook_resid_pre": [0.25],
+        "adam_betas": [[0.9, 0.999]],
+    }
+    study_file.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr("saeopt.console.console.width", 80)
+    text = cli("create", study_file, "--dry-run").stdout
+    words = "sae_type=gated_hard_concrete dict_size_to_input_ratio=4 sparsity_coeff@blocks.0.hook_resid_pre=0.25"
+    for word in [*words.split(), "adam_betas=[0.9,0.999]"]:
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 80
