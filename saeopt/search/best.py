@@ -117,7 +117,7 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
     for label in labels(found):
         trial = trials[label]
         weights = trial.weights or f"not on this host: {trial.run_dir}"
-        parts += [unbroken(f"{label:>5}  {trial.text}"), unbroken(f"       {weights}")]
+        parts += [Text(f"{label:>5}  {trial.text}"), unbroken(f"       {weights}")]
     return Group(*parts)
 
 

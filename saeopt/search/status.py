@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.study import StudySpec
-from saeopt.console import unbroken
+from saeopt.console import titled, unbroken
 from saeopt.search import claims, presence, queries
 from saeopt.search.attributes import REASON, mean_metric
 from saeopt.search.objectives import expanded
@@ -115,13 +115,18 @@ def duration(seconds: float | None) -> str:
 
 
 def render(status: Status) -> RenderableType:
-    """The tables of `status`; they fit into 80 columns."""
-    parts = [_states(status), _pace(status), _best(status), _workers(status), _running(status), _reasons(status)]
+    """The tables of `status`; they fit into 80 columns, and with a few trials into 24 lines."""
+    parts = [_states(status), _pace(status), _workers(status), _running(status), _best(status), _reasons(status)]
     return Group(*(part for part in parts if part is not None))
 
 
+def _table() -> Table:
+    """Without lines: with `--watch` all of it is to fit into a window."""
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")
+
+
 def _states(status: Status) -> RenderableType:
-    table = Table()
+    table = _table()
     for state in STATES:
         table.add_column(_NAMES[state], justify="right")
     table.add_column("all", justify="right")
@@ -134,7 +139,7 @@ def _states(status: Status) -> RenderableType:
 
 
 def _pace(status: Status) -> RenderableType:
-    table = Table()
+    table = _table()
     for name in ("workers alive", "trials/h", "tokens/s", "trial-tokens/s", "time left"):
         table.add_column(name, justify="right")
     pace, speeds = status.trials_per_hour, [(w.tokens_per_s, len(w.trials)) for w in status.alive]
@@ -153,7 +158,7 @@ def _best(status: Status) -> RenderableType | None:
     points = [p for row in done for p in points_of(row.number, row.attributes)]
     if not points:
         return None
-    table = Table(title="best so far: front as trial, L0 → FVU", title_justify="left", show_lines=True)
+    table = _table()
     table.add_column("hook point", overflow="fold")
     for name in ("SAEs", "collapsed"):
         table.add_column(name, justify="right")
@@ -165,9 +170,8 @@ def _best(status: Status) -> RenderableType | None:
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
         items = [Text(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}", no_wrap=True) for p in shown]
         table.add_row(hook, str(len(here)), str(sum(collapsed(p.metrics) for p in here)), Columns(items or ["–"]))
-    for name, value, number in _best_values(status, done):
-        table.caption = f"best {name}: {value:.4g} (trial {number})"
-    return table
+    found = [f"best {name}: {value:.4g} (trial {number})" for name, value, number in _best_values(status, done)]
+    return Group(titled("\nbest so far: front as trial, L0 → FVU", table), *map(unbroken, found))
 
 
 def _best_values(status: Status, done: list[TrialRow]) -> list[tuple[str, float, int]]:
@@ -189,7 +193,7 @@ def _evaluation(row: TrialRow) -> dict[str, dict[str, float]]:
 def _workers(status: Status) -> RenderableType | None:
     if not status.alive:
         return None
-    table = Table(title="workers (host/process/device)", title_justify="left")
+    table = _table()
     table.add_column("worker", overflow="fold")
     table.add_column("trials")
     for name in ("progress", "tokens/s", "told"):
@@ -197,7 +201,7 @@ def _workers(status: Status) -> RenderableType | None:
     for w in status.alive[:_ROWS]:
         share = f"{w.samples / w.total:.0%}" if w.total else "–"
         table.add_row(w.worker, _numbers(w.trials), share, f"{w.tokens_per_s:,.0f}", str(w.finished))
-    return table
+    return titled("\nworkers (host/process/device)", table)
 
 
 def _numbers(trials: list[int]) -> str:
@@ -216,7 +220,7 @@ def _running(status: Status) -> RenderableType | None:
     rows = [row for row in status.rows if row.state == "RUNNING"]
     if not rows:
         return None
-    table = Table(title="running trials (means over hook points)", title_justify="left")
+    table = _table()
     for name in ("trial", "since", "samples", "L0", "FVU"):
         table.add_column(name, justify="right")
     for row in rows[:_ROWS]:
@@ -228,9 +232,8 @@ def _running(status: Status) -> RenderableType | None:
             format(now[key], form) if now[key] is not None else "–" for key, form in (("l0", ".1f"), ("fvu", ".4f"))
         ]
         table.add_row(str(row.number), since, step, *numbers)
-    if len(rows) > _ROWS:
-        table.caption = f"and {len(rows) - _ROWS} more"
-    return table
+    more = [unbroken(f"and {len(rows) - _ROWS} more")] if len(rows) > _ROWS else []
+    return Group(titled("\nrunning trials (means over hook points)", table), *more)
 
 
 def _since(status: Status, row: TrialRow) -> float | None:
@@ -246,7 +249,7 @@ def _reasons(status: Status) -> RenderableType | None:
     if not rows:
         return None
     name = status.spec.name
-    lines = ["failed trials"]
+    lines = ["\nfailed trials"]
     lines += [f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}" for row in rows[:5]]
     lines += [f"  why:   {status.command('study', 'logs', name, rows[0].number)}"]
     lines += [f"  again: {status.command('study', 'retry', name)}"]
@@ -296,7 +299,7 @@ def list_rows(store: Store) -> list[dict[str, Any]]:
 
 def list_table(store: Store) -> RenderableType:
     """All studies of a store."""
-    table = Table(box=None, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold cyan")
     table.add_column("study", overflow="fold")
     for name in (*_NAMES.values(), "workers", "state"):
         table.add_column(name, justify="right")

@@ -62,14 +62,10 @@ def study(cli: Cli, study_file: Path, store_url: str, tmp_path: Path, monkeypatc
     return name
 
 
-def tables(text: str) -> list[str]:
-    return [line for line in text.splitlines() if re.match(r"[┏┃┡│└├]", line)]
-
-
 @pytest.mark.parametrize("command", ["status", "best", "list"])
 def test_tables_fit_and_break_no_word(cli: Cli, study: str, command: str) -> None:
     text = cli(command, *([] if command == "list" else [study])).stdout
-    lines = tables(text) or text.splitlines()[1:]
+    lines = [line for line in text.splitlines() if "/" not in line or "cuda" in line]  # paths are not broken
     assert lines
     assert max(map(len, lines)) <= 80
     words = {
@@ -90,7 +86,8 @@ def test_list_has_no_two_columns_of_one_name(cli: Cli, study: str) -> None:
 
 def test_status_shows_l0_and_fvu_of_running_trials(cli: Cli, study: str) -> None:
     row = next(line for line in cli("status", study).stdout.splitlines() if "640 of 1,000" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][-2:] == ["17.2", "0.0625"]
+    assert row.split()[-2:] == ["17.2", "0.0625"]
+    assert len(cli("status", study).stdout.splitlines()) <= 24
     running = json.loads(cli("status", study, "--json").stdout)["running"]
     assert [(r["trial"], r["l0"], r["fvu"], r["samples"]) for r in running] == [(12, 17.25, 0.0625, 640)]
 
