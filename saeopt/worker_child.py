@@ -176,6 +176,9 @@ class _Remote(Observer):
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         self.child.say("progress", samples, total, tokens_per_s)
 
+    def evaluation_takes(self, samples: float) -> None:
+        self.child.say("evaluation", samples)
+
     def lost(self, name: str) -> bool:
         return name in self.child.lost
 

@@ -127,10 +127,9 @@ class Worker:
             self._ended.set()
         if self.heart.study_gone.is_set():
             log.warning("study %s was deleted, or made again as another one: this worker ends", self.spec.name)
-        log.info(
-            "this worker told %d trial%s of study %s", self.me.finished, "s"[: self.me.finished != 1], self.spec.name
-        )
-        return self.me.finished
+        told = self.me.finished
+        log.info("this worker told %d trial%s of study %s", told, "s"[: told != 1], self.spec.name)
+        return told
 
     # ---- the queue
     def _loop(self) -> None:
@@ -216,8 +215,8 @@ class Worker:
         if self._limit is None:
             self._limit = 1 if self.options.sequential else max(1, self._ask_limit(self.space))
         left = self._limit if self.options.max_trials is None else self.options.max_trials - self.me.finished
-        most, auto = max(0, min(self._limit, left)), self.options.auto
-        return persistently(lambda: room(self.store, self.study_id, self.spec, most, auto=auto), "counting trials")
+        where, most = (self.store, self.study_id, self.spec), max(0, min(self._limit, left))
+        return persistently(lambda: room(*where, most, auto=self.options.auto), "counting trials")
 
     def _others_work(self) -> bool:
         """Whether a trial of the study is waiting or running (a stopped study waits for nobody)."""
@@ -270,11 +269,11 @@ class Worker:
             monitoring.on_trial_start(
                 self.store, self.study_id, a.claim.trial_id, self.spec, self.me.worker, claim=a.claim
             )
-        self.heart.training(True)
+        self.heart.training(len(pack))
         try:
             return self.train(plans, _Watcher(self, {a.name: a for a in pack}))
         finally:
-            self.heart.training(False)
+            self.heart.training(0)
             self.reports.flush(3.0 if self._leaving() else patience())
 
     def _after_error(self, pack: list[Assignment], error: Exception) -> None:
@@ -353,6 +352,7 @@ class _Watcher(Observer):
         self.worker, self.pack = worker, pack
 
     def on_start(self, name: str, samples: int, total: int) -> None:
+        self.worker.heart.clock.begun(samples, total)
         self.worker.reports.started(self.worker.outcomes.progress[name], samples, total)
 
     def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
@@ -390,6 +390,10 @@ class _Watcher(Observer):
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         me = self.worker.me
         me.samples, me.total, me.tokens_per_s = samples, total, tokens_per_s
+        self.worker.heart.clock.moved(samples)
+
+    def evaluation_takes(self, samples: float) -> None:
+        self.worker.heart.clock.evaluation_takes(samples)
 
     def should_interrupt(self) -> bool:
         return self.worker._leaving()

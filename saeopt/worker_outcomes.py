@@ -96,6 +96,7 @@ class Outcomes:
                 raise
             self.fail(assignment, failure_of(error))
         self._told.add(assignment.name)
+        self.heart.clock.told()
 
     def _tell(self, assignment: Assignment, result: TrialResult, seconds: float | None) -> None:
         claim, spec = assignment.claim, self.spec

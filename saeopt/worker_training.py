@@ -155,7 +155,7 @@ class ChildTraining:
             talk.begun |= kind == "start"
             told: dict[str, Callable[..., None]] = {
                 "start": observer.on_start, "checkpoint": observer.on_checkpoint, "end": observer.on_end,
-                "progress": observer.progress,
+                "progress": observer.progress, "evaluation": observer.evaluation_takes,
             }  # fmt: skip
             told[kind](*said)
 

@@ -109,6 +109,11 @@ class LanguageModel:
         found.identity = _identity(model)  # before a bridge folds weights
         return found
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in the language model."""
+        return sum(p.numel() for p in self._model.parameters())
+
     @cached_property
     def _bridge(self) -> BridgedModel:
         model = structural_copy(self._model) if self.processing == "raw" else self._model

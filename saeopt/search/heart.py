@@ -12,6 +12,7 @@ from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.search import claims, presence
 from saeopt.search.claims import Claim
+from saeopt.search.eta import PackClock
 from saeopt.search.presence import Presence
 from saeopt.search.storage import Store, StudyGone, check_identity, is_transient
 
@@ -33,6 +34,7 @@ class Heart(threading.Thread):
         self._seen: dict[int, tuple[dt.datetime, float]] = {}
         self._outage = False
         self._progress: float | None = None
+        self.clock = PackClock()
 
     def hold(self, taken: Iterable[Claim]) -> None:
         """Beat for these trials from now on."""
@@ -53,9 +55,13 @@ class Heart(threading.Thread):
                 del self._held[claim.trial_id]
             self.me.trials = sorted(c.number for c in self._held.values())
 
-    def training(self, begins: bool) -> None:
-        """A pack starts or ends."""
-        self._progress = time.monotonic() if begins else None
+    def training(self, trials: int) -> None:
+        """A pack of so many trials starts; 0: it has ended."""
+        self._progress = time.monotonic() if trials else None
+        if trials:
+            self.clock.claimed(trials)
+        else:
+            self.clock.over()
 
     def pulse(self) -> None:
         """The training has made progress."""
@@ -123,6 +129,7 @@ class Heart(threading.Thread):
         self._reap({t: beat for t, beat in alive.items() if t not in ours})
         progress = self._progress
         self.me.quiet = None if progress is None else time.monotonic() - progress
+        self.me.pack, self.me.left, self.me.whole = self.clock.trials, self.clock.left, self.clock.whole
         presence.beat(self.store, self.study_id, self.me, self.identity)
 
     def _reap(self, others: dict[int, dt.datetime]) -> None:

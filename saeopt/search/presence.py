@@ -42,6 +42,12 @@ class Presence:
     """Trials told since its start."""
     latest: dict[str, dict[str, float]] = field(default_factory=dict)
     """By the trial's number: samples and the newest training metrics, means over hook points."""
+    pack: int = 0
+    """Trials that were claimed together, some of which may have ended."""
+    left: float | None = None
+    """Seconds until its pack will have been told, at the last sign; None where it does not know."""
+    whole: float | None = None
+    """Seconds that such a pack takes from beginning to end."""
     quiet: float | None = None
     """Seconds without progress at the last sign; None where nothing is being trained."""
     age: float = 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,10 +16,12 @@ from saeopt.config.study import StudySpec
 from saeopt.console import titled, unbroken
 from saeopt.search import claims, presence, queries
 from saeopt.search.attributes import REASON, mean_metric
+from saeopt.search.eta import seconds_left
 from saeopt.search.objectives import expanded
 from saeopt.search.points import collapsed, fronts, points_of, was_evaluated
 from saeopt.search.presence import Presence
 from saeopt.search.queries import TrialRow
+from saeopt.search.rounds import n_proposed, round_size
 from saeopt.search.storage import Store
 
 STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
@@ -76,24 +77,25 @@ class Status:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until the last trial ends at the present pace; before the first end, from the workers' progress."""
-        pace = self.trials_per_hour
+        """Seconds until the last trial ends: from what the workers know of their packs, else from the pace so far."""
         if not self.remaining:
             return 0.0
-        if pace:
-            return 3600 * self.remaining / pace
-        shares = [
-            (w.samples / w.total, time.time() - w.started, len(w.trials)) for w in self.alive if w.total and w.samples
-        ]
-        rate = sum(share * trials / max(seconds, 1.0) for share, seconds, trials in shares)
-        return self.remaining / rate if rate else None
+        trained = {number for worker in self.alive for number in worker.trials}
+        queue = [r for r in self.rows if r.state == "WAITING" or (r.state == "RUNNING" and r.number not in trained)]
+        total = max((w.total for w in self.alive), default=0)
+        shares = [1.0 - min(1.0, (row.step or 0) / total) if total else 1.0 for row in queue]
+        learns = self.spec.pack == "auto" and n_proposed(self.spec) > 0
+        left = seconds_left(self.alive, shares, round_size(self.spec, len(self.alive)) if learns else None)
+        pace = self.trials_per_hour
+        return left if left is not None or not pace else 3600 * self.remaining / pace
 
 
 def gather(store: Store, name: str) -> Status:
     """Read a study. :class:`UserError` if there is none of that name."""
     study_id, spec = store.study_id(name), store.spec(name)
     rows = queries.trial_rows(store.engine, study_id)
-    queries.add_steps(store.engine, [row for row in rows if row.state == "RUNNING"])
+    begun = [row for row in rows if row.state == "RUNNING" or (row.state == "WAITING" and row.start is not None)]
+    queries.add_steps(store.engine, begun)
     known = queries.attributes(store.engine, study_id, "saeopt:")
     now = store.now()
     workers = presence.workers(known, now.replace(tzinfo=dt.UTC).timestamp())

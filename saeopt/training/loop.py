@@ -33,6 +33,7 @@ from saeopt.training.setup import (
     calibrate,
     check_plans,
     check_schedules,
+    evaluation_in_samples,
     hook_points_of,
     measure_norm_limits,
     total_samples,
@@ -144,6 +145,9 @@ class _Loop:
         for trial in self.trials:  # after the stream: a cache that cannot be made leaves no run folders
             with self._writing(trial):
                 self._open(trial)
+        if self._evaluates:
+            members = [m for t in self.trials for m in t.members]
+            self.observer.evaluation_takes(evaluation_in_samples(self.config, members, self.model.n_parameters))
         if self.stream is not None:
             self._train()
         for trial in self.trials:

@@ -68,6 +68,9 @@ class Observer:
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         """The stream has come so far."""
 
+    def evaluation_takes(self, samples: float) -> None:
+        """The evaluation at the end will take about as long as so many training samples."""
+
     def should_interrupt(self) -> bool:
         """True: write checkpoints and return `interrupted` results. Polled at every step."""
         return False

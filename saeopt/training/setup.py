@@ -70,6 +70,18 @@ def check_schedules(plans: Sequence[TrialPlan], total: int) -> None:
             )
 
 
+def evaluation_in_samples(config: RunConfig, members: Sequence[Member], lm_parameters: int) -> float:
+    """Training samples that take as long as the evaluation of all members, by counting products.
+
+    A token costs a language model one pass in training and, in an evaluation, one more for the clean logits, for each
+    hook point's zeros and for each member; a member's step costs three times its forward pass.
+    """
+    passes = 2 + len({m.hook_point for m in members}) + len(members)
+    forward = sum(2.0 * p.numel() for m in members for p in m.sae.parameters())
+    ratio = (2.0 * lm_parameters * passes + forward) / (2.0 * lm_parameters + 3 * forward)
+    return config.data.n_eval_samples * ratio
+
+
 def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
     """The hook points of each trial.
 
