@@ -100,7 +100,7 @@ def test_a_study_survives_a_killed_worker_and_a_restarted_database(stack: Stack)
     workers = stack.containers("workers")
     assert len(workers) == 2
 
-    # A stopped container gives its trial back in its grace period (on an idle machine within ten seconds); then it goes on.
+    # A stopped container gives its trial back in its grace period; started again, it goes on.
     stopping = time.monotonic()
     docker("stop", "--time", "20", workers[0])
     seconds = time.monotonic() - stopping

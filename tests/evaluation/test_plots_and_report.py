@@ -129,7 +129,7 @@ def test_the_table_of_a_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_run_without_evaluation_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"python -m saeopt\.evaluation"):
+    with pytest.raises(UserError, match="saeopt evaluate"):
         report.print_run(tmp_path)
 
 
