@@ -124,15 +124,12 @@ class Back(NamedTuple):
     fired_Mh: Tensor
 
 
-Call = Callable[..., Any]
-
-
 def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
     """A stage run as it is."""
     return function(*arguments)
 
 
-def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
+def run(sae_type: str, form: Form, given: Given, call: Callable[..., Any] = plainly) -> Found:
     """One micro-batch. Each stage between two products goes through `call`, which may compile it.
 
     Stages hand over only what is in the dtype of the products: what lies in between is computed again in the
@@ -152,7 +149,8 @@ def run(sae_type: str, form: Form, given: Given, call: Call = plainly) -> Found:
     g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
     back: Back = call(architecture.back, form, given, pres, codes, g_codes)
     g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
-    products = [("W_dec", joined(decoding), joined(g_errors[: len(decoding)]))]
+    left, right = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (decoding, g_errors[: len(decoding)]))
+    products = [("W_dec", left, right)]
     products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
     return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
 
@@ -348,11 +346,6 @@ ARCHITECTURES = {
 def column(vector_Mh: Tensor) -> Tensor:
     """(M, h) against (M, N, h)."""
     return vector_Mh.unsqueeze(1)
-
-
-def joined(parts_MNx: list[Tensor]) -> Tensor:
-    """The tokens of several parts one after another, (M, parts · N, x)."""
-    return parts_MNx[0] if len(parts_MNx) == 1 else torch.cat(parts_MNx, 1)
 
 
 def masked(rows_MNx: Tensor, keep_N: Tensor | None) -> Tensor:
