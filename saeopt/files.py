@@ -168,6 +168,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+MEAN = "mean"
+"""Where services get the means over hook points of an evaluation, beside each hook point's own."""
+
+
 def is_evaluation(row: Mapping[str, object]) -> bool:
     """Whether a line of `metrics.jsonl` is one of an evaluation, and not of a log step."""
     return any(name.startswith("eval_") for name in row)

@@ -265,8 +265,13 @@ def export(
     if parquet is not None:
         _say(f"{files.export_parquet(store, name, parquet)} rows in {parquet}")
     if wandb_sweep is not None:
-        base = files.export_wandb_sweep(store.spec(name), wandb_sweep)
-        _say(f"W&B sweep in {wandb_sweep}, its base config in {base}; start it with: wandb sweep {wandb_sweep}")
+        from saeopt.search.wandb_sweep import export_wandb_sweep
+
+        (*sweeps, base), notices = export_wandb_sweep(store.spec(name), wandb_sweep)
+        for sweep in sweeps:
+            _say(f"W&B sweep in {sweep}, its base config in {base}; start it with: wandb sweep {sweep}")
+        for notice in notices:
+            log.info(notice)
 
 
 @app.command()

@@ -8,14 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, write_text
 from saeopt.search import queries
 from saeopt.search.attributes import REASON, RUN_DIR, evaluation_of
-from saeopt.search.objectives import expanded, objective_names
+from saeopt.search.objectives import objective_names
 from saeopt.search.storage import Store
 
 
@@ -94,49 +91,3 @@ def export_parquet(store: Store, name: str, file: Path) -> int:
     with atomic_write(file) as temporary:
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
     return len(rows)
-
-
-def export_wandb_sweep(spec: StudySpec, file: Path) -> Path:
-    """Write a W&B sweep definition of the same space, and the base config beside it; returns the latter's path.
-
-    Raises:
-        UserError: the space has conditional parameters, which W&B sweeps do not know.
-    """
-    conditional = [name for name, found in spec.space.items() if len(found) > 1 or found[0].when]
-    if conditional:
-        raise UserError(f"study '{spec.name}': W&B sweeps know no conditional parameters ('{conditional[0]}')")
-    base = file.with_name(f"{file.stem}_base.yaml")
-    name, objective = expanded(spec)[0]
-    method = {"grid": "grid", "tpe": "bayes", "gp": "bayes"}.get(spec.sampler.type, "random")
-    script = (
-        f'args=(); for a in "$@"; do args+=(--set "$a"); done; '
-        f'exec accelerate launch --quiet saeopt/train.py --config {base} "${{args[@]}}"'
-    )
-    sweep: dict[str, Any] = {
-        "name": spec.name,
-        "method": method,
-        "metric": {"name": name, "goal": "maximize" if objective.maximised else "minimize"},
-        "parameters": {key: _wandb_parameter(found[0]) for key, found in spec.space.items()},
-        "command": ["/usr/bin/env", "bash", "-c", script, "sweep", "${args_no_hyphens}"],
-    }
-    if spec.max_trials is not None:
-        sweep["run_cap"] = spec.max_trials
-    write_text(base, yaml.safe_dump(spec.base, sort_keys=False, allow_unicode=True))
-    write_text(file, yaml.safe_dump(sweep, sort_keys=False, allow_unicode=True))
-    return base
-
-
-def _wandb_parameter(dimension: Dimension) -> dict[str, Any]:
-    if dimension.values is not None:
-        return {"values": dimension.values}
-    low, high = dimension.low, dimension.high
-    if dimension.integer and not dimension.log:
-        kind = "q_uniform" if dimension.step and dimension.step > 1 else "int_uniform"
-        ends: dict[str, Any] = {"distribution": kind, "min": int(low or 0), "max": int(high or 0)}
-        return {**ends, "q": int(dimension.step or 1)} if kind == "q_uniform" else ends
-    if dimension.step is not None:
-        return {"distribution": "q_uniform", "min": low, "max": high, "q": dimension.step}
-    kind = "log_uniform_values" if dimension.log else "uniform"
-    if dimension.integer:
-        return {"distribution": "q_log_uniform_values", "min": low, "max": high, "q": 1}
-    return {"distribution": kind, "min": low, "max": high}

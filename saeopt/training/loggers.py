@@ -26,6 +26,7 @@ from saeopt.config.run import RunConfig
 from saeopt.config.settings import redact, settings
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.files import MEAN, is_evaluation
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -52,6 +53,14 @@ class Sink(ABC):
         """The run has ended: finished, stopped, diverged, interrupted or failed."""
 
 
+def with_means(metrics: Metrics) -> Metrics:
+    """The metrics, and of an evaluation the means over its hook points: what a sweep of a service can aim at."""
+    rows = [row for row in metrics.values() if is_evaluation(row)]
+    shared = set.intersection(*(set(row) for row in rows)) if rows else set()
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in sorted(shared)}
+    return {**metrics, MEAN: means} if means else metrics
+
+
 class TrackerSink(Sink):
     """One of Accelerate's trackers in a thread of its own: a service that hangs holds up nobody.
 
@@ -66,7 +75,7 @@ class TrackerSink(Sink):
 
     def log(self, samples: int, metrics: Metrics) -> None:
         if self._thread.is_alive():
-            self._queue.put((samples, metrics))
+            self._queue.put((samples, with_means(metrics)))
 
     def finish(self, status: str) -> None:
         self._queue.put(None)

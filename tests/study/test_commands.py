@@ -117,19 +117,6 @@ def test_exported_tables_hold_a_row_per_trial_and_hook_point(cli: Cli, study: st
     assert table.num_rows == len(rows)
 
 
-def test_exported_wandb_sweep_holds_the_space_and_a_base_that_loads(cli: Cli, study: str, tmp_path: Path) -> None:
-    cli("export", study, "--wandb-sweep", tmp_path / "sweep.yaml")
-    sweep = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
-    assert sweep["method"] == "grid"
-    assert sweep["parameters"]["lr"] == {"values": [0.001, 0.01]}
-    assert load_run_config(tmp_path / "sweep_base.yaml").data.context_length == 64
-    # the command hands `key=value` arguments on as --set options
-    script = sweep["command"][3].replace("exec accelerate launch", "exec printf '%s\\n'")
-    given = ["lr=0.01", "saes.sparsity_coeff=1"]
-    shown = subprocess.run(["bash", "-c", script, "sweep", *given], capture_output=True, text=True, check=True)
-    assert shown.stdout.split()[-4:] == ["--set", given[0], "--set", given[1]]
-
-
 def test_retry_puts_failed_trials_back(cli: Cli, study: str, finish: Finish) -> None:
     assert "trial 0 of study 'six' has not failed" in cli("retry", study, "0", code=2).stderr
     assert "1 trials of study six wait again: 4" in cli("retry", study).stdout
