@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from saeopt.config.study import StudySpec
 
@@ -16,34 +15,25 @@ PRELOAD = [
 
 
 def run_worker(address: str, study: str, log: Path) -> None:
-    """A worker as `python -m saeopt.worker` runs it."""
+    """A worker as `python -m saeopt.worker` runs it, but for its training process, which is forked: imports take longer
+    than all training here."""
     _stderr_to(log)
     _no_pictures()
     import multiprocessing
 
-    from saeopt import worker_child
     from saeopt.console import set_up_logging
     from saeopt.worker import stop_on_signals, work
     from saeopt.worker_loop import Options
 
     set_up_logging()
-    worker_child.main = train
     work(
         address,
         study,
         Options(device="cpu", idle_timeout=0, poll=0.3),
         None,
         stop_on_signals(),
-        multiprocessing.get_context("forkserver"),
+        multiprocessing.get_context("fork"),
     )
-
-
-def train(*arguments: Any) -> None:
-    """The worker's training process."""
-    _no_pictures()
-    from saeopt import worker_child
-
-    worker_child.main(*arguments)
 
 
 def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> None:

@@ -60,9 +60,10 @@ def work(tmp_path: Path, store_address: str) -> Iterator[Callable[[], Any]]:
         process.kill()
 
 
-def until(condition: Callable[[], Any], seconds: float = 300) -> None:
+def until(condition: Callable[[], Any], worker: Any, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
+        assert worker.exitcode is None
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -71,9 +72,9 @@ def states(store: Store) -> list[str]:
     return [t.state.name for t in store.study("s").trials]
 
 
-def siblings(pid: int) -> set[int]:
-    """All that the fork server has started: workers and their training processes."""
-    return {p.pid for p in psutil.Process(psutil.Process(pid).ppid()).children()}
+def family(pid: int) -> set[int]:
+    """A worker and its training process."""
+    return {pid} | {p.pid for p in psutil.Process(pid).children()}
 
 
 def freeze(store: Store, pids: set[int]) -> set[int]:
@@ -113,10 +114,11 @@ def test_a_worker_that_wakes_up_leaves_its_heirs_runs_as_they_are(
     store, study = Store.open(store_address), spec({"lr": [1e-3, 2e-3]})
     create_study(store, study)
     zombie = work()
-    until(lambda: store.study("s").trials[0].intermediate_values)
-    asleep = freeze(store, siblings(zombie.pid))
+    until(lambda: store.study("s").trials[0].intermediate_values, zombie)
+    asleep = freeze(store, family(zombie.pid))
     heir = work()
-    until(lambda: states(store) == ["COMPLETE", "COMPLETE"])
+    heir.join(300)
+    assert states(store) == ["COMPLETE", "COMPLETE"]
     for pid in asleep:
         os.kill(pid, signal.SIGCONT)
     for process in (zombie, heir):
@@ -162,8 +164,8 @@ def test_a_frozen_training_is_ended_and_its_trial_trained_again(
     store = Store.open(store_address)
     create_study(store, spec({"lr": [1e-3]}, stall=15.0))
     worker = work()
-    until(lambda: store.study("s").trials[0].intermediate_values)
-    (training,) = siblings(worker.pid) - {worker.pid}
+    until(lambda: store.study("s").trials[0].intermediate_values, worker)
+    (training,) = family(worker.pid) - {worker.pid}
     os.kill(training, signal.SIGSTOP)
     worker.join(300)
     assert worker.exitcode == 0
