@@ -125,7 +125,7 @@ def work(
     from saeopt.console import log
     from saeopt.search import claims
     from saeopt.search.devices import is_child
-    from saeopt.search.storage import Store
+    from saeopt.search.storage import Store, persistently
     from saeopt.training.progress import Bar, PackObserver
     from saeopt.worker_local import LocalTraining
     from saeopt.worker_loop import Worker
@@ -137,9 +137,10 @@ def work(
     local = LocalTraining(options.device)
     try:
         store = Store.open(storage, create=False, patience=60)
-        store.study_id(study)  # a name that is not there is a usage error
+        # a name that is not there is a usage error
+        persistently(lambda: store.study_id(study), "reading the study")
         try:
-            spec = store.spec(study)
+            spec = persistently(lambda: store.spec(study), "reading the study")
         except UserError as error:
             raise WorkerFault(str(error)) from None
         wanted = spec.pack if pack is None else pack
@@ -147,7 +148,8 @@ def work(
 
         def limit(space: Space) -> int:
             size = wanted if isinstance(wanted, int) else fitting(space)
-            share_activations(spec, size, sum(claims.counts(store, store.study_id(study)).values()))
+            known = persistently(lambda: claims.counts(store, store.study_id(study)), "counting trials")
+            share_activations(spec, size, sum(known.values()))
             return size
 
         def fitting(space: Space) -> int:

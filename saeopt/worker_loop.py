@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,11 @@ class Worker:
         probe: Probe = lambda config, architecture, observer: None,
     ) -> None:
         self.store, self.options, self.train, self.interrupted = store, options, train, interrupted
-        self.study_id = store.study_id(name)
-        self.identity = store.identity(self.study_id)  # before the spec: a study that is another one now has another
-        self.spec = store.spec(name)
+        what = "reading the study"
+        self.study_id = persistently(partial(store.study_id, name), what)
+        # before the spec: a study that is another one now has another
+        self.identity = persistently(partial(store.identity, self.study_id), what)
+        self.spec = persistently(partial(store.spec, name), what)
         check_allowed(self.spec)
         self.space = Space(self.spec)
         host, pid = socket.gethostname(), os.getpid()
@@ -116,7 +119,7 @@ class Worker:
         except Exception as error:
             if is_transient(error):
                 raise WorkerFault(
-                    f"the store {self.store.shown} could not be reached for {patience():.0f} s"
+                    f"the store {self.store.shown} could not be reached any more: {failure_of(error).reason}"
                 ) from error
             raise
         finally:

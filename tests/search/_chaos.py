@@ -10,7 +10,8 @@ from saeopt.config.study import StudySpec
 PRELOAD = [
     "saeopt.worker", "saeopt.worker_loop", "saeopt.worker_child", "saeopt.training.loop", "saeopt.training.launch",
     "saeopt.saes.relu",
-    "saeopt.evaluation.plots", "saeopt.evaluation.__main__", "psycopg",
+    "saeopt.evaluation.plots", "saeopt.evaluation.__main__", "saeopt.training.dry_run", "saeopt.worker_local",
+    "psycopg", "transformers.models.llama.modeling_llama", "torch._dynamo",
 ]  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_dry_run_reads_no_weights_and_leaves_no_trace(config_file: Path, tiny_mo
 MISTAKES: list[tuple[list[str], list[str]]] = [
     (["--config", "none.yaml"], ["none.yaml: no such file"]),
     ([], ["CONFIG is missing"]),
-    (["--config", "tiny.yaml", "--set", "learning_rate=1"], ["tiny.yaml", "'learning_rate'", "'lr'"]),
+    (["--config", "tiny.yaml", "--set", "learning_rate=1"], ["--set learning_rate=1", "'learning_rate'", "'lr'"]),
     (["--config", "tiny.yaml", "--set", "saes.sae_positions=blocks.9.hook_resid_pre"], ["blocks.9.hook_resid_pre"]),
     (["--config", "tiny.yaml", "--set", "data.context_length=4096"], ["data.context_length"]),
     (["--config", "tiny.yaml", "--set", "data.dataset_name=none.jsonl"], ["none.jsonl"]),
