@@ -79,6 +79,7 @@ def test_reports_to_the_store_fall_on_the_same_samples_after_a_trial_has_changed
         sent: list[int] = []
         reports._send = lambda progress, samples, shown, values: sent.append(samples)  # type: ignore[method-assign]
         reports._read_curve = lambda progress: None  # type: ignore[method-assign]
+        reports._name_curve = lambda measured: None  # type: ignore[method-assign]
         train(reports, give_back, set())
         while not reports._queue.empty():
             action = reports._queue.get()
