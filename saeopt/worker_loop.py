@@ -86,8 +86,7 @@ class Worker:
         self.store, self.options, self.train, self.interrupted = store, options, train, interrupted
         what = "reading the study"
         self.study_id = persistently(partial(store.study_id, name), what)
-        # before the spec: a study that is another one now has another
-        self.identity = persistently(partial(store.identity, self.study_id), what)
+        self.identity = persistently(partial(store.identity, self.study_id), what)  # before the spec it is checked with
         self.spec = persistently(partial(store.spec, name), what)
         check_allowed(self.spec)
         self.space = Space(self.spec)
@@ -118,9 +117,8 @@ class Worker:
             self.heart.study_gone.set()
         except Exception as error:
             if is_transient(error):
-                raise WorkerFault(
-                    f"the store {self.store.shown} could not be reached any more: {failure_of(error).reason}"
-                ) from error
+                reason = failure_of(error).reason
+                raise WorkerFault(f"the store {self.store.shown} could not be reached: {reason}") from error
             raise
         finally:
             for claim in self.heart.held():  # something unforeseen: the next worker goes on
