@@ -146,3 +146,42 @@ def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict
     assert isinstance(stack, GpuStack)
     assert stack.graphs.captured
     assert_same_modules(ranked, alone, 0, 0)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+@pytest.mark.parametrize("d", [48, 64, 576, 768])
+def test_adam_on_decoder_rows_is_the_same_every_time(d: int, mode: int) -> None:
+    """Rows are read again after they were written, where they have a norm to keep: by threads that must wait."""
+    from saeopt.training.stacks import kernels_rows  # needs Triton
+
+    members, h, rate, betas, eps = 3, 2048, 0.01, (0.9, 0.999), 1e-8
+    generator = torch.Generator("cuda").manual_seed(d + mode)
+    g, W, m = (torch.randn(members, h, d, generator=generator, device="cuda") for _ in range(3))
+    W /= W.norm(dim=-1, keepdim=True)
+    v = m.square() + 0.1
+    scale, pull = torch.rand(2, members, h, generator=generator, device="cuda")
+    scalars = torch.tensor([rate, 1.0, 0.5, 1.0], device="cuda").repeat(members, 1)
+    row_norm = torch.full((members,), 0.7, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        low = torch.empty_like(W, dtype=torch.bfloat16)
+        norms, factors = torch.ones(2, members, h, device="cuda")
+        found = [t.clone() for t in (W, m, v)]
+        kernels_rows.adam_rows(
+            g.bfloat16(), *found, low, scalars, betas, eps, coefficients=torch.stack([scale, pull], -1),
+            norm_Mh=norms, factor_Mh=factors, row_norm_M=row_norm, mode=mode,
+        )  # fmt: skip
+        return [*found, low, norms, factors]
+
+    first = run()
+    for _ in range(30):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    gradient = 0.5 * (scale.unsqueeze(-1) * g.bfloat16().double() + pull.unsqueeze(-1) * W.double())
+    m_new = betas[0] * m.double() + (1 - betas[0]) * gradient
+    v_new = betas[1] * v.double() + (1 - betas[1]) * gradient.square()
+    want = W.double() - rate * m_new / (v_new.sqrt() + eps)
+    if mode in (kernels_rows.UNIT, kernels_rows.DIRECTION_UNIT):
+        want /= want.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(first[0].double(), want, rtol=1e-5, atol=1e-6)
+    used = want if mode < 2 else 0.7 * want / want.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(first[3].double(), used, rtol=1e-2, atol=1e-4)

@@ -60,9 +60,8 @@ class Graphs:
         _retired.extend(graph for graph, _ in self.captured.values())
         self.captured.clear()
 
-    def __del__(self) -> None:
-        if self.captured:
-            self.clear()
+    def __del__(self, retired: list[torch.cuda.CUDAGraph] = _retired) -> None:  # the module may be gone by then
+        retired.extend(graph for graph, _ in self.captured.values())
 
     def __call__(self, key: Hashable, function: Callable[..., None], *inputs: Tensor | None) -> None:
         """Run the function, or replay what it did under this key."""

@@ -98,6 +98,7 @@ def _adam(
             if MODE == 0:
                 tl.store(norm_ptr + r, norm, mask=rm)
             else:
+                tl.debug_barrier()  # the rows are read again below, by other threads than those that wrote them
                 inverse = 1.0 / tl.maximum(norm, 1e-12)
                 row_norm = 1.0
                 one = tl.full([R], 1.0, tl.float32)
