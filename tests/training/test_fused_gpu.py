@@ -166,12 +166,13 @@ def test_adam_on_decoder_rows_is_the_same_every_time(d: int, mode: int) -> None:
     def run() -> list[torch.Tensor]:
         low = torch.empty_like(W, dtype=torch.bfloat16)
         norms, factors = torch.ones(2, members, h, device="cuda")
-        found = [t.clone() for t in (W, m, v)]
+        W_new, m_new, v_new = (t.clone() for t in (W, m, v))
         kernels_rows.adam_rows(
-            g.bfloat16(), *found, low, scalars, betas, eps, coefficients=torch.stack([scale, pull], -1),
-            norm_Mh=norms, factor_Mh=factors, row_norm_M=row_norm, mode=mode,
+            g.bfloat16(), W_new, m_new, v_new, low, scalars, betas, eps,
+            coefficients=torch.stack([scale, pull], -1), norm_Mh=norms, factor_Mh=factors, row_norm_M=row_norm,
+            mode=mode,
         )  # fmt: skip
-        return [*found, low, norms, factors]
+        return [W_new, m_new, v_new, low, norms, factors]
 
     first = run()
     for _ in range(30):
