@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.settings import redact
+from saeopt.launcher import launched
 
 console = Console(highlight=False, emoji=False)  # ":100:" is a size
 error_console = Console(stderr=True, highlight=False, emoji=False)
@@ -50,7 +51,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = _Lines()
     handler.addFilter(_Redacting())
     log.addHandler(handler)
-    log.setLevel(level if int(os.environ.get("RANK") or 0) == 0 else logging.ERROR)
+    log.setLevel(level if launched("RANK", 0) == 0 else logging.ERROR)
     log.propagate = False
     # torch.compile's advice: what runs in float32 here is meant to
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")

@@ -57,7 +57,7 @@ def is_device_fault(error: BaseException) -> bool:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Write one line to stderr and exit; of several ranks rank 0 speaks first."""
-    if int(os.environ.get("RANK") or 0) > 0:
+    if os.environ.get("RANK", "0") not in ("", "0"):
         time.sleep(_OTHER_RANK_SECONDS)
     sys.stderr.write("saeopt: error: " + " ".join(message.split()) + "\n")
     sys.stderr.flush()

@@ -5,7 +5,6 @@ Also `python -m saeopt.train`, `python saeopt/train.py`, and `accelerate launch 
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,7 @@ if __name__ == "__main__" and not __package__:
 import typer
 
 from saeopt.errors import UserError, run_cli
+from saeopt.launcher import launched
 from saeopt.options import Changes, ConfigArgument, Device, either, new_app
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def train(
     if dry_run:
         from saeopt.training.dry_run import print_dry_run
 
-        if int(os.environ.get("RANK") or 0) == 0:
+        if launched("RANK", 0) == 0:
             print_dry_run(run_config, device)
         return
     if run_dir is not None and _already_ended(run_dir):
@@ -84,7 +84,7 @@ def _already_ended(run_dir: Path) -> bool:
         return False
     reason = f" ({status['reason']})" if status.get("reason") else ""
     log.info("%s: this run has %s%s; there is nothing to resume", run_dir, status["status"], reason)
-    if RunFolder(run_dir).evaluation_path.exists() and int(os.environ.get("RANK") or 0) == 0:
+    if RunFolder(run_dir).evaluation_path.exists() and launched("RANK", 0) == 0:
         print_run(run_dir)
     return True
 

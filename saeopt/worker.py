@@ -73,9 +73,10 @@ def worker(
     """Train the trials of a study until none is left."""
     from saeopt.config.settings import export_tokens
     from saeopt.console import console, set_up_logging
+    from saeopt.launcher import check_alone
     from saeopt.search import devices as dev
     from saeopt.search.allowed import ONLY_BUILTIN, OUTPUT_ROOT
-    from saeopt.training.environment import check_alone, check_environment
+    from saeopt.training.environment import check_environment
     from saeopt.worker_loop import Options
 
     if show_devices:
@@ -85,7 +86,8 @@ def worker(
     study = either(name, study, "--study") or os.environ.get("SAEOPT_STUDY")
     if study is None:
         raise UserError("STUDY is missing: the name of the study whose trials are to be trained")
-    check_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
+    if "LOCAL_RANK" in os.environ:  # a cluster's WORLD_SIZE alone starts nothing here, and workers may be many
+        check_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
     check_environment()
     limit = limit or max_trials
     size = pack_size(pack)

@@ -13,6 +13,7 @@ from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_
 from saeopt.config.io import changed
 from saeopt.console import console, error_console, log, set_up_logging
 from saeopt.errors import UserError, run_cli
+from saeopt.launcher import check_alone
 from saeopt.options import AsJson, Changes, Device, new_app
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def evaluate_run(
     from saeopt.files import write_json
 
     set_up_logging()
+    check_alone("evaluate", "call it without a launcher")
     chosen = choose_device(device)
     loaded = load_checkpoint(run_dir, checkpoint, chosen)
     config = config_of(run_dir, loaded, [*(overrides or []), *([f"data.eval_dataset_name={data}"] if data else [])])

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from saeopt.config import RunConfig, load_run_config
 from saeopt.errors import UserError
+from saeopt.launcher import launched
 from saeopt.training.plan import TrialPlan
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -60,7 +61,7 @@ def check_joined(world: int) -> None:
     Raises:
         UserError: saying how processes are launched on the CPU.
     """
-    started = int(os.environ.get("WORLD_SIZE") or 1)
+    started = launched("WORLD_SIZE", 1)
     if started != world:
         joined = "each is alone" if world == 1 else f"{world} joined"
         raise UserError(
@@ -72,16 +73,9 @@ def check_joined(world: int) -> None:
 
 def check_gpus(visible: int) -> None:
     """Refuse more processes than GPUs: two on one would deadlock."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    here = launched("LOCAL_WORLD_SIZE", 1)
     if 0 < visible < here:
         raise UserError(f"{here} processes were started, {visible} GPUs are visible: one process per GPU")
-
-
-def check_alone(command: str, instead: str) -> None:
-    """Refuse a launcher of several processes for a command that is one."""
-    started = int(os.environ.get("WORLD_SIZE") or 1)
-    if started > 1 and "LOCAL_RANK" in os.environ:
-        raise UserError(f"{command} is one process, {started} were started (WORLD_SIZE): {instead}")
 
 
 def _launched_precision() -> str:

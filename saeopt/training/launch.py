@@ -13,6 +13,7 @@ from saeopt.config.places import DATA_AND_MODEL, as_typed
 from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.launcher import launched
 from saeopt.training.environment import going_on
 from saeopt.training.naming import run_name
 from saeopt.training.run_folder import RunFolder
@@ -109,7 +110,7 @@ def check_processes(wanted: int | None) -> None:
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word; its parent knows what was wanted.
     """
-    running = int(os.environ.get("WORLD_SIZE") or 1)
+    running = launched("WORLD_SIZE", 1)
     wanted = wanted or _launched_processes()
     if wanted is not None and wanted != running:
         raise UserError(
@@ -147,7 +148,7 @@ def make_runtime(device: str) -> Runtime:
 
     if device == "auto":
         return Runtime()
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and device not in ("cpu", "cuda"):
+    if launched("WORLD_SIZE", 1) > 1 and device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: with several processes the launcher gives each its device")
     return Runtime(choose_device(device))
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 
 from saeopt.console import error_console, log
+from saeopt.launcher import launched
 from saeopt.training.plan import Metrics, Observer
 
 GRACE_SECONDS = 9.0
@@ -170,7 +171,7 @@ class RunObserver(Observer):
 @contextmanager
 def run_observer(interrupt: Interrupt) -> Iterator[RunObserver]:
     """An observer whose bar is drawn on stderr while the context lasts."""
-    with Bar(shown=int(os.environ.get("RANK") or 0) == 0) as bar:
+    with Bar(shown=launched("RANK", 0) == 0) as bar:
         yield RunObserver(interrupt, bar)
 
 

@@ -14,11 +14,23 @@ from torch import Tensor
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
+from saeopt.errors import UserError
+from saeopt.launcher import launched
 from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
 
 _LARGE = 2**20
 """Numbers from which a message of its own costs less than copying them into one with others."""
 _DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _join(on_cpu: bool) -> Accelerator:
+    """Accelerate's view of this process, in a group with those that were started with it."""
+    try:
+        return Accelerator(cpu=on_cpu)
+    except (ValueError, RuntimeError) as error:  # no address, or nobody there
+        if (started := launched("WORLD_SIZE", 1)) == 1:
+            raise
+        raise UserError(f"{started} processes were started (WORLD_SIZE), but they cannot join: {error}") from error
 
 
 class Runtime:
@@ -39,7 +51,7 @@ class Runtime:
         on_cpu = wanted is not None and wanted.type == "cpu"
         if not on_cpu and not parse_flag_from_env("ACCELERATE_USE_CPU"):
             check_gpus(torch.cuda.device_count())
-        self.accelerator = Accelerator(cpu=on_cpu)
+        self.accelerator = _join(on_cpu)
         check_joined(self.world)
         if wanted is not None and wanted.type == "cuda":
             wanted = torch.device("cuda", wanted.index or 0)

@@ -9,11 +9,12 @@ import pytest
 
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
+from saeopt.evaluation import __main__ as evaluation
 from saeopt.evaluation.load import load_checkpoint
+from saeopt.launcher import check_alone, launched
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.environment import (
     check_accumulation,
-    check_alone,
     check_environment,
     check_gpus,
     check_joined,
@@ -26,7 +27,9 @@ from saeopt.worker_loop import start_of
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in os.environ if n.startswith("ACCELERATE_") or n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")]:
+    for name in [
+        n for n in os.environ if n.startswith("ACCELERATE_") or n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")
+    ]:
         monkeypatch.delenv(name)
 
 
@@ -70,14 +73,41 @@ def test_processes_that_did_not_join_are_refused(monkeypatch: pytest.MonkeyPatch
     check_alone("a worker", "…")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    check_alone("a worker", "a cluster's WORLD_SIZE starts nothing")
-    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=r"each is alone.*ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"):
         check_joined(1)
     with pytest.raises(UserError, match="2 processes were started, 1 GPUs are visible"):
         check_gpus(1)
     with pytest.raises(UserError, match="a worker is one process, 2 were started"):
         check_alone("a worker", "…")
+
+
+def test_evaluate_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each process would write the same files
+    with pytest.raises(UserError, match="evaluate is one process, 2 were started"):
+        evaluation.app(args=[str(tmp_path)], standalone_mode=False)
+
+
+def test_processes_that_cannot_join_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(**_: object) -> None:
+        raise ValueError("environment variable MASTER_ADDR expected, but not set")
+
+    monkeypatch.setattr("saeopt.training.runtime.Accelerator", nobody)
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        Runtime("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were started.* cannot join: .*MASTER_ADDR"):
+        Runtime("cpu")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"])
+def test_a_launchers_number_that_is_none_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched(name, 7) == 7
+    monkeypatch.setenv(name, " 3 ")
+    assert launched(name, 7) == 3
+    for wrong in ("two", "-1", "1.0"):
+        monkeypatch.setenv(name, wrong)
+        with pytest.raises(UserError, match=f"{name}={wrong}: must be a number"):
+            launched(name, 7)
 
 
 @pytest.mark.parametrize(
