@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ from saeopt.search.space import Parameter, Space
 _METHODS = {"grid": "grid", "tpe": "bayes", "gp": "bayes", "random": "random", "qmc": "random"}
 _MOST_VALUES = 1000
 """Values of a stepped range that are written out."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
+"""Names of parameters that W&B takes: none with an `@`."""
+_AT = "-at-"
 _SCRIPT = """\
-args=(); for a in "$@"; do args+=(--set "$a"); done
+args=(); for a in "$@"; do n=${{a%%=*}}; args+=(--set "${{n/{at}/@}}=${{a#*=}}"); done
 python={python}; [ -x "$python" ] || python=python
 exec "$python" -m saeopt.train --config {base} "${{args[@]}}"
 """
@@ -43,12 +47,14 @@ def export_wandb_sweep(spec: StudySpec, file: Path) -> tuple[list[Path], list[st
     sweeps: dict[Path, dict[str, Any]] = {}
     for label, fixed, free in _unconditional(spec, space):
         path = file.with_name(f"{file.stem}-{label}{file.suffix}") if label else file
-        script = _SCRIPT.format(python=shlex.quote(sys.executable), base=shlex.quote(str(base)))
+        script = _SCRIPT.format(at=_AT, python=shlex.quote(sys.executable), base=shlex.quote(str(base)))
         sweeps[path] = {
             "name": f"{spec.name}-{label}" if label else spec.name,
+            **({"project": project} if (project := spec.base.get("wandb_project")) else {}),
             "method": _METHODS[spec.sampler.type],
             **metric,
-            "parameters": {k: {"value": v} for k, v in fixed.items()} | {p.field: _parameter(spec, p) for p in free},
+            "parameters": {_named(spec, k): {"value": v} for k, v in fixed.items()}
+            | {_named(spec, p.field): _parameter(spec, p) for p in free},
             "command": ["/usr/bin/env", "bash", "-c", script, "sweep", "${args_no_hyphens}"],
         }
     if spec.max_trials is not None:
@@ -124,6 +130,13 @@ def _unconditional(spec: StudySpec, space: Space) -> Iterator[tuple[str, dict[st
         free = [p for p in space.parameters if p not in parents and space.active(p, fixed)]
         label = "-".join(str(v) for v in fixed.values())
         yield "".join(c if c.isalnum() or c in "-_." else "-" for c in label), fixed, free
+
+
+def _named(spec: StudySpec, field: str) -> str:
+    name = field.replace("@", _AT)
+    if not _NAME.fullmatch(name):
+        raise UserError(f"study '{spec.name}': W&B sweeps know no parameter of the name '{field}'")
+    return name
 
 
 def _parameter(spec: StudySpec, p: Parameter) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,18 +60,28 @@ def test_the_command_runs_from_any_folder(spec: Callable[..., StudySpec], tmp_pa
     command = read(folder / "sweep.yaml")["command"]
     assert command[-1] == "${args_no_hyphens}"
     script = command[3].replace('exec "$python"', "printf '%s\\n'")
-    given = ["lr=0.01", "saes.sparsity_coeff@blocks.1.hook_resid_pre=1"]
+    given = ["lr=0.01", "saes.sparsity_coeff@blocks.1.hook_resid_pre=1", "wandb_run_name=a=b-at-c"]
+    names = [given[0], "saes.sparsity_coeff-at-blocks.1.hook_resid_pre=1", given[2]]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shown = subprocess.run(
-        [*command[1:3], script, "sweep", *given], capture_output=True, text=True, check=True, cwd=elsewhere
+        [*command[1:3], script, "sweep", *names], capture_output=True, text=True, check=True, cwd=elsewhere
     ).stdout.splitlines()
     assert shown[:3] == ["-m", "saeopt.train", "--config"]
-    assert shown[-4:] == ["--set", given[0], "--set", given[1]]
+    assert shown[-6:] == ["--set", given[0], "--set", given[1], "--set", given[2]]
     config = load_run_config(shown[3], given)
     assert config.lr == 0.01
     assert "wandb" in config.trackers  # a sweep sees what its runs log
     assert sys.executable in script
+
+
+def test_names_are_such_as_wandb_takes(spec: Callable[..., StudySpec], tmp_path: Path) -> None:
+    space = {"saes.sparsity_coeff@blocks.1.hook_resid_pre": [0.1, 1.0], "lr": [1e-3, 1e-2]}
+    (sweep, _), _ = export_wandb_sweep(spec(space=space, objectives=ONE), tmp_path / "sweep.yaml")
+    found = read(sweep)
+    assert list(found["parameters"]) == ["saes.sparsity_coeff-at-blocks.1.hook_resid_pre", "lr"]
+    assert all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name) for name in found["parameters"])  # W&B's own pattern
+    assert "project" not in found
 
 
 def cells(sweeps: list[Path], base: Path) -> list[str]:
