@@ -82,9 +82,9 @@ def evaluation_of(attributes: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def mean_metric(evaluation: Evaluation, metric: str, hooks: Iterable[str] | None = None) -> float | None:
-    """The mean of a metric over hook points (all by default); None where one lacks it."""
-    values = [evaluation.get(hook, {}).get(metric) for hook in (evaluation if hooks is None else hooks)]
+def mean_metric(evaluation: Evaluation, metric: str) -> float | None:
+    """The mean of a metric over hook points; None where one lacks it."""
+    values = [row.get(metric) for row in evaluation.values()]
     numbers = [v for v in values if isinstance(v, int | float)]
     return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 

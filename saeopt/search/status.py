@@ -15,9 +15,9 @@ from rich.text import Text
 from saeopt.config.study import StudySpec
 from saeopt.console import titled, unbroken
 from saeopt.search import claims, presence, queries
-from saeopt.search.attributes import REASON, mean_metric
+from saeopt.search.attributes import REASON, evaluation_of
 from saeopt.search.eta import seconds_left
-from saeopt.search.objectives import expanded
+from saeopt.search.objectives import collapse_reason, expanded, final_rule, objective_values
 from saeopt.search.points import collapsed, fronts, points_of, was_evaluated
 from saeopt.search.presence import Presence
 from saeopt.search.queries import TrialRow
@@ -172,24 +172,23 @@ def _best(status: Status) -> RenderableType | None:
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
         items = [Text(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}", no_wrap=True) for p in shown]
         table.add_row(hook, str(len(here)), str(sum(collapsed(p.metrics) for p in here)), Columns(items or ["–"]))
-    found = [f"best {name}: {value:.4g} (trial {number})" for name, value, number in _best_values(status, done)]
-    return Group(titled("\nbest so far: front as trial, L0 → FVU", table), *map(unbroken, found))
+    parts: list[RenderableType] = [titled("\nbest so far: front as trial, L0 → FVU", table)]
+    if found := best_value(status.spec, done):
+        parts.append(unbroken(f"best {found[0]}: {found[1]:.4g} (trial {found[2]})"))
+    return Group(*parts)
 
 
-def _best_values(status: Status, done: list[TrialRow]) -> list[tuple[str, float, int]]:
-    """(objective, value, trial) of the best trial of a study with one objective."""
-    result = []
-    for name, objective in expanded(status.spec) if len(status.spec.objectives) == 1 else []:
-        found = [(v, row.number) for row in done if (v := mean_metric(_evaluation(row), objective.metric)) is not None]
-        if found:
-            result.append((name, *(max if objective.maximised else min)(found)))
-    return result
-
-
-def _evaluation(row: TrialRow) -> dict[str, dict[str, float]]:
-    from saeopt.search.attributes import evaluation_of
-
-    return evaluation_of(row.attributes)
+def best_value(spec: StudySpec, done: list[TrialRow]) -> tuple[str, float, int] | None:
+    """(objective, value, trial) of the best trial of a study with one objective, which has not collapsed."""
+    (name, objective), *others = expanded(spec)
+    found = [
+        (values[0], row.number)
+        for row in done
+        if (evaluation := evaluation_of(row.attributes))
+        and collapse_reason(final_rule(spec), evaluation) is None
+        and (values := objective_values(spec, evaluation)) is not None
+    ]
+    return None if others or not found else (name, *(max if objective.maximised else min)(found))
 
 
 def _workers(status: Status) -> RenderableType | None:
@@ -262,7 +261,7 @@ def as_json(status: Status) -> dict[str, Any]:
     """The same for programs: numbers as they are, null where there is none."""
     done = list(filter(was_evaluated, status.rows))
     points = [p for row in done for p in points_of(row.number, row.attributes)]
-    best = fronts(points)
+    best, top = fronts(points), best_value(status.spec, done)
     return {
         "study": status.spec.name,
         "stopped": status.stopped,
@@ -278,6 +277,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "failed": [
             {"trial": row.number, "reason": row.attributes.get(REASON)} for row in status.rows if row.state == "FAIL"
         ],
+        "best": top and dict(zip(("objective", "value", "trial"), top, strict=True)),
         "front": {
             hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"]} for p in front]
             for hook, front in best.items()

@@ -66,6 +66,23 @@ def test_status_shows_states_and_the_best(cli: Cli, study: str) -> None:
     assert "trial 4: CUDA error: a crash" in text
 
 
+def test_the_best_trial_is_that_of_the_objective_and_no_collapsed_one(
+    cli: Cli, study_file: Path, finish: Finish
+) -> None:
+    raw = yaml.safe_load(study_file.read_text())
+    for name, objective, trial in [
+        ("lowest", {"metric": "l0"}, 1),
+        ("near", {"metric": "ce_recovered", "target_l0": 10, "hook_points": HOOKS[1]}, 1),
+        ("highest", {"metric": "ce_recovered"}, 0),
+    ]:
+        study_file.write_text(yaml.safe_dump({**raw, "objectives": [objective]}))
+        cli("create", study_file, "--name", name)
+        for outcome in ((80.0, 0.05), (9.0, 0.2), (0.2, 0.95)):  # stores of before hold collapsed trials as complete
+            finish(name, outcome)
+        assert f"(trial {trial})" in cli("status", name).stdout
+        assert json.loads(cli("status", name, "--json").stdout)["best"]["trial"] == trial
+
+
 def test_status_watch_ends_with_the_study(cli: Cli, study_file: Path, finish: Finish) -> None:
     cli("create", study_file, "--max-trials", 1)
     finish("six", (9.0, 0.2))
