@@ -8,6 +8,7 @@ piecewise linear in the logarithms of L0 and of the error (FVU, or 1 − CE reco
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ LEVELS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 Half = Literal["chosen_on", "reported_on"]
 Error = Literal["fvu", "ce_lost"]
 TITLES: dict[Error, str] = {"fvu": "FVU", "ce_lost": "CE recovered"}
+METRICS = ("l0", "fvu", "ce_recovered", "dead", "fraction_dead", "cosine", "norm_ratio")
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#444444")
 
 
@@ -37,8 +39,8 @@ class Point:
 
 
 def error_of(metrics: dict[str, float], error: Error) -> float:
-    """What is to be small."""
-    return metrics["fvu"] if error == "fvu" else 1 - metrics["ce_recovered"]
+    """What is to be small; NaN where it was not measured."""
+    return metrics["fvu"] if error == "fvu" else 1 - metrics.get("ce_recovered", np.nan)
 
 
 def interpolated(points: list[Point], half: Half, error: Error, levels: tuple[float, ...] = LEVELS) -> np.ndarray:
@@ -66,8 +68,13 @@ def by_seed(points: list[Point], half: Half, error: Error) -> np.ndarray:
 
 
 def chosen_lr(points: list[Point]) -> float:
-    """The learning rate whose front lies lowest on the half for choosing: mean ln FVU where all of them reach."""
+    """The learning rate whose front lies lowest on the half for choosing: mean ln FVU where all of them reach.
+
+    Judged by the seeds that every learning rate has.
+    """
     lrs = sorted({p.lr for p in points})
+    seeds = set.intersection(*({p.seed for p in points if p.lr == lr} for lr in lrs))
+    points = [p for p in points if p.seed in seeds]
     fronts = [_mean(by_seed([p for p in points if p.lr == lr], "chosen_on", "fvu")) for lr in lrs]
     reached = np.array([np.isfinite(front).sum() for front in fronts])
     wide = [i for i in range(len(lrs)) if reached[i] >= 0.5 * reached.max()]
@@ -75,6 +82,14 @@ def chosen_lr(points: list[Point]) -> float:
     if not common.any():
         return lrs[int(reached.argmax())]
     return lrs[min(wide, key=lambda i: float(np.log(fronts[i][common]).mean()))]
+
+
+def at_chosen_lr(points: list[Point]) -> list[Point]:
+    """The points that a table shows: each system's and architecture's at its chosen learning rate."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.system, point.sae_type), []).append(point)
+    return [p for group in groups.values() for lr in [chosen_lr(group)] for p in group if p.lr == lr]
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
@@ -88,9 +103,10 @@ def summary(points: list[Point]) -> dict[str, dict[str, dict[str, Any]]]:
     for sae_type in dict.fromkeys(p.sae_type for p in points):
         for system in dict.fromkeys(p.system for p in points if p.sae_type == sae_type):
             own = [p for p in points if p.sae_type == sae_type and p.system == system]
-            lr = chosen_lr(own)
+            lr, lrs = chosen_lr(own), {p.lr for p in own}
             at_lr = [p for p in own if p.lr == lr]
-            entry: dict[str, Any] = {"lr": lr, "seeds": sorted({p.seed for p in at_lr}), "levels": list(LEVELS)}
+            entry: dict[str, Any] = {"lr": lr, "lr_on_edge": len(lrs) > 1 and lr in (min(lrs), max(lrs))}
+            entry |= {"seeds": sorted({p.seed for p in at_lr}), "levels": list(LEVELS)}
             for error in TITLES:
                 rows = by_seed(at_lr, "reported_on", error)
                 entry[error] = _mean(rows).tolist()
@@ -126,13 +142,18 @@ def markdown(result: dict[str, dict[str, dict[str, Any]]], own: str) -> str:
             for system, entry in systems.items():
                 cells = [_cell(entry[error][i], entry[error + "_spread"][i], error) for i in range(len(LEVELS))]
                 dead = f"{entry['dead']:.1%}, {entry['dead_held_out']:.1%}" if error == "fvu" else ""
-                lines.append(f"| {title}, {system} | {entry['lr']:g} | {' | '.join(cells)} | {dead} |")
+                if not np.isfinite(entry[error]).any():
+                    continue
+                edge = "²" if entry["lr_on_edge"] else ""
+                lines.append(f"| {title}, {system} | {entry['lr']:g}{edge} | {' | '.join(cells)} | {dead} |")
             others = [entry for system, entry in systems.items() if system != own]
-            if own in systems and others:
+            if own in systems and others and np.isfinite(systems[own][error]).any():
                 lines.append(f"| {title}, {own}¹ | | {' | '.join(verdict(systems[own], others, error))} | |")
     if own:
         lines.append(
-            "\n¹ against the best of the others: ++ better by more than twice the spread, + better, = within it."
+            "\n¹ against the best of the others: ++ better by more than twice the spread, + better, = within it,"
+            " − worse."
+            "\n² at an edge of the learning rates that were tried."
         )
     return "\n".join(lines) + "\n"
 
@@ -177,7 +198,7 @@ def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path
 
 
 def write(out: Path, points: list[Point], own: str = "saeopt") -> str:
-    """`table.md`, `fronts.png` and `result.json`; gives the table. Systems named `own, …` are its ablations."""
+    """`table.md`, `fronts.png`, `points.csv`, `result.json`; gives the table. Systems `own, …` are its ablations."""
     compared = [p for p in points if not p.system.startswith(own + ",")]
     result = summary(compared)
     lrs = {kind: systems[own]["lr"] for kind, systems in result.items() if own in systems}
@@ -187,6 +208,13 @@ def write(out: Path, points: list[Point], own: str = "saeopt") -> str:
     text = markdown(result, own) + ("\n## Ablations\n" + markdown(ablations, own="") if ablations else "")
     (out / "table.md").write_text(text, encoding="utf-8")
     everything = {"summary": result, "ablations": ablations, "points": [vars(p) for p in points]}
+    with (out / "points.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["system", "sae_type", "lr", "seed", "sparsity", "half", *METRICS])
+        for p in points:
+            for half, measured in p.metrics.items():
+                values = [measured.get(name, "") for name in METRICS]
+                table.writerow([p.system, p.sae_type, p.lr, p.seed, p.sparsity, half, *values])
     (out / "result.json").write_text(json.dumps(everything, indent=1).replace("NaN", "null"), encoding="utf-8")
     try:
         plot(result, compared, out / "fronts.png")
