@@ -70,7 +70,7 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
         parameters=sum(p.numel() for p in model.parameters()),
         vocabulary=text.vocab_size,
         buffer_bytes=sum(b.numel() * b.element_size() for b in model.buffers()),
-        written_heads=text.num_attention_heads if written_out else 0,
+        written_heads=getattr(text, "num_attention_heads", 0) if written_out else 0,  # Mamba has none
     )
     # Widths do not depend on lm_processing, and weights that are not there cannot be folded.
     return LanguageModel(model, None, nowhere), lm

@@ -58,6 +58,14 @@ def test_a_plan_without_weights_knows_the_same_hook_points(
     ]  # fmt: skip
 
 
+def test_a_plan_of_a_model_without_attention(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    mamba = AutoConfig.for_model("mamba", vocab_size=60, hidden_size=16, num_hidden_layers=2, state_size=4)
+    monkeypatch.setattr("saeopt.activations.pretrained.read_model_config", lambda *_: mamba)
+    config = make_config(**{"saes.sae_positions": ["blocks.1.hook_resid_pre"]})
+    model, size = weightless(config)
+    assert (size.written_heads, [m.d for m in shapes(config, model)]) == (0, [16])
+
+
 def test_a_model_that_cannot_run_without_weights_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("mixtral"))
