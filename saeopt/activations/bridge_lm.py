@@ -53,6 +53,19 @@ def _same_shape(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+@contextlib.contextmanager
+def _split_unread() -> Iterator[None]:
+    """Fused projections (GPT-2's, GPT-NeoX's, Phi's) are split also where they have shapes only: no value is read."""
+    from transformer_lens.utilities import quantization
+
+    reason = quantization.unreadable_weight_reason
+    quantization.unreadable_weight_reason = lambda weight: None if getattr(weight, "is_meta", False) else reason(weight)
+    try:
+        yield
+    finally:
+        quantization.unreadable_weight_reason = reason
+
+
 def _build(model: nn.Module, device: torch.device) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -62,7 +75,7 @@ def _build(model: nn.Module, device: torch.device) -> Any:
                 module.forward = _same_shape
     kind = type(model).__name__
     try:
-        with _quietly():
+        with _quietly(), _split_unread() if device.type == "meta" else contextlib.nullcontext():
             # Without a tokenizer: the bridge would change the one that it is given.
             return build_bridge_from_module(model, kind, hf_config=model.config, device=device)
     except (ValueError, NotImplementedError, KeyError) as error:

@@ -20,10 +20,15 @@ FAMILIES = {
     "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 12},
     "gpt_oss": {"num_local_experts": 4, "head_dim": 4},
 }
+FUSED = {
+    "gpt2": {"num_key_value_heads": 4},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "phi3": {},
+}  # queries, keys and values in one projection
 
 
 def config_of(family: str):
-    return AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    return AutoConfig.for_model(family, **SIZES, **{**FAMILIES, **FUSED}[family])
 
 
 def real(family: str) -> LanguageModel:
@@ -43,7 +48,7 @@ def test_hook_points_of_neurons_that_experts_do_not_have_are_refused(family: str
     assert lm.activations(torch.arange(8)[None], ["blocks.1.mlp.hook_out"])["blocks.1.mlp.hook_out"].shape == (1, 8, 16)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
 def test_a_plan_without_weights_knows_the_same_hook_points(
     family: str, make_config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
