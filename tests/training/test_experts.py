@@ -28,7 +28,7 @@ FUSED = {
 
 
 def config_of(family: str):
-    return AutoConfig.for_model(family, **SIZES, **{**FAMILIES, **FUSED}[family])
+    return AutoConfig.for_model(family, **{**SIZES, **{**FAMILIES, **FUSED}[family]})
 
 
 def real(family: str) -> LanguageModel:
