@@ -82,11 +82,11 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
     from saeopt.config.settings import export_tokens, redact
 
-    export_tokens()
     given = sys.argv[1:] if args is None else args
     words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
     redact_tracebacks()
     try:
+        export_tokens()
         code = app(args=words, standalone_mode=False)
     except typer.Exit as error:
         sys.exit(error.exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeopt.activations.local_files import check_sources
@@ -12,7 +13,9 @@ from saeopt.training.dry_run import shapes, weightless
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
+    from saeopt.config.run import RunConfig
     from saeopt.search.space import Cell
+    from saeopt.training.memory import MemberShape
 
 
 def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
@@ -33,16 +36,30 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
         seen.add(key)
         try:
             check_sources(config.data)
+            _check_folders(config)
             if config.tlens_model_path is None:
                 continue
             place = (config.model, config.data.context_length, tuple(config.saes.sae_positions))
             if place not in models:
                 models[place] = weightless(config)[0]
-            _check_objectives(spec, [m.hook_point for m in shapes(config, models[place])])
+            members = shapes(config, models[place])
+            _check_objectives(spec, [m.hook_point for m in members])
+            _check_collapse(spec, members)
         except UserError as error:
             values = ", ".join(f"{k}={v}" for k, v in cell.params.items())
             hint = "" if "no such" not in str(error) else " (--elsewhere: it lies on the workers' hosts)"
             raise UserError(f"study {spec.name}: {values or 'base'}: {error}{hint}") from None
+
+
+def _check_folders(config: RunConfig) -> None:
+    """Refuse a tokenizer or pretrained SAEs that are named by a path and not there."""
+    tokenizer = config.data.tokenizer_name or ""
+    places = [("saes.pretrained_sae_paths", path) for path in config.saes.pretrained_sae_paths or []]
+    if Path(tokenizer).is_absolute() or tokenizer[:1] in (".", "~"):  # else it may be one of the hub
+        places.append(("data.tokenizer_name", tokenizer))
+    for field, path in places:
+        if not Path(path).exists():
+            raise UserError(f"'{field}': {path}: no such file or folder")
 
 
 def _check_objectives(spec: StudySpec, hooks: Sequence[str]) -> None:
@@ -52,3 +69,14 @@ def _check_objectives(spec: StudySpec, hooks: Sequence[str]) -> None:
         absent = [name for name in names if name not in hooks]
         if absent:
             raise UserError(f"'objectives': no SAE trains at {absent[0]} (but at {', '.join(hooks)})")
+
+
+def _check_collapse(spec: StudySpec, members: Sequence[MemberShape]) -> None:
+    """A rule that takes every dictionary for collapsed leaves no trial."""
+    rule = spec.early_stopping.collapse
+    most = max(m.k or m.h for m in members)
+    if rule is not None and rule.min_l0 > most:
+        raise UserError(
+            f"'early_stopping.collapse.min_l0' ({rule.min_l0:g}) exceeds the {most} latents that may be active:"
+            " every trial would count as collapsed"
+        )

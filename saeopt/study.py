@@ -125,7 +125,7 @@ def _spec(
     if base_config is not None or sweep_config is not None:
         raise UserError("create takes a study file or --base-config and --sweep-config, not both")
     raw = read_yaml(file)
-    raw["name"] = name or raw.get("name") or file.stem
+    raw["name"] = name or (file.stem if raw.get("name") is None else raw["name"])
     if output_dir is not None:
         raw["output_dir"] = output_dir
     if max_trials is not None:

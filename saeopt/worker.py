@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +108,29 @@ def worker(
             arguments += ["--pack", pack] if pack is not None else []
             raise typer.Exit(dev.run_children(names, arguments, dev.split(limit, len(names)), interrupted))
         options = Options(names[0], limit, idle_timeout, poll, sequential)
-        work(storage, study, options, size, interrupted)
+        fault = _faulty(lambda: work(storage, study, options, size, interrupted))
+    if fault is not None:  # without the GPU in its hands
+        _pause(fault, interrupted)
+        raise fault
+
+
+def _faulty(action: Callable[[], object]) -> WorkerFault | None:
+    """What keeps this worker from training anything."""
+    try:
+        action()
+    except WorkerFault as fault:
+        return fault
+    return None
+
+
+def _pause(fault: WorkerFault, interrupted: threading.Event) -> None:
+    """Some container engines start what has ended again at once, for ever: the end comes later (a signal's at once)."""
+    from saeopt.config.settings import redact
+    from saeopt.console import log
+
+    if seconds := settings().fault_pause:
+        log.error("%s; this worker ends in %.0f s (SAEOPT_FAULT_PAUSE)", redact(str(fault)), seconds)
+        interrupted.wait(seconds)
 
 
 def work(

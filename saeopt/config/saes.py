@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,9 @@ from saeopt.config.names import Known, suggestion
 
 class SAEConfig(StrictModel):
     """The `saes:` section. λ multiplies a penalty in the units of the spec (see `legacy_scaling`)."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Fields that change nothing for an architecture: a study over them would train the same SAE again and again."""
 
     sae_type: Text
     """A registered architecture, or `package.module:Class`."""

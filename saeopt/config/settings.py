@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from functools import cache
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from saeopt.errors import UserError
 
 DEFAULT_STORAGE = "sqlite:///studies/saeopt.db"
 _URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/]*:)\S+(?=@)", re.IGNORECASE)
@@ -23,15 +26,27 @@ class Settings(BaseSettings):
     wandb_entity: str | None = None
     hf_token: SecretStr | None = Field(None, validation_alias=AliasChoices("HF_TOKEN", "HF_ACCESS_TOKEN"))
     storage: SecretStr = Field(SecretStr(DEFAULT_STORAGE), validation_alias="SAEOPT_STORAGE")
-    store_patience: float = Field(900.0, ge=0, validation_alias="SAEOPT_STORE_PATIENCE")
+    store_patience: float = Field(900.0, ge=0, allow_inf_nan=False, validation_alias="SAEOPT_STORE_PATIENCE")
     """Seconds that a worker waits for a store that cannot be reached before it ends."""
+    fault_pause: float = Field(0.0, ge=0, le=86400, allow_inf_nan=False, validation_alias="SAEOPT_FAULT_PAUSE")
+    """Seconds between the last word and the end of a worker that can train nothing here (exit code 3), for supervisors
+    that start it again at once."""
     cache_dir: str | None = Field(None, validation_alias="SAEOPT_CACHE_DIR")
 
 
 @cache
 def settings() -> Settings:
-    """The process's settings, read once."""
-    return Settings.model_validate({})
+    """The process's settings, read once.
+
+    Raises:
+        UserError: a variable that cannot be read.
+    """
+    try:
+        return Settings.model_validate({})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"]) or ".env"
+        raise UserError(f"{name}: {first['msg']} (environment or .env)") from None
 
 
 def export_tokens() -> None:
@@ -52,10 +67,13 @@ def remember_secret(secret: str) -> None:
 
 def redact(text: str) -> str:
     """The text without known secrets and without the passwords of URLs and of connection strings."""
-    current = settings()
-    for secret in (current.wandb_api_key, current.hf_token):
-        if secret is not None and len(secret.get_secret_value()) >= 6:
-            text = text.replace(secret.get_secret_value(), "***")
+    with suppress(UserError):  # settings that cannot be read hold no secret that is in use
+        _MORE_SECRETS.update(_tokens())
     for known in _MORE_SECRETS:
         text = text.replace(known, "***")
     return _NAMED_PASSWORD.sub(r"\g<head>***", _URL_PASSWORD.sub(r"\g<head>***", text))
+
+
+def _tokens() -> list[str]:
+    found = [t.get_secret_value() for t in (settings().wandb_api_key, settings().hf_token) if t is not None]
+    return [token for token in found if len(token) >= 6]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, StrictModel, explain, nearest
+from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest
 from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
 from saeopt.config.places import expanded, first_made
 from saeopt.config.run import RunConfig
@@ -23,8 +23,9 @@ METRICS = [
 CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
 """`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
 _UP = {"explained_variance", "cosine", "fraction_alive", "ce_recovered"}
-Count = Annotated[Int, Field(ge=0)]
-Positive = Annotated[Int, Field(gt=0)]
+Count = Annotated[Int, Field(ge=0, le=10**9)]
+Positive = Annotated[Int, Field(gt=0, le=10**9)]
+Factor = Annotated[Float, Field(ge=0, le=1e9)]
 
 
 FORMAT = 1
@@ -75,8 +76,8 @@ class Dimension(StrictModel):
             raise ValueError(f"'log: true' needs 'low' above 0 (got {self.low:g})")
         if self.log and self.step is not None:
             raise ValueError("'log: true' and 'step' exclude each other")
-        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
-            raise ValueError("'int: true' needs whole numbers as 'low' and 'high'")
+        if self.integer and not all(end.is_integer() for end in (self.low, self.high, self.step or 1.0)):
+            raise ValueError("'int: true' needs whole numbers as 'low', 'high' and 'step'")
         return self
 
 
@@ -85,7 +86,7 @@ class Sampler(StrictModel):
 
     type: Literal["grid", "tpe", "random", "nsga2", "gp", "cmaes", "qmc"] = "grid"
     """`grid` runs every cell once; `qmc` spreads all trials by a quasi-random design."""
-    seed: Count = 0
+    seed: Seed = 0
     """Proposals depend on it and on the trial's number."""
     n_startup_trials: Count = 10
     """First trials of a sampled study, spread by a quasi-random (Sobol) design."""
@@ -98,13 +99,13 @@ class Objective(StrictModel):
     """A name of `METRICS`."""
     direction: Literal["minimize", "maximize"] | None = None
     """null: maximise explained_variance, cosine, fraction_alive and ce_recovered, minimise the rest."""
-    hook_points: str | list[str] = "mean"
+    hook_points: str | Annotated[list[str], Field(min_length=1)] = "mean"
     """`mean` over all hook points, `all` (an objective for each), one name, or a list (its mean)."""
-    target_l0: Annotated[Float, Field(gt=0)] | None = None
+    target_l0: Annotated[Float, Field(gt=0, le=1e9)] | None = None
     """Worsen the value by `l0_weight` · max(0, |ln(L0 / target_l0)| − ln(1 + l0_tolerance))."""
-    l0_tolerance: Annotated[Float, Field(ge=0)] = 0.1
+    l0_tolerance: Factor = 0.1
     """Relative distance from `target_l0` that costs nothing."""
-    l0_weight: Annotated[Float, Field(gt=0)] = 1.0
+    l0_weight: Annotated[Float, Field(gt=0, le=1e9)] = 1.0
     """Cost of a factor e between L0 and its target."""
 
     @field_validator("metric")
@@ -128,9 +129,9 @@ class Objective(StrictModel):
 class Collapse(StrictModel):
     """When an SAE counts as collapsed. A trial has collapsed when all its hook points have."""
 
-    min_l0: Annotated[Float, Field(ge=0)] = 0.5
+    min_l0: Factor = 0.5
     """Collapsed below this L0."""
-    max_fvu: Annotated[Float, Field(gt=0)] = 1.0
+    max_fvu: Annotated[Float, Field(gt=0, le=1e9)] = 1.0
     """Collapsed at or above this fraction of variance unexplained."""
     patience: Positive = 2
     """So many reports in a row must agree before the trial is stopped."""
@@ -150,7 +151,7 @@ class EarlyStopping(StrictModel):
     """Trials that must have finished before others are compared with them (median, pareto)."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """asha and hyperband keep one in so many at every rung."""
-    margin: Annotated[Float, Field(ge=0)] = 0.1
+    margin: Factor = 0.1
     """pareto: relative distance by which a trial must be worse in every objective."""
     collapse: Collapse | None = Field(default_factory=Collapse)
     """null: collapsed trials train to the end."""
@@ -190,7 +191,7 @@ class StudySpec(StrictModel):
     """Seconds between the signs of life of a worker."""
     grace: Annotated[Float, Field(gt=0, le=86400)] = 20.0
     """Seconds without a sign of life after which a worker's trials go back to the queue."""
-    stall: Annotated[Float, Field(gt=0)] | None = None
+    stall: Annotated[Float, Field(ge=1, le=1e7)] | None = None
     """Seconds without progress after which a worker gives its trials back and starts a fresh training process. null:
     half an hour, or fifty times the longest pause seen, whichever is more; four times that while it loads."""
     output_dir: str | None = None

@@ -17,6 +17,7 @@ from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
 class TopKConfig(SAEConfig):
     """`sae_type: topk`. `sparsity_coeff` has no effect: k fixes L0."""
 
+    without_effect: ClassVar[frozenset[str]] = frozenset({"sparsity_coeff", "sparsity_warmup_samples"})
     k: BatchSize = 32
     """Latents kept per token."""
     aux_k: BatchSize | None = None

@@ -19,7 +19,7 @@ from saeopt.errors import UserError
 from saeopt.search import internals as db
 from saeopt.search.objectives import directions, objective_names
 from saeopt.search.samplers import n_designed
-from saeopt.search.sensible import check_study
+from saeopt.search.sensible import check_space, check_study
 from saeopt.search.space import Cell, Space
 from saeopt.search.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
 from saeopt.search.waiting import STREAM
@@ -43,6 +43,7 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
         UserError: some cell is no valid run config.
     """
     space = Space(spec)
+    check_space(spec, space)
     if spec.sampler.type == "grid":
         cells = space.grid()
         if not cells:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from optuna.study._constrained_optimization import _CONSTRAINTS_KEY
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 SUPPORTED = "5.0"
+# A range ends with its last step, as everybody expects.
+warnings.filterwarnings("ignore", message="The distribution is specified by")
 
 studies: sa.Table = models.StudyModel.__table__
 study_attrs: sa.Table = models.StudySystemAttributeModel.__table__

@@ -12,13 +12,32 @@ from typing import TYPE_CHECKING
 from saeopt.config.sense import check_sense
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
+from saeopt.search.objectives import objective_names
+from saeopt.search.space import MOST_CELLS, Space
 
 if TYPE_CHECKING:
     from saeopt.search.space import Cell
 
-_NO_RESULT = ("save_dir", "keep_checkpoints", "wandb_project", "wandb_run_name", "wandb_tags", "trackers")
+_NO_RESULT = {
+    "save_dir", "keep_checkpoints", "save_every_n_samples", "log_every_n_grad_steps", "wandb_project", "wandb_run_name",
+    "wandb_tags", "trackers", "as_typed", "saes.name", "performance", "activations", "lm_batch_size", "threads",
+    "data.eval_batch_size",
+}  # fmt: skip
 """Fields that change no result: a study over them trains the same run again and again."""
 _BETA = {"saes.final_beta", "saes.beta_annealing", "saes.sae_type"}
+
+
+def check_space(spec: StudySpec, space: Space) -> None:
+    """Raise :class:`UserError` for a study that is too large, or that Optuna cannot hold."""
+    where = f"study {spec.name}"
+    if spec.sampler.type != "grid" and (spec.max_trials or 0) > MOST_CELLS:
+        raise UserError(f"{where}: 'max_trials' ({spec.max_trials:,}): a study has at most {MOST_CELLS:,} trials")
+    objective_names(spec)
+    for p in space.parameters:
+        try:
+            p.distribution  # noqa: B018  (Optuna's own limits)
+        except ValueError as error:
+            raise UserError(f"{where}: 'space.{p.name}': {error}") from None
 
 
 def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
@@ -39,7 +58,26 @@ def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
             check_sense(cells[0].config)
         except UserError as error:
             raise UserError(f"{where}: base: {error}") from None
+    _check_effects(spec, cells)
     _check_hooks(spec, [cell.config.saes.sae_positions for cell in cells])
+
+
+def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:
+    """Parameters must change something for the architecture of every cell that has them."""
+    for cell in cells:
+        saes = cell.config.saes
+        for name in cell.params:
+            field = name.partition("@")[0].partition("[")[0]
+            section, _, own = field.rpartition(".")
+            reason = ""
+            if section == "saes" and own in saes.without_effect:
+                reason = f"for {saes.sae_type}: add 'when: {{sae_type: […]}}' with the architectures for which it does"
+            elif field == "saes.final_beta" and not getattr(saes, "beta_annealing", True):
+                reason = "without 'saes.beta_annealing: true'"
+            elif field == "min_lr_factor" and cell.config.schedule == "constant":
+                reason = "with 'lr_schedule: constant'"
+            if reason:
+                raise UserError(f"study {spec.name}: 'space.{name}': changes nothing {reason}")
 
 
 def _check_hooks(spec: StudySpec, positions: Sequence[Sequence[str]]) -> None:
@@ -53,10 +91,11 @@ def _check_hooks(spec: StudySpec, positions: Sequence[Sequence[str]]) -> None:
                     f"study {spec.name}: 'objectives': no SAE trains at {name} (saes.sae_positions:"
                     f" {', '.join(positions[0])})"
                 )
-    for field in spec.space:
-        hook = field.partition("@")[2]
-        if hook and not any(trains_at(hook, among) for among in positions):
-            raise UserError(f"study {spec.name}: 'space.{field}': no SAE trains there: it would change nothing")
+    places = {f"space.{field}": field.partition("@")[2] for field in spec.space if "@" in field}
+    places |= {f"base.saes.per_hook.{hook}": hook for hook in spec.base["saes"].get("per_hook") or {}}
+    for place, hook in places.items():
+        if positions and not any(trains_at(hook, among) for among in positions):
+            raise UserError(f"study {spec.name}: '{place}': no SAE trains there: it would change nothing")
 
 
 def trains_at(hook: str, positions: Iterable[str]) -> bool:

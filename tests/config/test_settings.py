@@ -12,6 +12,8 @@ import pytest
 
 from saeopt.config.settings import export_tokens, redact, settings
 from saeopt.console import _Redacting
+from saeopt.errors import UserError, run_cli
+from saeopt.study import app
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +86,20 @@ run_cli(app)
     assert "ValueError" in done.stderr
     told = [line for line in done.stderr.splitlines() if not line.lstrip().startswith("raise ")]
     assert "secret" not in "\n".join(told)
+
+
+@pytest.mark.parametrize("value", ["soon", "nan", "-1"])
+def test_a_setting_that_cannot_be_read_is_one_line(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SAEOPT_STORE_PATIENCE", value)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(app, ["list"])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("saeopt: error: SAEOPT_STORE_PATIENCE: ")
+    assert shown.count("\n") == 1
+    Path(".env").write_bytes(b"HF_TOKEN=\xff")
+    monkeypatch.delenv("SAEOPT_STORE_PATIENCE")
+    with pytest.raises(UserError, match=r"^\.env: "):
+        settings()

@@ -76,6 +76,7 @@ def test_workers_get_an_init_process_a_grace_period_and_the_lock_folder() -> Non
     assert workers["init"] is True
     assert workers["stop_grace_period"] == "20s"
     assert workers["environment"]["SAEOPT_GPU_LOCKS"] == "/data/locks"
+    assert workers["environment"]["SAEOPT_FAULT_PAUSE"] == "${SAEOPT_FAULT_PAUSE:-60}"  # restarts without a pause
     assert "locks:/data/locks" in workers["volumes"]
 
 

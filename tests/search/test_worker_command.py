@@ -7,15 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from _stores import grid_spec
 
+from saeopt import worker
+from saeopt.config.settings import settings
 from saeopt.config.study import StudySpec, study_spec
+from saeopt.errors import WorkerFault
 from saeopt.search import claims
 from saeopt.search import internals as db
 from saeopt.search.create import create_study
@@ -116,6 +120,31 @@ def test_a_study_of_a_newer_version_is_a_fault_of_the_worker_and_of_no_trial(
     assert line in errors
     assert "Traceback" not in errors
     assert claims.counts(store, study_id)["WAITING"] == 2
+
+
+def test_a_worker_that_can_train_nothing_ends_late_where_a_supervisor_would_start_it_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Signals(threading.Event):
+        waited: ClassVar[list[float | None]] = []
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.waited.append(timeout)
+            return False
+
+    def nothing(*_: object) -> int:
+        raise WorkerFault("no model")
+
+    monkeypatch.setattr(worker, "stop_on_signals", Signals)
+    monkeypatch.setattr(worker, "work", nothing)
+    monkeypatch.setattr("saeopt.console.set_up_logging", lambda: None)
+    for pause, waited in (("60", [60.0]), ("0", [60.0])):
+        monkeypatch.setenv("SAEOPT_FAULT_PAUSE", pause)
+        settings.cache_clear()
+        with pytest.raises(WorkerFault):
+            worker.worker("s", devices="cpu")
+        assert Signals.waited == waited
+    settings.cache_clear()
 
 
 def test_devices_are_listed(start: Start) -> None:

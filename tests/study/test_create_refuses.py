@@ -47,6 +47,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heartbeat short": ({"heartbeat": 1e-9}, "'heartbeat'"),
     "heartbeat long": ({"heartbeat": 1e9, "grace": 1e10}, "'heartbeat'"),
     "no effect": ({"base": {"saes": {"sae_type": "hard_concrete", "final_beta": 0.1}}}, "has no effect"),
+    "final beta": (
+        {"base": {"saes": {"sae_type": "hard_concrete"}}, "space": {"saes.final_beta": [0.1, 0.2]}}, "changes nothing",
+    ),
+    "lowest lr": ({"base": {"lr_schedule": "constant"}, "space": {"min_lr_factor": [0.1, 0.2]}}, "changes nothing"),
+    "topk lambda": ({"space": {**TOPK, **GRID, "saes.k": [8]}}, "sparsity_coeff': changes nothing for topk"),
+    "saes.name": ({"space": {**GRID, "saes.name": ["a", "b"]}}, "changes no result"),
+    "threads": ({"space": {**GRID, "threads": [1, 2]}}, "changes no result"),
+    "base per hook": ({"base": {"saes": {"per_hook": {"blocks.0.hook_resid_pre": {"lr": 1}}}}}, "per_hook"),
+    "base other hook": (
+        {"base": {"saes": {"per_hook": {"blocks.0.hook_resid_pre": {"sparsity_coeff": 1}}}}}, "no SAE trains there",
+    ),
+    "pretrained": ({"base": {"saes": {"pretrained_sae_paths": ["/absent"]}}}, "'saes.pretrained_sae_paths': /absent"),
+    "tokenizer": ({"base": {"data": {"tokenizer_name": "/absent"}}}, "'data.tokenizer_name': /absent"),
+    "objective nowhere": ({"objectives": [{"metric": "fvu", "hook_points": []}]}, "objectives.0.hook_points"),
+    "objective twice": ({"objectives": ["fvu", "fvu"]}, "is given twice"),
+    "all collapsed": ({"early_stopping": {"collapse": {"min_l0": 65}}}, "exceeds the 64 latents"),
+    "all collapsed topk": (
+        {"space": {**TOPK, "saes.k": [8]}, "early_stopping": {"collapse": {"min_l0": 9}}}, "exceeds the 8 latents",
+    ),
+    "steps of no whole": ({"space": {"seed": {"low": 1, "high": 9, "int": True, "step": 0.3}}}, "needs whole numbers"),
+    "cells without end": ({"space": {"lr": RANGE}, "sampler": "random", "max_trials": 10**7}, "at most 100,000 trials"),
+    "trials without end": ({"max_trials": 10**30}, "'max_trials'"),
+    "stall": ({"stall": 1e-9}, "'stall'"),
+    "weight": ({"objectives": [{"metric": "fvu", "target_l0": 5, "l0_weight": 1e300}]}, "l0_weight"),
+    "name": ({"name": 0}, "'name'"),
+    "base file": ({"base": "\0"}, "cannot be read"),
     "too many cells": ({"space": {"lr": {"low": 0.1, "high": 0.9, "step": 1e-9}}}, "more than 100,000 cells"),
 }  # fmt: skip
 
@@ -58,7 +84,8 @@ def merged(raw: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_it_is_refused_with_one_line(name: str, base: dict[str, Any], tmp_path: Path, cli: Any) -> None:
     changes, wanted = REFUSED[name]
-    raw = {"space": GRID, **changes, "base": merged(base, changes.get("base", {}))}
+    changed = changes.get("base", {})
+    raw = {"space": GRID, **changes, "base": merged(base, changed) if isinstance(changed, dict) else changed}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(raw))
     done = cli("create", path, code=2)
