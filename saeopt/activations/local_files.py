@@ -5,13 +5,13 @@ from __future__ import annotations
 import bz2
 import glob
 import gzip
-import importlib
+import importlib.util
 import json
 import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,12 +111,15 @@ def _check_split(field: str, name: str, text: str) -> None:
 
 
 def _one_kind(name: str, files: Sequence[Path]) -> None:
-    """Refuse files that are not read, and several kinds together."""
+    """Refuse files that are not read, or not without a package that is missing, and several kinds together."""
     suffixes = Counter(f.suffix.lower() if kind_of(f) is None else suffix_of(f) for f in files)
     kinds = {kind_of(f) for f in files}
     if None in kinds:
         unread = next(f for f in files if kind_of(f) is None)
         raise UserError(f"'data.dataset_name': {unread}: files of this kind are not read ({READABLE} are)")
+    packed = next((f for f in files if f.suffix.lower() == ".zst"), None)
+    if packed is not None and importlib.util.find_spec("zstandard") is None:
+        raise UserError(f"'data.dataset_name': {packed}: needs the package zstandard (pip install zstandard)")
     if len(kinds) > 1 or len({s for s in suffixes if s in (".csv", ".tsv")}) > 1:
         told = ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common())
         raise UserError(
@@ -210,7 +213,7 @@ def read_text(file: Path) -> str:
     """
     try:
         return _unpacked(file).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
+    except (OSError, ValueError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"'data.dataset_name': {file}: cannot be read as UTF-8 text: {one_line(error)}") from None
 
 
@@ -218,15 +221,25 @@ def _unpacked(file: Path) -> bytes:
     suffix = file.suffix.lower()
     content = file.read_bytes()
     if suffix == ".zst":
-        try:
-            unpack: Callable[[bytes], bytes] = importlib.import_module("zstandard").decompress
-        except ImportError:
-            raise UserError(
-                f"'data.dataset_name': {file}: needs the package zstandard (pip install zstandard)"
-            ) from None
-        return unpack(content)
+        return _unpacked_zst(content)
     packers: dict[str, Any] = {".gz": gzip, ".bz2": bz2, ".xz": lzma}
     return bytes(packers[suffix].decompress(content)) if suffix in packers else content
+
+
+def _unpacked_zst(content: bytes) -> bytes:
+    """All frames, also those that do not say how long they are."""
+    zstandard = importlib.import_module("zstandard")
+    parts: list[bytes] = []
+    while content:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(content))
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from None
+        if not frame.eof:
+            raise EOFError("compressed data ended before the end of a frame")
+        content = frame.unused_data
+    return b"".join(parts)
 
 
 def read_texts(files: Sequence[Path], unit: str) -> list[str]:

@@ -186,7 +186,10 @@ def _cache_folder() -> str | None:
 
 
 def _explain(data: DataConfig, error: Exception) -> UserError:
-    name, text = data.dataset_name, f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
+    name = data.dataset_name
+    if isinstance(error, StopIteration):
+        return UserError(f"'data.dataset_name': {name}: holds no rows")
+    text = f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
     if "split" in str(error).lower():
         return UserError(f"'data.split': {name}: {one_line(error)}")
     if "BuilderConfig" in str(error) or "Config name" in str(error):

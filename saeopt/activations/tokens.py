@@ -312,10 +312,8 @@ def _joined_as_they_are(rows: list[dict[str, Any]], data: DataConfig, left_out: 
 def check_names(data: DataConfig, columns: list[str]) -> None:
     """Refuse a column that the data set lacks."""
     if columns and data.column_name not in columns:
-        raise UserError(
-            f"'data.column_name': {data.dataset_name} has no column '{data.column_name}' "
-            f"(it has {', '.join(sorted(columns))})"
-        )
+        known = ", ".join(name if len(name) < 40 else f"{name[:36]} …" for name in sorted(columns)[:20])
+        raise UserError(f"'data.column_name': {data.dataset_name} has no column '{data.column_name}' (it has {known})")
 
 
 def _table(rows: ListTable | Dataset, tokeniser: Tokeniser) -> DocumentTable:

@@ -8,6 +8,9 @@ import json
 import logging
 import lzma
 import os
+import sys
+import types
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 from fake_model import BOS, EOS, FakeModel, data_config
 from test_tokens import as_text, documents, flat, load, runs
 
-from saeopt.activations import sources
+from saeopt.activations import local_files, sources
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.masks import keep_tokens
 from saeopt.activations.separators import separator_of
@@ -136,9 +139,12 @@ def test_what_is_not_read_is_named(
     write(tmp_path / "papers" / "a.pdf", b"%PDF")
     write(tmp_path / "a.zip", b"PK")
     write(tmp_path / "broken.txt.gz", b"\x1f\x8bnothing")
+    write(tmp_path / "broken.txt.bz2", bz2.compress(b"text")[:-4])
+    write(tmp_path / "no.jsonl", b"")
     for name, words in {
         "mixed": r"several kinds \(1 \.txt, 1 \.bin\)", "papers": r"no data files but \.pdf \(\.parquet",
         "a.zip": "not read.*gz", "none.TXT": "no such file", "broken.txt.gz": "cannot be read",
+        "broken.txt.bz2": "cannot be read", "no.jsonl": "holds no rows",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words) as error:
             load(tmp_path / name)
@@ -153,6 +159,33 @@ def llm_c(ids: list[int]) -> bytes:
     head = np.zeros(256, np.int32)
     head[:3] = 20240520, 1, len(ids)
     return head.tobytes() + np.array(ids, np.uint16).tobytes()
+
+
+class Frames:
+    """A package `zstandard` that unpacks what zlib packs: frames whose length is not said, one behind another."""
+
+    ZstdError = zlib.error
+    ZstdDecompressor = staticmethod(lambda: types.SimpleNamespace(decompressobj=zlib.decompressobj))
+
+
+def test_every_frame_of_a_zst_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = zlib.compress(b"one\n\n") + zlib.compress(b"two")
+    file = tmp_path / "a.txt.zst"
+    monkeypatch.setitem(sys.modules, "zstandard", Frames)
+    write(file, whole)
+    assert local_files.read_texts([file], "auto") == ["one", "two"]
+    for broken in (whole[:-4], b"no frame at all"):
+        write(file, broken)
+        with pytest.raises(UserError, match=r"a\.txt\.zst: cannot be read"):
+            local_files.read_texts([file], "auto")
+
+
+def test_zst_files_name_the_package_that_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("a.txt.zst", "b.jsonl.zst", "c.csv.zst"):
+        write(tmp_path / name, b"x")
+        with pytest.raises(UserError, match=f"{name}: needs the package zstandard"):
+            local_files.local_files(str(tmp_path / name))
 
 
 def test_token_files_give_the_sequences_of_the_documents_in_them(
