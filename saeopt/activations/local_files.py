@@ -11,7 +11,8 @@ import lzma
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,15 @@ def local_files(name: str, split: str | None = None, tell: bool = False) -> list
     return found
 
 
+@contextmanager
+def of_held_out_data() -> Iterator[None]:
+    """Errors name the fields of held-out data of their own."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"'data\.(dataset_name|column_name|split)'", r"'data.eval_\1'", str(error))) from None
+
+
 def check_sources(data: DataConfig, splits: bool = True) -> None:
     """Refuse files that are not there, and splits that they do not have, before anything is loaded.
 
@@ -91,8 +101,10 @@ def check_sources(data: DataConfig, splits: bool = True) -> None:
     Raises:
         UserError: naming the field.
     """
-    for name in filter(None, (data.dataset_name, data.eval_dataset_name)):
-        local_files(name)
+    local_files(data.dataset_name)
+    if data.eval_dataset_name is not None:
+        with of_held_out_data():
+            local_files(data.eval_dataset_name)
     if splits:
         _check_split("data.split", data.dataset_name, data.split)
     if splits and (data.eval_dataset_name or data.eval_split):

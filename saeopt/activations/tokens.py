@@ -7,7 +7,6 @@ Suffixes: b sequences of one rank, n sequences, T positions.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column
-from saeopt.activations.local_files import TEXT, TOKENS, file_states, kind_of, local_files
+from saeopt.activations.local_files import TEXT, TOKENS, file_states, kind_of, local_files, of_held_out_data
 from saeopt.activations.packing import Engine, Position, Reader, StreamEngine, TableEngine
 from saeopt.activations.padding import full_blocks, tell_padding, without_padding
 from saeopt.activations.separators import Separator, separator_of, special_tokens
@@ -214,13 +213,10 @@ class HeldOut:
         own = data.eval_data
         assert own is not None
         wanted = 0 if whole else data.n_eval_samples * (data.context_length - data.prepend_bos)
-        try:
+        with of_held_out_data():
             own = own.model_copy(update={"streaming": own.streaming and not whole, **_as_stored(own)})
             engine, own, bos = open_engine(own, model, wanted)
             found = cls(_all_tokens(engine) if whole else engine.held_out[:wanted], own, bos)
-        except UserError as error:
-            text = re.sub(r"'data\.(dataset_name|column_name|split)'", r"'data.eval_\1'", str(error))
-            raise UserError(text) from None
         if whole and (rest := engine.tokens_in_all % (found.n * found.fresh_tokens or 1)):
             log.info("%s: %d tokens at its end do not fill another sample", own.dataset_name, rest)
         if found.n < (1 if whole else data.n_eval_samples):

@@ -330,6 +330,8 @@ def test_held_out_samples_can_have_data_of_their_own(tmp_path: Path, documents: 
     ):
         with pytest.raises(UserError, match=words):
             load(path, **changes)
+    with pytest.raises(UserError, match=r"'data.eval_dataset_name': .*none.csv: no such file"):  # before anything else
+        local_files.check_sources(data_config(path, eval_dataset_name=str(tmp_path / "none.csv")))
 
 
 def test_another_split_of_the_same_data_can_be_held_out(tmp_path: Path):
