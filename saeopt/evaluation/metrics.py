@@ -42,11 +42,6 @@ def divide(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator != 0 else math.nan
 
 
-def l0_N(f_Nh: Num[Tensor, "N h"]) -> Num[Tensor, " N"]:
-    """Number of non-zero entries per token."""
-    return (f_Nh != 0).sum(-1)
-
-
 def l1_N(
     f_Nh: Float[Tensor, "N h"], scale: Tensor | float = 1.0, norm_h: Float[Tensor, " h"] | None = None
 ) -> Float[Tensor, " N"]:

@@ -1,11 +1,11 @@
-"""Tables for people: one row per hook point of a run, and the best SAE per range of L0 of a study."""
+"""What people see of a run: a table with a row per hook point, and where its files are."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from rich.table import Table
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.evaluation.load import list_checkpoints
-from saeopt.evaluation.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.evaluation.plots import CURVES, DENSITY
 from saeopt.files import read_metrics
 
@@ -79,33 +78,3 @@ def print_run(run_dir: str | Path, evaluation: Mapping[str, Row] | None = None) 
     console.print(run_table(rows, tokens_per_second(run_dir)))
     for name, path in run_files(run_dir):
         console.print(f"{name:>10}  {path}", soft_wrap=True)
-
-
-def best_table(
-    points: Iterable[Point],
-    ranges: Sequence[tuple[float, float]] = L0_RANGES,
-    by: str = "fvu",
-    title: str | None = None,
-) -> Table:
-    """The best SAE per range of L0; ranges without a point say so."""
-    table = Table(title=title or f"Best {by} by range of L0", title_justify="left", box=box.SIMPLE)
-    table.add_column("L0 range")
-    table.add_column("SAE", overflow="fold")
-    for name in ("L0", "FVU", "CE recovered", "dead", "of"):
-        table.add_column(name, justify="right")
-    for (low, high), best, n in best_in_ranges(points, ranges, by):
-        span = f"{low:g} to {high:g}"
-        if best is None:
-            table.add_row(span, "none", *["–"] * 4, "0")
-            continue
-        row = best.metrics
-        table.add_row(
-            span,
-            best.label,
-            show(row.get("l0"), ".1f"),
-            show(row.get("fvu"), ".4f"),
-            show(row.get("ce_recovered")),
-            show(row.get("fraction_dead"), ".1%"),
-            str(n),
-        )
-    return table

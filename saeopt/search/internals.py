@@ -75,11 +75,6 @@ def study_id_of(study: optuna.Study) -> int:
     return int(study._study_id)
 
 
-def trial_id_of(trial: FrozenTrial | Trial) -> int:
-    """The key of a trial in the tables."""
-    return int(trial._trial_id)
-
-
 def live_trial(study: optuna.Study, trial_id: int) -> Trial:
     """The trial as an object that suggests parameters; the study reads everything anew (its cache knows no other way
     to a trial that this process did not create)."""

@@ -55,13 +55,6 @@ def study_ids(engine: Engine) -> dict[str, int]:
     return {name: key for key, name in _rows(engine, "SELECT study_id, study_name FROM studies ORDER BY study_id")}
 
 
-def system_attribute(engine: Engine, study_id: int, key: str) -> Any:
-    """One system attribute of a study, or None."""
-    sql = "SELECT value_json FROM study_system_attributes WHERE study_id = :study AND key = :key"
-    found = _rows(engine, sql, study=study_id, key=key)
-    return json.loads(found[0][0]) if found else None
-
-
 def attributes(engine: Engine, study_id: int, prefix: str, kind: str = "system") -> dict[str, Any]:
     """The attributes of a study whose key starts with `prefix` (without wildcards in it)."""
     sql = f"SELECT key, value_json FROM study_{kind}_attributes WHERE study_id = :study AND key LIKE :like"

@@ -197,12 +197,19 @@ def _workers(status: Status) -> RenderableType | None:
     table = _table()
     table.add_column("worker", overflow="fold")
     table.add_column("trials")
-    for name in ("progress", "tokens/s", "told"):
+    for name in ("progress", "tokens/s", "told", "sign", "moved"):  # seconds since its last sign, its last progress
         table.add_column(name, justify="right")
     for w in status.alive[:_ROWS]:
         share = f"{w.samples / w.total:.0%}" if w.total else "–"
-        table.add_row(w.worker, _numbers(w.trials), share, f"{w.tokens_per_s:,.0f}", str(w.finished))
-    return titled("\nworkers (host/process/device)", table)
+        ages = [_age(w.age), _age(w.progress_age)]
+        table.add_row(w.worker, _numbers(w.trials), share, f"{w.tokens_per_s:,.0f}", str(w.finished), *ages)
+    return titled("\nworkers (host/process/device; how long ago: last sign, last progress)", table)
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{max(seconds, 0):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _numbers(trials: list[int]) -> str:

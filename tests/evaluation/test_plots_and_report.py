@@ -133,16 +133,6 @@ def test_a_run_without_evaluation_says_what_to_do(tmp_path: Path) -> None:
         report.print_run(tmp_path)
 
 
-def test_the_table_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = io.StringIO()
-    Console(file=text, width=120).print(report.best_table(POINTS, [(8, 16), (16, 32), (64, 128)]))
-    lines = [line for line in text.getvalue().splitlines() if " to " in line]
-    assert ["none" in line for line in lines] == [False, False, True]
-    assert " b " in lines[1]
-    assert "0.1000" in lines[1]
-    assert "0.900" in lines[1]
-
-
 def test_tables_and_fronts_import_no_torch() -> None:
     program = "import sys, saeopt.evaluation.report, saeopt.evaluation.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

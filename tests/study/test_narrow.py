@@ -55,7 +55,7 @@ def study(cli: Cli, study_file: Path, store_url: str, tmp_path: Path, monkeypatc
     newest = {"samples": 640, "l0": 17.25, "fvu": 0.0625}
     for host in ("gpu-node-17", "gpu-node-18"):
         me = Presence(f"{host}/123456/cuda:0", host, "cuda:0", 123456, 0.0, trials=list(range(12, 24)), samples=640,
-                      total=1000, tokens_per_s=1234567.0, latest={str(running.number): newest})  # fmt: skip
+                      total=1000, tokens_per_s=1234567.0, quiet=12.0, latest={str(running.number): newest})  # fmt: skip
         presence.beat(store, study_id, me)
     store.close()
     monkeypatch.setattr("saeopt.console.console.width", 80)
@@ -69,7 +69,15 @@ def test_tables_fit_and_break_no_word(cli: Cli, study: str, command: str) -> Non
     assert lines
     assert max(map(len, lines)) <= 80
     words = {
-        "status": [*LONG_HOOKS, "collapsed", "gpu-node-17/123456/cuda:0", "trial-tokens/s", "#11 259 → 0.041"],
+        "status": [
+            *LONG_HOOKS,
+            "collapsed",
+            "gpu-node-17/123456/cuda:0",
+            "trial-tokens/s",
+            "#11 259 → 0.041",
+            "moved",
+            "12 s",
+        ],
         "best": ["CE recovered", "64 to 128", "0.0409"],
         "list": [study, "pruned", "state"],
     }
