@@ -215,7 +215,7 @@ def best(
     by: Annotated[
         str, typer.Option(metavar="METRIC", help="Metric that the best of a range of L0 has, e.g. ce_recovered.")
     ] = "fvu",
-    png: Annotated[Path | None, result("Also draw the fronts into this file.")] = None,
+    png: Annotated[Path | None, result("Also draw the fronts into this file (.pdf and .svg too).")] = None,
     copy: Annotated[Path | None, result("Also copy their weights and configs to DIR/NAME-TRIAL/.", "DIR")] = None,
     as_json: AsJson = False,
     storage: Storage = None,

@@ -103,6 +103,8 @@ def worker(
         os.environ["SAEOPT_STORAGE"] = storage
     with _own_gpu(devices, interrupted) as own:
         names = [own] if own else dev.parse_devices(devices)
+        if len(names) > 1 and sequential and devices != "auto":
+            raise UserError(f"--devices {devices}: with --sequential there is one device, which trains one trial")
         if len(names) > 1 and not sequential:
             arguments = ["--study", study, "--idle-timeout", str(idle_timeout), "--poll", str(poll)]
             arguments += ["--pack", pack] if pack is not None else []

@@ -60,8 +60,9 @@ def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.0) ->
 
 
 def _save(figure: Figure, path: str | Path) -> Path:
+    ending = Path(path).suffix.lower()[1:]
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format=ending if ending in ("pdf", "svg") else "png", dpi=120)
     return Path(path)
 
 

@@ -112,6 +112,8 @@ def test_the_front_is_drawn_per_hook_point(tmp_path: Path) -> None:
     points = [*POINTS, point("other", 5, 0.4, hook_point="blocks.1", group="gated"), point("zero", 0.0, 1.0)]
     assert pareto_plot(points, tmp_path / "front.png").read_bytes().startswith(PNG)
     assert pareto_plot([], tmp_path / "empty.png").exists()
+    assert pareto_plot(points, tmp_path / "front.pdf").read_bytes().startswith(b"%PDF")
+    assert b"<svg" in pareto_plot(points, tmp_path / "front.SVG").read_bytes()
 
 
 def test_the_table_of_a_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,6 +84,7 @@ def until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds:
         (["--study", "x"], "no such store"),
         (["--study", "x", "--pack", "many"], "--pack many"),
         (["--study", "x", "--devices", "tpu"], "'tpu' is no device"),
+        (["--study", "x", "--devices", "cpu,cpu", "--sequential"], "with --sequential there is one device"),
         (["--study", "x", "--storage", "mysql://u:secret-word@h/d"], "is needed"),
         (["--nonsense"], "--nonsense"),
     ],
