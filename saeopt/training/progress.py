@@ -82,7 +82,7 @@ class Bar:
     """
 
     def __init__(self, every: float = LINE_SECONDS, *, shown: bool = True, alone: bool = True) -> None:
-        rest, note = Column(ratio=1, min_width=8), Column(ratio=2, no_wrap=True, overflow="ellipsis")
+        rest, note = Column(ratio=1, min_width=8), Column(ratio=4, no_wrap=True, overflow="ellipsis")
         columns = (
             TextColumn("{task.description}"), BarColumn(bar_width=None, table_column=rest),
             TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn(),
