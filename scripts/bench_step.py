@@ -30,8 +30,8 @@ from torch import Tensor
 from saeopt.config.base import explain
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
+from saeopt.devices import choose_device
 from saeopt.errors import UserError, run_cli
-from saeopt.evaluation.__main__ import choose_device
 from saeopt.files import write_json
 from saeopt.saes.base import SAE
 from saeopt.saes.init import match_norm

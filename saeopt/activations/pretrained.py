@@ -47,7 +47,7 @@ def _explain(name: str, what: str, error: Exception) -> UserError:
     if isinstance(error, PermissionError) or "PermissionError" in text:
         return UserError(f"{name}: {one_line(error)}; for downloads HF_HOME can name a folder that is writable")
     if "gated" in text.lower() or "401" in text or "403" in text:
-        return UserError(f"{name}: this {what} is gated: accept its terms on the hub and set HF_ACCESS_TOKEN")
+        return UserError(f"{name}: this {what} is gated: accept its terms on the hub and set HF_TOKEN")
     if Path(name).is_dir():
         return UserError(f"{name}: holds no {what} that can be read: {one_line(error)}")
     if isinstance(error, OSError) and ("not a local folder" in text or "404" in text or "RepositoryNotFound" in text):

@@ -197,7 +197,7 @@ def _explain(data: DataConfig, error: Exception) -> UserError:
     if Path(name).exists() or any(c in name for c in "*?["):
         return UserError(f"'data.dataset_name': {name}: cannot be read: {text}")
     if "gated" in str(error).lower():
-        return UserError(f"'data.dataset_name': {name} is gated: accept its terms on the hub and set HF_ACCESS_TOKEN")
+        return UserError(f"'data.dataset_name': {name} is gated: accept its terms on the hub and set HF_TOKEN")
     return UserError(f"'data.dataset_name': {name}: no such file, folder or data set in reach: {text}")
 
 

@@ -58,6 +58,7 @@ def evaluate_run(
 
     Writes evaluation.json and plots into the run folder; other data and other settings go to a file of their own.
     """
+    from saeopt.devices import choose_device
     from saeopt.evaluation.conditions import file_for, settings, with_conditions
     from saeopt.evaluation.load import load_checkpoint
     from saeopt.evaluation.plots import plot_run
@@ -86,21 +87,6 @@ def evaluate_run(
             console.print(f"{'this one':>10}  {target}", soft_wrap=True)
         size = f"{told['n_samples']:,} samples of {told['context_length']} tokens"
         console.print(f"{'data':>10}  {told['data']}: {size}", soft_wrap=True)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a name means; auto is the first GPU where there is one."""
-    import torch
-
-    try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: unknown device (auto, cpu, cuda, cuda:1, …)") from None
-    if found.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: must be auto, cpu or cuda (cuda:1, …)")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunConfig:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def print_dry_run(config: RunConfig, device: str) -> None:
     """The resolved config, the members with their sizes, the estimated memory."""
     from saeopt.activations.language_model import lm_dtype
-    from saeopt.evaluation.__main__ import choose_device
+    from saeopt.devices import choose_device
 
     notices(config, resumed=False)
     chosen = choose_device(device)

@@ -143,7 +143,7 @@ def make_runtime(device: str) -> Runtime:
     Raises:
         UserError: no such device, or one device for several processes.
     """
-    from saeopt.evaluation.__main__ import choose_device
+    from saeopt.devices import choose_device
     from saeopt.training.runtime import Runtime
 
     if device == "auto":

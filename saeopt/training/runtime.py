@@ -128,18 +128,7 @@ class Runtime:
         dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world > 1:
-            dist.barrier()
-
     def leave(self) -> None:
         """Part from the other ranks at the end of all work; NCCL warns of a process that just ends."""
         if self.world > 1:
             self.accelerator.state.destroy_process_group()
-
-    def free(self) -> None:
-        """Forget the kept parts and give memory back to the device."""
-        self._kept.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The optimiser's pieces: what becomes of W_dec's gradient, and Adam on the CPU (the GPU's is in `kernels_adam`)."""
+"""The optimiser's pieces: what becomes of W_dec's gradient, and Adam on the CPU (the GPU's is in `kernels_rows`)."""
 
 from __future__ import annotations
 

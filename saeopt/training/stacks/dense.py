@@ -37,7 +37,6 @@ class Form(NamedTuple):
     limits: tuple[float, float]
     seed_aux: bool
     frozen_aux: bool
-    per_input_gate: bool
 
     @classmethod
     def of(cls, sae: SAE) -> Form:
@@ -53,7 +52,6 @@ class Form(NamedTuple):
             limits=getattr(config, "hard_concrete_stretch_limits", (-0.1, 1.1)),
             seed_aux=getattr(config, "aux_form", "gated") == "seed",
             frozen_aux=getattr(sae, "frozen_aux", True),
-            per_input_gate=getattr(config, "input_dependent_gates", True),
         )
 
 

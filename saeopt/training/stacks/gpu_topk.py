@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saeopt.streams import side_stream
+from saeopt.devices import side_stream
 from saeopt.training.stacks import kernels_select, kernels_topk
 from saeopt.training.stacks.base import EXTRA
 from saeopt.training.stacks.gpu import GpuStack, x_sums
