@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeopt.activations.padding import MASK, kept_spans
+from saeopt.activations.pretrained import one_line
 from saeopt.activations.token_files import spans
 from saeopt.errors import UserError
 
@@ -24,6 +26,19 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int32]
 TOKENISE_ROWS = 1000
 """Texts that a fast tokenizer gets at once."""
+
+
+@contextmanager
+def reading(data: DataConfig) -> Iterator[None]:
+    """Around reads of rows: what is wrong behind the first ones is found out when they come.
+
+    Raises:
+        UserError: instead of what a library says about a file that it cannot read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"'data.dataset_name': {data.dataset_name}: cannot be read: {one_line(error)}") from error
 
 
 def check_column(data: DataConfig, row: object) -> None:
@@ -60,17 +75,31 @@ class Tokeniser:
     def __call__(self, rows: Sequence[Any]) -> list[Ids]:
         """Token ids of some rows; empty arrays for empty ones."""
         if self.data.is_tokenized:
-            documents = [np.asarray([] if row is None else row, dtype=np.int64) for row in rows]
+            documents = [self._ids(row) for row in rows]
         else:
             documents = [d for part in self._batches(rows) for d in part]
         for document in documents:
             self.check(document)
         return [d.astype(np.int32) for d in documents]
 
+    def _ids(self, row: Any) -> NDArray[np.int64]:
+        """A row's ids; one that holds anything else is refused by what it holds."""
+        if row is None or (isinstance(row, list) and not row):
+            return np.zeros(0, np.int64)
+        try:
+            ids = np.asarray(row)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                check_column(self.data, row)
+            return ids.astype(np.int64)
+        except (ValueError, TypeError, OverflowError):  # lists of several lengths, numbers of thousands of digits
+            check_column(self.data, row)
+            raise UserError(f"'data.column_name': {self.data.dataset_name} holds numbers that are no ids") from None
+
     def _batches(self, rows: Sequence[Any]) -> Iterator[list[NDArray[np.int64]]]:
         assert self.tokenizer is not None
         for start in range(0, len(rows), TOKENISE_ROWS):
-            texts = ["" if row is None else row for row in rows[start : start + TOKENISE_ROWS]]
+            with reading(self.data):
+                texts = ["" if row is None else row for row in rows[start : start + TOKENISE_ROWS]]
             for text in texts:
                 if not isinstance(text, str):
                     check_column(self.data, text)
@@ -99,12 +128,16 @@ class _Chunk:
     stops: NDArray[np.int64]
 
 
-def _lists(column: pa.Array) -> _Chunk:
+def _lists(column: pa.Array, data: DataConfig, name: str) -> _Chunk:
     """A column of lists; missing ones are empty."""
     import pyarrow as pa
 
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.list_(pa.int64()))
     if pa.types.is_fixed_size_list(column.type):
         column = column.cast(pa.list_(column.type.value_type))
+    if not hasattr(column, "offsets"):
+        raise UserError(f"'data.dataset_name': {data.dataset_name}: column '{name}' holds {column.type}, not lists")
     offsets = column.offsets.to_numpy().astype(np.int64)
     starts, stops = offsets[:-1].copy(), offsets[1:].copy()
     if column.null_count:
@@ -137,9 +170,9 @@ class DocumentTable:
         masks = rows.data.column(MASK) if MASK in rows.column_names else None
         chunks, at = [], 0
         for chunk in rows.data.column(tokeniser.data.column_name).chunks:
-            found = _lists(chunk)
+            found = _lists(chunk, tokeniser.data, tokeniser.data.column_name)
             if masks is not None:
-                mask = _lists(pa.concat_arrays(masks.slice(at, len(chunk)).chunks))
+                mask = _lists(pa.concat_arrays(masks.slice(at, len(chunk)).chunks), tokeniser.data, MASK)
                 spans = (found.starts, found.stops), mask.values, (mask.starts, mask.stops)
                 found = _Chunk(*kept_spans(found.values, *spans, tokeniser.data))
             chunks.append(found)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from saeopt.activations.documents import DocumentTable, Ids, Tokeniser
+from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, reading
 from saeopt.activations.padding import without_padding
 from saeopt.activations.separators import Separator
 from saeopt.errors import UserError
@@ -172,13 +172,22 @@ class StreamEngine:
         if state is not None:
             rows.load_state_dict(copy.deepcopy(state))
         pending: list[Any] = []
-        for row in rows:
+        for row in self._read(rows):
             pending.append(without_padding(row, self._tokeniser.data))
             if len(pending) == UNIT_DOCUMENTS:
                 yield self._tokeniser(pending), copy.deepcopy(rows.state_dict())
                 pending = []
         if pending:
             yield self._tokeniser(pending), copy.deepcopy(rows.state_dict())
+
+    def _read(self, rows: IterableDataset) -> Iterator[dict[str, Any]]:
+        coming = iter(rows)
+        while True:
+            with reading(self._tokeniser.data):
+                row = next(coming, None)
+            if row is None:
+                return
+            yield row
 
     def seek(self, token: int) -> Position | None:
         """Only reading on can tell, but for the beginning."""

@@ -32,11 +32,11 @@ def without_padding(row: Mapping[str, Any], data: DataConfig) -> Any:
     Raises:
         UserError: the mask is of another length.
     """
-    ids, mask = row[data.column_name], row.get(MASK) if data.is_tokenized else None
+    ids, mask = row.get(data.column_name), row.get(MASK) if data.is_tokenized else None
     if ids is None or mask is None:
         return ids
-    if len(ids) != len(mask):
-        raise _other_length(data, len(ids), len(mask))
+    if len(ids) != (n_mask := len(mask) if isinstance(mask, list | np.ndarray) else 1):
+        raise _other_length(data, len(ids), n_mask)
     return ids if all(mask) else [token for token, kept in zip(ids, mask, strict=True) if kept]
 
 

@@ -137,7 +137,7 @@ def _saved_to_disk(folder: Path, split: Split) -> Any:
 
     try:
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # its own files may hold anything
         raise UserError(f"'data.dataset_name': {folder}: cannot be read: {one_line(error)}") from None
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
@@ -150,6 +150,7 @@ def _load(data: DataConfig, split: Split, files: list[Path]) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is told in our own line
     name: str = data.dataset_name
     arguments: dict[str, Any] = {"split": split.name, "streaming": data.streaming}
     if files:
@@ -187,7 +188,7 @@ def _cache_folder() -> str | None:
 
 def _explain(data: DataConfig, error: Exception) -> UserError:
     name = data.dataset_name
-    if isinstance(error, StopIteration):
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return UserError(f"'data.dataset_name': {name}: holds no rows")
     text = f"{type(error).__name__}: {one_line(error.__cause__ or error)}"
     if "split" in str(error).lower():

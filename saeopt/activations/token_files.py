@@ -35,7 +35,7 @@ def open_token_files(files: Sequence[Path], data: DataConfig) -> list[NDArray[An
         raise UserError(f"'data.is_tokenized': {data.dataset_name} holds token ids, not text: set it to true")
     try:
         return [_npy(file, data) if file.suffix.lower() == ".npy" else _bin(file, data) for file in files]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"'data.dataset_name': {data.dataset_name}: cannot be read: {one_line(error)}") from None
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column
+from saeopt.activations.documents import DocumentTable, Ids, Tokeniser, check_column, reading
 from saeopt.activations.local_files import TEXT, TOKENS, file_states, kind_of, local_files, of_held_out_data
 from saeopt.activations.packing import Engine, Position, Reader, StreamEngine, TableEngine
 from saeopt.activations.padding import full_blocks, tell_padding, without_padding
@@ -284,14 +284,16 @@ def _first_rows(rows: ListTable | Dataset | IterableDataset, data: DataConfig) -
     if isinstance(rows, ListTable):
         found = [{data.column_name: row} for row in rows.rows[:_SAME_LENGTH_ROWS]]
     else:
-        head = list(rows.take(_SAME_LENGTH_ROWS if data.is_tokenized else 10))
+        with reading(data):
+            head = list(rows.take(_SAME_LENGTH_ROWS if data.is_tokenized else 10))
         columns = rows.column_names or list(head[0] if head else {})
         check_names(data, columns)
         found = head
     if not found:
         raise UserError(f"'data.dataset_name': {data.dataset_name} is empty")
-    stored = [row[data.column_name] for row in found]
-    check_column(data, next((row for row in stored if row), stored[0]))
+    stored = [row.get(data.column_name) for row in found]
+    for row in [row for row in stored if row is not None and row not in ([], "")] or stored[:1]:
+        check_column(data, row)
     return found
 
 

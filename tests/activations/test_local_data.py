@@ -223,12 +223,14 @@ def test_what_is_wrong_with_a_token_file_is_one_line(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.full(300, 1000, np.uint16))
     np.save(tmp_path / "none.npy", np.zeros(0, np.uint16))
     write(tmp_path / "broken.npy", b"\x93NUMPY")
+    write(tmp_path / "nothing.npy", b"")
     uint16 = {"token_dtype": "uint16"}
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("a.bin", {}, "'data.token_dtype'.*give uint16"), ("odd.bin", uint16, "101 bytes"),
         ("cut.bin", {}, "header says 2000 tokens"), ("cut.bin", {"token_dtype": "uint32"}, "says in its header"),
         ("float.npy", {}, "float64 of 2 dimensions"), ("a.npy", {"token_dtype": "uint32"}, "holds uint16"),
         ("a.npy", {}, "token id 1000"), ("none.npy", {}, "is empty"), ("broken.npy", {}, "cannot be read"),
+        ("nothing.npy", {}, "cannot be read"),
         ("a.npy", {"is_tokenized": False}, "'data.is_tokenized'.*set it to true"),
         ("a.npy", {"split": "train[:9]"}, "'data.split'"),
     ]  # fmt: skip

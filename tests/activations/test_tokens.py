@@ -8,6 +8,7 @@ import logging
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -292,6 +293,36 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path: Path, way: str, cha
     assert "\n" not in str(error.value)
 
 
+def test_what_is_wrong_with_later_rows_is_one_line_too(tmp_path: Path, way: str):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good = json.dumps({"text": as_text([5] * 20), "ids": [5] * 20}) + "\n"
+    ids: dict[str, Any] = {"is_tokenized": True, "column_name": "ids"}
+    cases: list[tuple[bytes, dict[str, Any], str]] = [
+        ((good * 20).encode() + '{"text": "é"}\n'.encode("latin-1"), {}, "UTF-8|cannot be read"),
+        ((good * 20 + '{"text": \n').encode(), {}, "cannot be read"),
+        ((good * 20 + '{"text": "w5", "ids": "x"}\n').encode(), ids, "holds text|cannot be read"),
+        ((good * 20 + '{"text": "w5", "ids": [1.5]}\n').encode(), ids, "float values|cannot be read|token id"),
+    ]
+    for content, changes, words in cases:
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=words) as error:
+            flat(load(path, way, **changes), 60)
+        assert "\n" not in str(error.value)
+    for mask, words in (
+        (["x"] * 30, "'?attention_mask'?"),
+        ([1] * 30, "attention_mask"),
+        ([None] * 30, "attention_mask"),
+    ):
+        pq.write_table(pa.table({"ids": [[5] * 20] * 30, "attention_mask": mask}), tmp_path / "rows.parquet")
+        if way == "stream" and mask[0] is None:
+            continue  # no mask
+        with pytest.raises(UserError, match=words):
+            flat(load(tmp_path / "rows.parquet", way, **ids), 60)
+
+
 def test_missing_data_sets_are_one_line(tmp_path: Path):
     from datasets import Dataset, DatasetDict
 
@@ -302,9 +333,11 @@ def test_missing_data_sets_are_one_line(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
     (tmp_path / "bad.json").write_text('["a", ')
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": 5}')
     for name, words in {
         "none.parquet": "no such file", "*.none": "no such file", "splits": "no split 'train'.*test",
-        "nothing": "no data files", "empty.jsonl": "empty|cannot be read", "empty.json": "empty",
+        "nothing": "no data files", "empty.jsonl": "no rows", "saved": "cannot be read", "empty.json": "empty",
         "bad.jsonl": "cannot be read", "bad.json": "cannot be read", "binary.txt": "UTF-8",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=words) as error:

@@ -6,6 +6,9 @@ import os
 import signal
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from saeopt.saes.relu import ReluSAE
 
 
@@ -21,3 +24,11 @@ class Leaving(ReluSAE):
 
     def training_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise SystemExit(5)
+
+
+class Asserting(ReluSAE):
+    """Fails an assertion on the device, after which its process can use the GPU no more."""
+
+    def training_forward(self, x_Nd: Tensor, *args: Any, **kwargs: Any) -> Any:
+        torch._assert_async(x_Nd.new_zeros(()))
+        return super().training_forward(x_Nd, *args, **kwargs)
