@@ -17,8 +17,10 @@ import typer
 # newer versions of typer bring a click of their own, older ones use the installed one: find its errors through typer
 _USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
+_UNREADABLE = re.compile("[\\ud800-\\udfff]")
 _TILDE = re.compile(r"^(--[\w-]+=|)(~[^/]*)")
 """Shells leave the `~` of `--option=~/file` as it is."""
+_LONGEST = 1000
 _OTHER_RANK_SECONDS = 5
 """Every rank finds the same mistake: rank 0 tells it, and the launcher ends the others meanwhile."""
 
@@ -59,7 +61,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
     """Write one line to stderr and exit; of several ranks rank 0 speaks first."""
     if os.environ.get("RANK", "0") not in ("", "0"):
         time.sleep(_OTHER_RANK_SECONDS)
-    sys.stderr.write("saeopt: error: " + " ".join(message.split()) + "\n")
+    line = " ".join(message.split())
+    sys.stderr.write("saeopt: error: " + (line if len(line) <= _LONGEST else line[:_LONGEST] + " …") + "\n")
     sys.stderr.flush()
     sys.exit(code)
 
@@ -85,6 +88,8 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     given = sys.argv[1:] if args is None else args
     words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
     redact_tracebacks()
+    if broken := next(filter(_UNREADABLE.search, words), None):
+        fail(f"{broken!a} is no UTF-8 text")
     try:
         export_tokens()
         code = app(args=words, standalone_mode=False)

@@ -154,16 +154,37 @@ def jsonable(value: object) -> object:
     return value
 
 
+def parse_json(text: str) -> Any:
+    """JSON; :class:`ValueError` for whatever is none, nested without end too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    found = parse_json(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("not an object")
+    return found
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a line cut short by a crash is left out, a missing file is empty."""
     file = Path(path)
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "samples" in row and "hook_point" in row:
+        if isinstance(row, dict) and isinstance(row.get("samples"), int) and isinstance(row.get("hook_point"), str):
             rows.append(row)
     return rows
 

@@ -202,7 +202,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
         metadata = header.pop("__metadata__")
         _check_header(raw, metadata)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {error}") from None
     if size != 8 + length + end:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {size} bytes instead of {8 + length + end}")

@@ -6,7 +6,6 @@ import bz2
 import glob
 import gzip
 import importlib.util
-import json
 import lzma
 import os
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.activations.pretrained import one_line
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.files import parse_json
 
 if TYPE_CHECKING:
     from saeopt.config.run import DataConfig
@@ -282,7 +282,7 @@ def json_list(file: Path) -> list[Any] | None:
     if text[:1024].lstrip()[:1] != "[":
         return None
     try:
-        listed = json.loads(text)
+        listed = parse_json(text)
     except ValueError as error:
         raise UserError(f"'data.dataset_name': {file}: cannot be read as JSON: {one_line(error)}") from None
     return listed if all(isinstance(row, str | list) for row in listed) else None

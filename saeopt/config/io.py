@@ -44,7 +44,9 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a number of thousands of digits, a tag whose value is none of its kind
         raise yaml.YAMLError(str(error).partition(":")[0][:100]) from None
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from saeopt.files import read_error
+from saeopt.files import read_error, read_sections
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +88,7 @@ def conditions_in(path: Path) -> dict[str, Any] | None:
         UserError: it cannot be read.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_sections(path)
         return next((row.get(KEY) for row in found.values()), None)
     except (FileNotFoundError, ValueError, AttributeError):
         return None

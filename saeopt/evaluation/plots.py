@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.pareto import Point, pareto_front
-from saeopt.files import atomic_write, read_metrics
+from saeopt.files import atomic_write, read_metrics, read_sections
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,7 +177,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
         if rows:
             drawn.append(training_curves(rows, folder / CURVES))
         if (folder / "evaluation.json").exists():
-            evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            evaluation = read_sections(folder / "evaluation.json")
             if any(row.get("log10_density") for row in evaluation.values()):
                 drawn.append(feature_density(evaluation, folder / DENSITY))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:

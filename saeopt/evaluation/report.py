@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.evaluation.load import list_checkpoints
 from saeopt.evaluation.plots import CURVES, DENSITY
-from saeopt.files import read_metrics
+from saeopt.files import read_metrics, read_sections
 
 Row = Mapping[str, Any]
 
@@ -31,11 +30,13 @@ def read_evaluation(run_dir: str | Path) -> dict[str, dict[str, Any]]:
     """Hook point → metrics, from `evaluation.json`."""
     path = Path(run_dir) / "evaluation.json"
     try:
-        found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, Any]] = read_sections(path)
+        if not all(isinstance(row, dict) for row in found.values()):
+            raise ValueError("no metrics")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; saeopt evaluate {run_dir} writes it") from None
     except ValueError:
-        raise UserError(f"{path}: not valid JSON") from None
+        raise UserError(f"{path}: holds no evaluation as JSON; saeopt evaluate {run_dir} writes it") from None
     return found
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from saeopt.files import parse_json
 from saeopt.search import queries
 from saeopt.search.attributes import REASON, RUN_DIR, TRACEBACK, not_found
 from saeopt.search.queries import TrialRow
@@ -54,9 +54,9 @@ def lines(path: Path, ended: Callable[[], bool] | None = None, poll_s: float = 1
     shown: set[tuple[Any, ...]] = set()
     while True:
         last_round = ended is None or ended()
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
-                row = json.loads(text)
+                row = parse_json(text)
                 key = (row["samples"], row.get("hook_point"), "loss" in row)
             except (ValueError, KeyError, TypeError):
                 continue

@@ -19,8 +19,10 @@ from saeopt.files import (
     check_owned,
     is_evaluation,
     jsonable,
+    parse_json,
     read_error,
     read_metrics,
+    read_sections,
     remove,
     remove_temporaries,
     write_error,
@@ -123,7 +125,7 @@ class RunFolder:
         kept = []
         for line in text.splitlines():
             try:
-                if json.loads(line)["samples"] <= samples:
+                if parse_json(line)["samples"] <= samples:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
@@ -138,7 +140,7 @@ class RunFolder:
     def evaluation(self) -> dict[str, Any] | None:
         """What the run itself wrote into `evaluation.json`; None where another command has written it, or nobody."""
         try:
-            found: dict[str, Any] = json.loads(self.evaluation_path.read_text(encoding="utf-8"))
+            found = read_sections(self.evaluation_path)
             if any("samples" in row for row in found.values()):
                 return None
             rows = {h: {k: v for k, v in row.items() if k != CONDITIONS} for h, row in found.items()}
@@ -149,12 +151,11 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """The content of `status.json`; empty where there is none."""
         try:
-            found: dict[str, Any] = json.loads(self.status_path.read_text(encoding="utf-8"))
+            return read_sections(self.status_path)
         except (FileNotFoundError, ValueError):
             return {}
         except OSError as error:
             raise read_error(self.status_path, error) from error
-        return found
 
     def write_status(self, status: str, samples: int, reason: str | None) -> bool:
         """Write `status.json`; False if it says so already."""

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from saeopt.errors import UserError
-from saeopt.files import atomic_write, remove_temporaries, write_error, write_json, write_text
+from saeopt.evaluation.plots import plot_run
+from saeopt.evaluation.report import read_evaluation
+from saeopt.files import atomic_write, read_metrics, remove_temporaries, write_error, write_json, write_text
+from saeopt.training.run_folder import RunFolder
 
 
 def write_half(path: Path, error: Exception) -> None:
@@ -194,3 +197,20 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> Non
             with pytest.raises(UserError, match=f"cannot be read: {words}") as error:
                 reader(unreadable)
             assert not isinstance(error.value, CorruptCheckpoint)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"5", b"null", b"\xff\xfe", b'{"a": 5}', b"[" * 100_000, b'"text"', b"{}"])
+def test_a_run_folder_whose_json_is_something_else_is_read_or_refused_in_one_line(
+    content: bytes, tmp_path: Path
+) -> None:  # fmt: skip
+    folder = RunFolder(tmp_path)
+    for path in (folder.status_path, folder.evaluation_path, folder.metrics_path):
+        path.write_bytes(content)
+    assert "status" not in folder.status()
+    assert not folder.evaluation()
+    assert read_metrics(folder.metrics_path) == []
+    assert plot_run(tmp_path) == []
+    folder.rewind_metrics(5)
+    if content != b"{}":
+        with pytest.raises(UserError, match="holds no evaluation"):
+            read_evaluation(tmp_path)

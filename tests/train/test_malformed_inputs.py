@@ -32,7 +32,7 @@ SETTINGS = {
     "data.tokenizer_name": ["/absent", r'"\0"'],
     "lm_batch_size": ["1e9", "0"],
     "lr": ["1e-300", "1e300", "0", "-1", "1:30.5", "2024-01-01", "lots", ".nan"],
-    "seed": ["1:30", "1e30", DIGITS, "-1", "1.5"],
+    "seed": ["1:30", "1e30", DIGITS, "-1", "1.5", "!!bool x", "!!int x", "!!timestamp x"],
     "threads": ["1e6", "0", DIGITS],
     "save_dir": [r'"a\0b"', "''", "/proc/absent", "/dev/null", "y" * 300],
     "tlens_model_path": [LONG, r'"a\0b"', "/absent", "/etc", "z" * 300],
@@ -176,3 +176,8 @@ def test_real_command_lines(config_file: Path, tmp_path: Path) -> None:
         assert done.stderr.count("\n") == 1, done.stderr
         assert told(done.stderr), done.stderr
         assert not (tmp_path / "output").exists() or not list((tmp_path / "output").iterdir())
+
+
+def test_an_argument_that_is_no_text_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no UTF-8 text" in refusal(["--config", "\udc80.yaml"], capsys)
+    assert len(refusal(["--config", "x" * 5000], capsys)) < 1100
