@@ -187,8 +187,8 @@ class RunConfig(StrictModel):
     lr_schedule: Literal["cosine", "linear", "constant"] | None = None
     """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`); null: linear
     (recipe 1: cosine)."""
-    min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.1
-    """Learning rate at the end as a share of `lr`."""
+    min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    """Learning rate at the end as a share of `lr` (recipe 1: 0.1)."""
     warmup_samples: Span = 0
     """Linear warm-up from 0."""
     cooldown_samples: Span | None = None
@@ -198,8 +198,8 @@ class RunConfig(StrictModel):
     """Micro-batches per optimiser step."""
     max_grad_norm: Annotated[Float, Field(ge=1e-12, le=1e30)] | None = 1.0
     """Clip each member's gradient to this norm; null: no clipping."""
-    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Adam's decay rates."""
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Adam's decay rates (recipe 1: 0.9, 0.999)."""
     legacy_scaling: bool | None = None
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
     recipe: Literal[1, 2] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
@@ -225,7 +225,7 @@ class RunConfig(StrictModel):
         saes = raw.get("saes")
         if isinstance(saes, dict):
             saes = saes | {name: value for name, value in _RECIPE_1_SAES.items() if saes.get(name) is None}
-        return raw | {"saes": saes, "lr_schedule": raw.get("lr_schedule") or "cosine"}
+        return {**_RECIPE_1, **raw, "saes": saes, "lr_schedule": raw.get("lr_schedule") or "cosine"}
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -312,6 +312,7 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
     return create_model("RunConfig", __base__=RunConfig, saes=(sae_class, ...))
 
 
+_RECIPE_1 = {"min_lr_factor": 0.1, "adam_betas": (0.9, 0.999)}
 _RECIPE_1_SAES = {"decoder_norm": "free", "sparsity_warmup_samples": 0}
 
 MEMBER_FIELDS = frozenset(

@@ -36,11 +36,12 @@ def test_a_hand_written_file_gets_recipe_2_and_a_notice(raw, tmp_path, caplog):
     config = load_run_config(written(tmp_path, raw))
     assert (config.recipe, config.schedule, config.max_grad_norm) == (2, "linear", 1.0)
     assert (config.cooldown(1000), config.sparsity_warmup(config.saes, 1000)) == (200, 50)
+    assert (config.min_lr_factor, config.adam_betas) == (0.0, (0.9, 0.99))
     with caplog.at_level("INFO", logger="saeopt"):
         notices(config, resumed=False)
     (notice,) = [r.getMessage() for r in caplog.records if "recipe" in r.getMessage()]
     assert "\n" not in notice
-    assert all(words in notice for words in ("recipe: 1", "lr falls", "λ rises", "norm 1", "AuxK"))
+    assert all(words in notice for words in ("recipe: 1", "lr falls to 0", "λ rises", "0.99", "norm 1", "AuxK"))
 
 
 @pytest.mark.parametrize("recipe", [1, 2])
@@ -56,6 +57,7 @@ def test_what_saeopt_stored_without_a_recipe_is_under_the_first(raw, tmp_path):
     config = load_run_config(written(tmp_path, raw, "final_config.yaml"))
     assert (config.recipe, config.schedule, config.saes.decoder_norm) == (1, "cosine", "free")
     assert (config.cooldown(1000), config.sparsity_warmup(config.saes, 1000)) == (1000, 0)
+    assert (config.min_lr_factor, config.adam_betas) == (0.1, (0.9, 0.999))
 
 
 def test_the_replaced_systems_files_keep_the_old_meaning_with_its_scaling_alone():
