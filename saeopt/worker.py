@@ -116,16 +116,16 @@ def worker(
         raise fault
 
 
-def _faulty(action: Callable[[], object]) -> WorkerFault | None:
-    """What keeps this worker from training anything."""
+def _faulty(action: Callable[[], object]) -> UserError | None:
+    """What keeps this worker from training anything: a fault, a study that is not there or not allowed."""
     try:
         action()
-    except WorkerFault as fault:
+    except UserError as fault:
         return fault
     return None
 
 
-def _pause(fault: WorkerFault, interrupted: threading.Event) -> None:
+def _pause(fault: UserError, interrupted: threading.Event) -> None:
     """Some container engines start what has ended again at once, for ever: the end comes later (a signal's at once)."""
     from saeopt.config.settings import redact
     from saeopt.console import log

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from saeopt.config.places import expanded
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.saes.registry import ARCHITECTURES, ONLY_BUILTIN
@@ -25,11 +26,11 @@ def check_allowed(spec: StudySpec) -> None:
             raise UserError(f"--only-builtin: study {spec.name} names '{foreign[0]}', which is not one of saeopt's own")
     root = os.environ.get(OUTPUT_ROOT)
     if root:
-        section = spec.base.get("activations")
-        caches = [section.get("cache") if isinstance(section, dict) else None, *_values(spec, "activations.cache")]
+        sections = [spec.base.get("activations"), *_values(spec, "activations")]
+        caches = [section.get("cache") for section in sections if isinstance(section, dict)]
         folders = {str(spec.runs), *(str(cache) for cache in caches if cache not in (None, "auto", "off", False))}
         for folder in sorted(folders):
-            if not Path(folder).expanduser().resolve().is_relative_to(Path(root).expanduser().resolve()):
+            if not Path(expanded(folder)).resolve().is_relative_to(Path(root).expanduser().resolve()):
                 raise UserError(f"--output-root: study {spec.name} writes to {folder}, which does not lie in {root}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from _stores import grid_spec
 
-from saeopt.config.study import StudySpec
+from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
 from saeopt.search.allowed import check_allowed
@@ -37,6 +37,11 @@ def test_an_output_root_holds_runs_and_caches(monkeypatch: pytest.MonkeyPatch, t
         with pytest.raises(UserError, match="--output-root: study s writes to"):
             check_allowed(grid_spec(1, output_dir=str(outside)))
     inside = grid_spec(1, output_dir=str(tmp_path / "root"))
-    cache = {**inside.base, "activations": {"cache": str(tmp_path / "cache")}}
-    with pytest.raises(UserError, match="cache"):
-        check_allowed(inside.model_copy(update={"base": cache}))
+    monkeypatch.setenv("ELSEWHERE", str(tmp_path / "cache"))
+    for named in (str(tmp_path / "cache"), "$ELSEWHERE"):
+        monkeypatch.chdir(tmp_path)
+        cache = {"cache": named}
+        with pytest.raises(UserError, match="which does not lie in"):
+            check_allowed(inside.model_copy(update={"base": {**inside.base, "activations": cache}}))
+        with pytest.raises(UserError, match="which does not lie in"):
+            check_allowed(inside.model_copy(update={"space": {"activations": [Dimension(values=[cache])]}}))
