@@ -23,3 +23,13 @@ def check_alone(command: str, instead: str) -> None:
     """Refuse several processes for a command that is one: each would do, and write, the same."""
     if (started := launched("WORLD_SIZE", 1)) > 1:
         raise UserError(f"{command} is one process, {started} were started (WORLD_SIZE): {instead}")
+
+
+def be_alone(command: str, instead: str) -> None:
+    """Refuse copies that a launcher started. What a cluster says of its nodes starts nothing: it is dropped, here and
+    for child processes, where Accelerate would wait for the others."""
+    if "LOCAL_RANK" in os.environ:
+        check_alone(command, instead)
+        return
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)

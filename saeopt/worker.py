@@ -73,7 +73,7 @@ def worker(
     """Train the trials of a study until none is left."""
     from saeopt.config.settings import export_tokens
     from saeopt.console import console, set_up_logging
-    from saeopt.launcher import check_alone
+    from saeopt.launcher import be_alone
     from saeopt.search import devices as dev
     from saeopt.search.allowed import ONLY_BUILTIN, OUTPUT_ROOT
     from saeopt.training.environment import check_environment
@@ -86,8 +86,7 @@ def worker(
     study = either(name, study, "--study") or os.environ.get("SAEOPT_STUDY")
     if study is None:
         raise UserError("STUDY is missing: the name of the study whose trials are to be trained")
-    if "LOCAL_RANK" in os.environ:  # a cluster's WORLD_SIZE alone starts nothing here, and workers may be many
-        check_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
+    be_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
     check_environment()
     limit = limit or max_trials
     size = pack_size(pack)

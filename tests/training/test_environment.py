@@ -11,7 +11,7 @@ from saeopt.config import load_run_config
 from saeopt.errors import UserError
 from saeopt.evaluation import __main__ as evaluation
 from saeopt.evaluation.load import load_checkpoint
-from saeopt.launcher import check_alone, launched
+from saeopt.launcher import be_alone, check_alone, launched
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.environment import (
     check_accumulation,
@@ -79,6 +79,16 @@ def test_processes_that_did_not_join_are_refused(monkeypatch: pytest.MonkeyPatch
         check_gpus(1)
     with pytest.raises(UserError, match="a worker is one process, 2 were started"):
         check_alone("a worker", "…")
+
+
+def test_a_worker_is_refused_under_a_launcher_and_alone_in_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="a worker is one process, 2 were started"):
+        be_alone("a worker", "…")
+    monkeypatch.delenv("LOCAL_RANK")
+    be_alone("a worker", "…")
+    assert Runtime("cpu").is_main
 
 
 def test_evaluate_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
