@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ("sae-lens", "dictionary-learning")
 SPARSITIES = {
     "relu": (0.075, 0.15, 0.3, 0.5, 0.8, 1.3, 2.6),
-    "gated": (0.15, 0.3, 0.6, 1.2, 2.4, 4.8),
+    "gated": (0.075, 0.15, 0.3, 0.5, 0.8, 1.3, 2.6),
     "topk": (4.0, 8.0, 16.0, 32.0, 64.0),
 }
 
