@@ -53,6 +53,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.addHandler(handler)
     log.setLevel(level if launched("RANK", 0) == 0 else logging.ERROR)
     log.propagate = False
+    # five lines for each try at a hub that does not answer: what came of it is told in our own line
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # torch.compile's advice: what runs in float32 here is meant to
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 

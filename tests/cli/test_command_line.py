@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -128,3 +129,15 @@ def test_the_shell_completes_commands_options_and_names_of_studies(
     assert complete("saeopt study best m", tmp_path) == ["mine"]
     monkeypatch.setenv("SAEOPT_STORAGE", f"sqlite:///{tmp_path}/none.db")
     assert complete("saeopt worker m", tmp_path) == []
+
+
+def test_tries_at_a_hub_that_does_not_answer_are_no_lines_of_their_own() -> None:
+    script = (
+        "from saeopt.console import set_up_logging; set_up_logging()\n"
+        "import huggingface_hub; print(huggingface_hub.logging.get_verbosity())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == logging.ERROR
