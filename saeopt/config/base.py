@@ -56,14 +56,14 @@ MOST = 10**15
 """Samples, tokens: beyond it something else is meant."""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters and halves of characters are in no name, path or hook point."""
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in text):
         raise ValueError("must not hold control characters")
     return text
 
 
-Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_printable)]
+Text = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(printable)]
 Amount = Annotated[Int, Field(gt=0, le=MOST)]
 """Samples or tokens."""
 Span = Annotated[Int, Field(ge=0, le=MOST)]

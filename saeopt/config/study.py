@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest
+from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, printable
 from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
 from saeopt.config.places import expanded, first_made
 from saeopt.config.run import RunConfig
@@ -194,7 +194,7 @@ class StudySpec(StrictModel):
     stall: Annotated[Float, Field(ge=1, le=1e7)] | None = None
     """Seconds without progress after which a worker gives its trials back and starts a fresh training process. null:
     half an hour, or fifty times the longest pause seen, whichever is more; four times that while it loads."""
-    output_dir: str | None = None
+    output_dir: Annotated[str, Field(max_length=1000), AfterValidator(printable)] | None = None
     """null: `save_dir` of the base config. A relative path starts where the study was created, if its folder is there,
     else where the worker does."""
     _older: StudySpec | None = PrivateAttr(None)

@@ -72,6 +72,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stall": ({"stall": 1e-9}, "'stall'"),
     "weight": ({"objectives": [{"metric": "fvu", "target_l0": 5, "l0_weight": 1e300}]}, "l0_weight"),
     "name": ({"name": 0}, "'name'"),
+    "output_dir": ({"output_dir": "a\0b"}, "'output_dir': must not hold control characters"),
     "base file": ({"base": "\0"}, "cannot be read"),
     "too many cells": ({"space": {"lr": {"low": 0.1, "high": 0.9, "step": 1e-9}}}, "more than 100,000 cells"),
 }  # fmt: skip
