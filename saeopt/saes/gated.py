@@ -39,11 +39,11 @@ class GatedSAE(SAE):
 
     Loss = mean ‖x − x̂‖² + λ mean Σ relu(π_gate) ‖W_dec‖ + α mean ‖x − (relu(π_gate) sg[W_dec] + sg[b_dec])‖²,
     sg = stop gradient. The step function gives no gradient: the gate learns from the penalty and the auxiliary
-    term only. Recipe 2 keeps the decoder rows at norm 1 as the paper does, b_dec in x̄ is the decoder's, and unlike the
-    paper nothing in the auxiliary term is frozen, as in sae-lens (sg is left out: FVU is 6 % lower at L0 8;
-    docs/recipes.md). Recipe 1 freezes, beside free rows, which shrink while r_mag makes up for it, so that the penalty
-    falls for nothing. More deviations, by hand: `decoder_norm: free` (sae-lens' form), `magnitude_activation` other
-    than relu, `mse_coeff`. Under `legacy_scaling` both squared errors are divided by d, the penalty is not.
+    term only. As in the paper the decoder rows are kept at norm 1, and b_dec in x̄ is the decoder's, frozen in the
+    auxiliary term's decoder alone. Deviations, by hand: `magnitude_activation` other than relu, `mse_coeff`, and
+    `decoder_norm: free`, where the norm stands in the penalty and nothing in the auxiliary term is frozen (sae-lens'
+    form: free rows beside a frozen copy would shrink while r_mag makes up for it, and the penalty would fall for
+    nothing; recipe 1 has just that). Under `legacy_scaling` both squared errors are divided by d, the penalty is not.
     """
 
     Config: ClassVar[type[SAEConfig]] = GatedConfig
@@ -57,7 +57,7 @@ class GatedSAE(SAE):
     @property
     def frozen_aux(self) -> bool:
         """Whether the auxiliary term takes the decoder as it is."""
-        return self.recipe == 1
+        return self.unit_rows or self.recipe == 1
 
     def encode(self, x_Nd: Tensor) -> Tensor:
         """1[π_gate > 0] ⊙ magnitude."""

@@ -64,8 +64,7 @@ def test_relu_loss_and_gradients() -> None:
 GATED_W_DEC = [
     (1, {}, 2.3289),  # rows are free, the auxiliary decoder is frozen
     (2, {"decoder_norm": "free"}, 3.7016),  # nothing is frozen: sae-lens' form
-    (2, {}, 3.5898),  # the same with rows of norm 1; no library has it
-    (1, {"decoder_norm": "unit"}, 2.2224),  # rows of norm 1: the penalty does not reach them
+    (2, {}, 2.2224),  # rows of norm 1: the penalty does not reach them
 ]
 
 

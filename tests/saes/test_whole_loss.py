@@ -102,7 +102,7 @@ def test_gated(stack: str, recipe: int, decoder_norm: str | None) -> None:
     through_f = torch.tensor([[0.0, 2], [-3, 18]])
     through_gate = torch.tensor([[-1.0, 1], [-1.5, 0]])
     pull = torch.tensor([[0.25, 0], [0, 0.75]])
-    expected = {"1": through_f + pull, "2": through_f + through_gate, "2free": through_f + through_gate + pull}
+    expected = {"1": through_f + pull, "2": through_f, "2free": through_f + through_gate + pull}
     g_W_dec = expected[f"{recipe}{decoder_norm or ''}"].double()
     if decoder_norm is None and recipe == 2:
         g_W_dec = g_W_dec * (1 - torch.eye(2))  # nothing along the rows
