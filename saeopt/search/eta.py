@@ -99,6 +99,8 @@ class PackClock:
 
     def _behind(self, speed: float, trials: int) -> float:
         evaluation = self._ahead / speed if self._evaluation is None else self._evaluation
+        if len(self._tells) == 1:  # it goes on: whatever was expected, it takes this long at least
+            evaluation = max(evaluation, self._now() - self._tells[0])
         return evaluation + trials * self._tell
 
     @property

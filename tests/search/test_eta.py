@@ -130,6 +130,20 @@ def test_a_pack_of_a_hundred_seconds() -> None:
     )
 
 
+def test_an_evaluation_that_takes_longer_than_expected_counts_for_the_packs_to_come() -> None:
+    clock = Clock()
+    pack = PackClock(clock)
+    pack.claimed(8)
+    pack.begun(0, TOTAL)
+    pack.evaluation_takes(50)  # five seconds
+    for samples in range(STEP, TOTAL + 1, STEP):
+        clock.now += 2.0
+        pack.moved(samples)
+    assert (pack.left, pack.whole) == (5 + 8, 100 + 5 + 8)
+    clock.now += 30
+    assert (pack.left, pack.whole) == (8, 100 + 30 + 8)
+
+
 def test_a_pack_that_becomes_faster_is_seen_soon() -> None:
     clock = Clock()
     pack = PackClock(clock)
