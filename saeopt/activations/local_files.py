@@ -109,6 +109,23 @@ def check_sources(data: DataConfig, splits: bool = True) -> None:
         _check_split("data.split", data.dataset_name, data.split)
     if splits and (data.eval_dataset_name or data.eval_split):
         _check_split("data.eval_split", data.eval_dataset_name or data.dataset_name, data.eval_split or data.split)
+    if splits:
+        _check_unread(data)
+
+
+def _check_unread(data: DataConfig) -> None:
+    """Refuse options that say nothing of these data."""
+    names = [data.dataset_name, *([data.eval_dataset_name] if data.eval_dataset_name else [])]
+    files = [local_files(name) for name in names]
+    told, kinds = " and ".join(names), {kind_of(found[0]) if found else None for found in files}
+    if data.subset is not None and files[0]:
+        raise UserError(f"'data.subset': {names[0]} is read as it is and has no configurations: leave it out")
+    if data.token_dtype is not None and TOKENS not in kinds:
+        raise UserError(f"'data.token_dtype' is for .bin and .npy files, and {told} holds none: leave it out")
+    if data.text_unit != "auto" and TEXT not in kinds:
+        raise UserError(f"'data.text_unit' is for .txt files, and {told} holds none: leave it out")
+    if data.eval_column_name is not None and data.eval_data is None:
+        raise UserError("'data.eval_column_name' needs 'data.eval_dataset_name' or 'data.eval_split'")
 
 
 def _check_split(field: str, name: str, text: str) -> None:

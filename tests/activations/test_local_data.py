@@ -402,3 +402,21 @@ def test_a_chat_mark_as_separator_is_told(caplog: pytest.LogCaptureFixture, monk
     assert "data.separator: '<|endoftext|>'" in caplog.text
     named, _ = separator_of(data_config("x", separator="<|endoftext|>"), model)
     assert named.token == model.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+
+def test_options_that_say_nothing_of_the_data_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n')
+    other = tmp_path / "a.txt"
+    other.write_text("one\n")
+    for changes, message in (
+        ({"subset": "en"}, r"'data.subset': .*a.jsonl .*no configurations"),
+        ({"token_dtype": "uint16"}, r"'data.token_dtype' is for .bin and .npy"),
+        ({"text_unit": "file"}, r"'data.text_unit' is for .txt"),
+        ({"eval_column_name": "text"}, r"'data.eval_column_name' needs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            local_files.check_sources(data_config(path, **changes))
+        local_files.check_sources(data_config(path, **changes), splits=False)  # what was stored goes on
+    local_files.check_sources(data_config(path, eval_dataset_name=str(other), text_unit="file"))
+    local_files.check_sources(data_config(path).model_copy(update={"dataset_name": "someone/stories", "subset": "en"}))
