@@ -143,14 +143,15 @@ class Space:
                     f"study {self.spec.name}: 'space.{p.name}': a grid needs a list or a 'step',"
                     " or choose another sampler (tpe, random, …)"
                 )
+        most = min(self.spec.max_trials or MOST_CELLS + 1, MOST_CELLS + 1)
+        combinations = list(itertools.islice(self._combinations(), most))  # counted before any is validated
+        if len(combinations) > MOST_CELLS:
+            raise UserError(
+                f"study {self.spec.name}: the grid has more than {MOST_CELLS:,} cells: give 'max_trials' or another"
+                " sampler"
+            )
         cells: dict[str, Cell] = {}
-        for i, params in enumerate(itertools.islice(self._combinations(), self.spec.max_trials)):
-            if i == MOST_CELLS:
-                raise UserError(
-                    f"study {self.spec.name}: the grid has more than {MOST_CELLS:,} cells: give 'max_trials' or another"
-                    " sampler"
-                )
-            cell = self.cell(params)
+        for cell in map(self.cell, combinations):
             cells.setdefault(cell.config.model_dump_json(), cell)
         order = {stream: i for i, stream in enumerate(dict.fromkeys(c.stream for c in cells.values()))}
         return sorted(cells.values(), key=lambda c: order[c.stream])
