@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.settings import redact
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
 
 console = Console(highlight=False, emoji=False)  # ":100:" is a size
 error_console = Console(stderr=True, highlight=False, emoji=False)

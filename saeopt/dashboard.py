@@ -29,8 +29,8 @@ def dashboard(
     it delete studies: keep it on this host.
     """
     from saeopt.console import console, set_up_logging
-    from saeopt.search.dashboard import server
-    from saeopt.search.storage import Store
+    from saeopt.trials.storage import Store
+    from saeopt.views.dashboard import server
 
     set_up_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

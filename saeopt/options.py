@@ -26,7 +26,7 @@ def new_app(**settings: Any) -> typer.Typer:
 
 def _studies(ctx: Any, incomplete: str) -> list[str]:
     """Completion of a study's name; an unreachable store completes nothing."""
-    from saeopt.search.storage import Store
+    from saeopt.trials.storage import Store
 
     try:
         names = Store.open(ctx.params.get("storage"), create=False, patience=2).study_names()

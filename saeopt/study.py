@@ -16,7 +16,7 @@ from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
-    from saeopt.search.storage import Store
+    from saeopt.trials.storage import Store
 
 app = new_app(no_args_is_help=True, help="Create, watch, mend and export studies.")
 PATIENCE_S = 10.0
@@ -25,7 +25,7 @@ PATIENCE_S = 10.0
 
 def _open(storage: str | None, *, create: bool = False) -> Store:
     from saeopt.console import set_up_logging
-    from saeopt.search.storage import Store
+    from saeopt.trials.storage import Store
 
     set_up_logging()
     return Store.open(storage, create=create, patience=PATIENCE_S)
@@ -71,16 +71,16 @@ def create(
     if overrides:
         spec = _with_base(spec, overrides, file or base_config)
     if dry_run:
-        from saeopt.preview import print_preview
+        from saeopt.views.preview import print_preview
 
         print_preview(spec)
         return
     from saeopt.config import recipe_notice
-    from saeopt.search.create import create_study, planned_cells
-    from saeopt.search.monitoring import on_study_created
-    from saeopt.search.rounds import told
     from saeopt.search.space import Space
     from saeopt.training.loggers import check_sinks
+    from saeopt.trials.create import create_study, planned_cells
+    from saeopt.trials.rounds import told
+    from saeopt.views.monitoring import on_study_created
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store
     if not elsewhere:
@@ -148,7 +148,7 @@ def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> St
 @app.command("list")
 def list_studies(as_json: AsJson = False, storage: Storage = None) -> None:
     """All studies of a store."""
-    from saeopt.search.status import list_rows, list_table
+    from saeopt.views.status import list_rows, list_table
 
     store = _open(storage)
     if as_json:
@@ -162,7 +162,7 @@ def show(name: StudyName, as_json: AsJson = False, storage: Storage = None) -> N
     """What a study searches and where its files are, as YAML."""
     import yaml
 
-    from saeopt.search.monitoring import artifact_dir
+    from saeopt.views.monitoring import artifact_dir
 
     store = _open(storage)
     spec = store.spec(name)
@@ -186,8 +186,8 @@ def status(
     storage: Storage = None,
 ) -> None:
     """Trials, workers, time left, and the best SAEs so far."""
-    from saeopt.search import status as views
-    from saeopt.search.status import gather, render
+    from saeopt.views import status as views
+    from saeopt.views.status import gather, render
 
     store = _open(storage)
     if as_json:
@@ -198,7 +198,7 @@ def status(
         return
     from rich.live import Live
 
-    from saeopt.search.storage import persistently
+    from saeopt.trials.storage import persistently
 
     found = gather(store, name)
     with Live(render(found), console=console, auto_refresh=False) as live:
@@ -224,7 +224,7 @@ def best(
 
     Also their parameters, and where their weights lie.
     """
-    from saeopt.search import best as views
+    from saeopt.views import best as views
 
     store = _open(storage)
     points, trials = views.load_points(store, name)
@@ -236,7 +236,7 @@ def best(
         console.print(views.best_tables(found, trials, by), crop=False)
     tell = log.info if as_json else _say
     if png is not None:
-        from saeopt.evaluation.plots import pareto_plot
+        from saeopt.views.plots import pareto_plot
 
         tell(f"front: {pareto_plot(points, png)}")
     if copy is not None:
@@ -253,7 +253,7 @@ def export(
     storage: Storage = None,
 ) -> None:
     """Write a study to files."""
-    from saeopt.search import export as files
+    from saeopt.views import export as files
 
     if configs is None and csv is None and parquet is None and wandb_sweep is None:
         raise UserError("export needs --configs DIR, --csv FILE, --parquet FILE or --wandb-sweep FILE")
@@ -265,7 +265,7 @@ def export(
     if parquet is not None:
         _say(f"{files.export_parquet(store, name, parquet)} rows in {parquet}")
     if wandb_sweep is not None:
-        from saeopt.search.wandb_sweep import export_wandb_sweep
+        from saeopt.views.wandb_sweep import export_wandb_sweep
 
         (*sweeps, base), notices = export_wandb_sweep(store.spec(name), wandb_sweep)
         for sweep in sweeps:
@@ -284,8 +284,8 @@ def retry(
 
     They go on from their last checkpoint.
     """
-    from saeopt.search import claims
-    from saeopt.search.logs import find_trial
+    from saeopt.trials import claims
+    from saeopt.views.logs import find_trial
 
     store = _open(storage)
     study_id = store.study_id(name)
@@ -313,7 +313,7 @@ def resume(name: StudyName, storage: Storage = None) -> None:
 
 
 def _set_stopped(name: str, storage: str | None, stopped: bool) -> Store:
-    from saeopt.search import claims
+    from saeopt.trials import claims
 
     store = _open(storage)
     claims.set_stopped(store, store.study_id(name), stopped)
@@ -329,7 +329,7 @@ def delete(
     """Delete a study from the store. Its run folders stay."""
     import optuna
 
-    from saeopt.search.status import gather
+    from saeopt.views.status import gather
 
     store = _open(storage)
     found = gather(store, name)
@@ -350,8 +350,8 @@ def logs(
     storage: Storage = None,
 ) -> None:
     """How a trial stands, why it ended, and its metrics."""
-    from saeopt.search.logs import find_trial, head, lines, log_lines
-    from saeopt.search.storage import persistently
+    from saeopt.trials.storage import persistently
+    from saeopt.views.logs import find_trial, head, lines, log_lines
 
     store = _open(storage)
     row, run_dir = find_trial(store, name, trial)

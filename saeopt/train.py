@@ -17,7 +17,7 @@ if __name__ == "__main__" and not __package__:
 import typer
 
 from saeopt.errors import UserError, run_cli
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
 from saeopt.options import Changes, ConfigArgument, Device, either, new_app
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def train(
 def _already_ended(run_dir: Path) -> bool:
     """Say how a run folder's run ended, if it did."""
     from saeopt.console import log
-    from saeopt.evaluation.report import print_run
-    from saeopt.training.run_folder import RunFolder
+    from saeopt.runs.folder import RunFolder
+    from saeopt.views.report import print_run
 
     status = RunFolder(run_dir).status()
     if status.get("status") not in ("finished", "stopped", "diverged"):
@@ -125,7 +125,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
 def _close(plan: TrialPlan, result: TrialResult, runtime: Runtime) -> int:
     """The table and where the files are."""
     from saeopt.console import log
-    from saeopt.evaluation.report import print_run
+    from saeopt.views.report import print_run
 
     if not runtime.is_main:
         return int(result.status == "diverged")

@@ -73,11 +73,11 @@ def worker(
     """Train the trials of a study until none is left."""
     from saeopt.config.settings import export_tokens
     from saeopt.console import console, set_up_logging
-    from saeopt.launcher import be_alone
-    from saeopt.search import devices as dev
-    from saeopt.search.allowed import ONLY_BUILTIN, OUTPUT_ROOT
+    from saeopt.host.launcher import be_alone
     from saeopt.training.environment import check_environment
-    from saeopt.worker_loop import Options
+    from saeopt.trials.allowed import ONLY_BUILTIN, OUTPUT_ROOT
+    from saeopt.workers import devices as dev
+    from saeopt.workers.loop import Options
 
     if show_devices:
         for device, text in dev.show_devices():
@@ -148,13 +148,13 @@ def work(
     this one.
     """
     from saeopt.console import log
-    from saeopt.search import claims
-    from saeopt.search.devices import is_child
-    from saeopt.search.storage import Store, persistently
     from saeopt.training.progress import Bar, PackObserver
-    from saeopt.worker_local import LocalTraining
-    from saeopt.worker_loop import Worker
-    from saeopt.worker_training import ChildTraining
+    from saeopt.trials import claims
+    from saeopt.trials.storage import Store, persistently
+    from saeopt.workers.devices import is_child
+    from saeopt.workers.local import LocalTraining
+    from saeopt.workers.loop import Worker
+    from saeopt.workers.training import ChildTraining
 
     child = None if options.sequential else ChildTraining(options.device, context)
     if child is not None:
@@ -207,7 +207,7 @@ def work(
 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
-    from saeopt.search.rounds import n_proposed
+    from saeopt.trials.rounds import n_proposed
 
     if max(trials, spec.max_trials or 0) > pack or n_proposed(spec) > 0:
         kept = settings().cache_dir
@@ -247,7 +247,7 @@ def stop_on_signals() -> threading.Event:
 @contextmanager
 def _own_gpu(devices: str, interrupted: threading.Event) -> Iterator[str | None]:
     """With `SAEOPT_GPU_LOCKS` and `--devices auto`: a GPU that no other worker of this host has."""
-    from saeopt.search.gpu_lock import lock_folder, take_gpu
+    from saeopt.host.gpu_lock import lock_folder, take_gpu
 
     folder = lock_folder()
     lock = take_gpu(folder, stop=interrupted.is_set) if folder is not None and devices == "auto" else None

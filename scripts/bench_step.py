@@ -30,15 +30,15 @@ from torch import Tensor
 from saeopt.config.base import explain
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
-from saeopt.devices import choose_device
 from saeopt.errors import UserError, run_cli
 from saeopt.files import write_json
+from saeopt.host.devices import choose_device
 from saeopt.saes.base import SAE
 from saeopt.saes.init import match_norm
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import detached
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GPU_CASES = [

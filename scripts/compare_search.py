@@ -25,11 +25,11 @@ from rich.table import Table
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.console import console
 from saeopt.errors import UserError, fail
-from saeopt.evaluation.pareto import Point
-from saeopt.search.create import create_study
-from saeopt.search.points import candidates, hypervolume, study_points
-from saeopt.search.status import gather
-from saeopt.search.storage import Store
+from saeopt.search.pareto import Point
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
+from saeopt.views.points import candidates, hypervolume, study_points
+from saeopt.views.status import gather
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OLD_GRID = [5, 1, 0.5, 0.1, 0.05, 0.01, 0.005, 1e-4, 5e-5]
@@ -73,7 +73,7 @@ def specs(options: argparse.Namespace) -> tuple[StudySpec, StudySpec]:
 
 def train(url: str, spec: StudySpec) -> list[tuple[Point, dict[str, Any]]]:
     """Create the study, run one worker until it is done, return its SAEs with their parameters."""
-    from saeopt.search.best import load_points
+    from saeopt.views.best import load_points
 
     store = Store.open(url)
     create_study(store, spec)

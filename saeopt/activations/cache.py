@@ -27,7 +27,7 @@ from saeopt.activations.language_model import compiles
 from saeopt.activations.shard_lock import Turn, turn
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, read_tensor, write_tensors
+from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, read_tensor, write_tensors
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from saeopt.activations.language_model import compiles
 from saeopt.activations.masks import keep_tokens
-from saeopt.devices import side_stream
+from saeopt.host.devices import side_stream
 
 if TYPE_CHECKING:
     from saeopt.activations.cache import ActivationCache

@@ -31,7 +31,7 @@ from saeopt.activations.pretrained import (
 )
 from saeopt.activations.separators import separator_token
 from saeopt.errors import UserError
-from saeopt.pulse import pulse
+from saeopt.host.pulse import pulse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from saeopt.console import log
-from saeopt.pulse import pulse
+from saeopt.host.pulse import pulse
 
 PATIENCE_SECONDS = 20.0
 """Without progress by whoever holds a lock, for so long, the work is done twice."""

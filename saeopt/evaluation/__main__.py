@@ -13,7 +13,7 @@ from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_
 from saeopt.config.io import changed
 from saeopt.console import console, error_console, log, set_up_logging
 from saeopt.errors import UserError, run_cli
-from saeopt.launcher import check_alone
+from saeopt.host.launcher import check_alone
 from saeopt.options import AsJson, Changes, Device, new_app
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saeopt.activations.language_model import LanguageModel
-    from saeopt.evaluation.load import Checkpoint
     from saeopt.evaluation.metrics import Metrics
+    from saeopt.runs.weights import Checkpoint
 
 app = new_app()
 
@@ -58,12 +58,12 @@ def evaluate_run(
 
     Writes evaluation.json and plots into the run folder; other data and other settings go to a file of their own.
     """
-    from saeopt.devices import choose_device
     from saeopt.evaluation.conditions import file_for, settings, with_conditions
-    from saeopt.evaluation.load import load_checkpoint
-    from saeopt.evaluation.plots import plot_run
-    from saeopt.evaluation.report import print_run
     from saeopt.files import write_json
+    from saeopt.host.devices import choose_device
+    from saeopt.runs.weights import load_checkpoint
+    from saeopt.views.plots import plot_run
+    from saeopt.views.report import print_run
 
     set_up_logging()
     check_alone("evaluate", "call it without a launcher")
@@ -100,7 +100,7 @@ def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunCon
 
 def is_older(loaded: Checkpoint) -> bool:
     """Whether the folder holds a newer checkpoint, whose evaluation is the result of the run."""
-    from saeopt.evaluation.load import list_checkpoints
+    from saeopt.runs.weights import list_checkpoints
 
     newest = list_checkpoints(loaded.path.parent)[:1]
     return bool(newest) and newest[0][0] > loaded.samples

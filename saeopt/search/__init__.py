@@ -1,1 +1,1 @@
-"""Search space, storage, claims and retries, objectives and packing. Never touches a tensor."""
+"""What to try: search space, samplers, objectives. No database, no tensor."""

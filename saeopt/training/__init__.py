@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from saeopt.runs.folder import RunFolder, resume_point
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
-from saeopt.training.run_folder import RunFolder, resume_point
 
 if TYPE_CHECKING:
     from saeopt.training.loop import train_pack

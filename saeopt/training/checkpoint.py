@@ -14,11 +14,11 @@ from torch import Tensor
 from saeopt.config.run import RunConfig
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.evaluation.load import save_weights
-from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+from saeopt.runs.weights import save_weights
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import TrialResult
-from saeopt.training.run_folder import RunFolder
 
 
 @dataclass

@@ -12,11 +12,11 @@ from rich.table import Table
 from saeopt.config import RunConfig, dump_yaml
 from saeopt.console import console, titled
 from saeopt.errors import UserError
+from saeopt.runs.naming import run_name
 from saeopt.saes.registry import get_sae
 from saeopt.training.environment import precision
 from saeopt.training.launch import notices
 from saeopt.training.memory import MemberShape, ModelShape, estimate
-from saeopt.training.naming import run_name
 from saeopt.training.setup import dictionary_width
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def print_dry_run(config: RunConfig, device: str) -> None:
     """The resolved config, the members with their sizes, the estimated memory."""
     from saeopt.activations.language_model import lm_dtype
-    from saeopt.devices import choose_device
+    from saeopt.host.devices import choose_device
 
     notices(config, resumed=False)
     chosen = choose_device(device)

@@ -8,7 +8,7 @@ from typing import Literal, cast
 
 from saeopt.config import RunConfig, load_run_config
 from saeopt.errors import UserError
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
 from saeopt.training.plan import TrialPlan
 
 Precision = Literal["no", "bf16", "fp16"]

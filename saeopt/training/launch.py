@@ -13,10 +13,10 @@ from saeopt.config.places import DATA_AND_MODEL, as_typed
 from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.naming import run_name
 from saeopt.training.environment import going_on
-from saeopt.training.naming import run_name
-from saeopt.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from saeopt.training.runtime import Runtime
@@ -87,7 +87,7 @@ def same_anywhere(config: RunConfig) -> dict[str, Any]:
 
 def _knows_its_data(run_dir: Path) -> bool:
     """Whether the newest checkpoint tells which tokens and language model it comes from (or there is none)."""
-    from saeopt.tensor_file import read_metadata
+    from saeopt.runs.tensor_file import read_metadata
 
     folder = RunFolder(run_dir)
     samples = next(iter(folder.usable()), None)
@@ -143,7 +143,7 @@ def make_runtime(device: str) -> Runtime:
     Raises:
         UserError: no such device, or one device for several processes.
     """
-    from saeopt.devices import choose_device
+    from saeopt.host.devices import choose_device
     from saeopt.training.runtime import Runtime
 
     if device == "auto":

@@ -17,16 +17,15 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions, with_conditions
 from saeopt.evaluation.evaluate import evaluate
-from saeopt.evaluation.plots import plot_run
 from saeopt.files import LostRun, is_evaluation, write_json
-from saeopt.owner import Owner
-from saeopt.pulse import pulse
+from saeopt.host.pulse import pulse
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.owner import Owner
 from saeopt.training import checkpoint
 from saeopt.training.environment import with_precision
 from saeopt.training.loggers import open_sinks
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
-from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
 from saeopt.training.setup import (
     blank_members,
@@ -39,6 +38,7 @@ from saeopt.training.setup import (
     total_samples,
 )
 from saeopt.training.trial import Trial, named, scalars
+from saeopt.views.plots import plot_run
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are

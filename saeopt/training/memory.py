@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
-from saeopt.training.stacks.dense import ALONE, NARROW
+from saeopt.training.step.dense import ALONE, NARROW
 
 _PER_PARAMETER, _PER_PARAMETER_GPU = 16, 14
 """Weight, two moments and gradient in float32; fused step on a GPU: those three, and the weight in bfloat16."""

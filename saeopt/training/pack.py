@@ -17,8 +17,8 @@ from saeopt.saes.base import SAE
 from saeopt.saes.noise import derived_seed
 from saeopt.training.runtime import Runtime
 from saeopt.training.schedules import hyper
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
 
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_SHARE_OF_RUN = 10

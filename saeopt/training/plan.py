@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from saeopt.config.run import RunConfig
-from saeopt.owner import Owner
+from saeopt.runs.owner import Owner
 
 Metrics = dict[str, dict[str, float]]
 """Hook point → metric → value."""

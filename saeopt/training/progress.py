@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 
 from saeopt.console import error_console, log
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
 from saeopt.training.plan import Metrics, Observer
 
 GRACE_SECONDS = 9.0

@@ -15,7 +15,7 @@ from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
-from saeopt.launcher import launched
+from saeopt.host.launcher import launched
 from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
 
 _LARGE = 2**20

@@ -6,7 +6,7 @@ import math
 
 from saeopt.config.run import RunConfig
 from saeopt.config.saes import SAEConfig
-from saeopt.training.stacks.base import Hyper
+from saeopt.training.step.contract import Hyper
 
 
 def lr_factor(config: RunConfig, samples: int, total: int) -> float:

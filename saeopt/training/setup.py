@@ -15,7 +15,7 @@ from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig, stream_key
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_checkpoint
+from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from saeopt.owner import Owner
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.owner import Owner
 from saeopt.training.checkpoint import Restored
 from saeopt.training.loggers import Sink
 from saeopt.training.pack import Member
 from saeopt.training.plan import Metrics, TrialPlan, TrialResult
-from saeopt.training.run_folder import RunFolder
 
 
 @dataclass

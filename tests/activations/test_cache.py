@@ -26,7 +26,7 @@ from saeopt.activations.tokens import TokenData
 from saeopt.config.io import validate_run
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
-from saeopt.tensor_file import verify
+from saeopt.runs.tensor_file import verify
 
 __all__ = ["file", "way"]
 PER_SLOT = 16 * 4 * 4  # bytes of one hook point
@@ -309,7 +309,7 @@ def test_what_a_killed_writer_left_half_written_goes(file: Path, tmp_path: Path)
 
 
 def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
-    from saeopt.tensor_file import read_metadata
+    from saeopt.runs.tensor_file import read_metadata
 
     config = cached(run_config(file, n_train_samples=25), tmp_path)
     take(open_stream(config), 13)

@@ -13,7 +13,7 @@ from test_cache import cached, shards, small_shards
 from test_stream import HOOKS, file, open_stream, run_config, same, take
 
 from saeopt.activations import cache as cache_module
-from saeopt.tensor_file import read_metadata
+from saeopt.runs.tensor_file import read_metadata
 
 __all__ = ["file", "small_shards"]
 CONSUMER = threading.current_thread().name

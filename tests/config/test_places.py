@@ -12,7 +12,7 @@ from saeopt.config import RunConfig, dump_yaml, load_run_config, stream_key, val
 from saeopt.config.places import as_typed
 from saeopt.config.study import study_spec
 from saeopt.errors import UserError, run_cli
-from saeopt.search.storage import Store, store_url
+from saeopt.trials.storage import Store, store_url
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_creating_a_study_makes_the_folder_that_workers_look_for(
 
 
 def test_a_study_that_is_created_again_from_another_folder_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from saeopt.search.create import create_study
+    from saeopt.trials.create import create_study
 
     raw = {"name": "s", "base": {
         "tlens_model_path": "model", "lr_schedule": "constant", "data": {"dataset_name": "home/data/x.txt"},

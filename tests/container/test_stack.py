@@ -189,7 +189,7 @@ def test_nothing_is_left_behind(stack: Stack) -> None:
 LOCK = """
 import time
 from pathlib import Path
-from saeopt.search.gpu_lock import Gpu, take_gpu
+from saeopt.host.gpu_lock import Gpu, take_gpu
 lock = take_gpu(Path("/data/locks"), [Gpu(0, "GPU-a"), Gpu(1, "GPU-b")], poll_seconds=0.2)
 print("took", lock.device, flush=True)
 time.sleep(300)

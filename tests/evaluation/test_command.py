@@ -17,8 +17,8 @@ from saeopt.config import RunConfig, dump_yaml, validate_run
 from saeopt.errors import UserError
 from saeopt.evaluation.__main__ import app
 from saeopt.evaluation.evaluate import evaluate
-from saeopt.evaluation.load import save_weights, weights_path
 from saeopt.evaluation.metrics import scalars
+from saeopt.runs.weights import save_weights, weights_path
 from saeopt.saes.base import SAE
 
 MakeSAE = Callable[..., SAE]

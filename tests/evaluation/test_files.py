@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from saeopt.errors import UserError
-from saeopt.evaluation.plots import plot_run
-from saeopt.evaluation.report import read_evaluation
 from saeopt.files import atomic_write, read_metrics, remove_temporaries, write_error, write_json, write_text
-from saeopt.training.run_folder import RunFolder
+from saeopt.runs.folder import RunFolder
+from saeopt.views.plots import plot_run
+from saeopt.views.report import read_evaluation
 
 
 def write_half(path: Path, error: Exception) -> None:
@@ -105,7 +105,7 @@ def test_leftovers_of_a_killed_process_can_be_removed(tmp_path: Path) -> None:
 def test_no_flipped_bit_passes_for_a_whole_file_or_ends_in_a_traceback(tmp_path: Path) -> None:
     import torch
 
-    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, verify, write_tensors
+    from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, verify, write_tensors
 
     path = tmp_path / "state.safetensors"
     whole = {"hook/a": torch.arange(3.0), "hook/b": torch.tensor(True)}
@@ -140,7 +140,7 @@ def replace_by_unreadable(path: Path) -> bytes:
 def test_umask_decides_who_may_read_a_file_whichever_library_writes_it(tmp_path: Path, umask: int) -> None:
     import torch
 
-    from saeopt.tensor_file import write_tensors
+    from saeopt.runs.tensor_file import write_tensors
 
     before = os.umask(umask)
     try:
@@ -154,7 +154,7 @@ def test_umask_decides_who_may_read_a_file_whichever_library_writes_it(tmp_path:
 def test_equal_tensors_and_metadata_make_equal_files(tmp_path: Path) -> None:
     import torch
 
-    from saeopt.tensor_file import read_metadata, write_tensors
+    from saeopt.runs.tensor_file import read_metadata, write_tensors
 
     tensors = {f"hook/{name}": torch.ones(3) for name in "abc"}
     metadata = {"samples": 3, "cursor": {"header_crc32": 'header_crc32": "'}}
@@ -168,7 +168,7 @@ def test_files_with_the_checksums_in_a_key_of_their_own_are_still_verified(tmp_p
     import torch
     from safetensors.torch import save_file
 
-    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, read_tensors
+    from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, read_tensors
 
     x = torch.arange(3.0)
     sums = {"x": zlib.crc32(x.numpy().tobytes())}
@@ -185,7 +185,14 @@ def test_files_with_the_checksums_in_a_key_of_their_own_are_still_verified(tmp_p
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
     import torch
 
-    from saeopt.tensor_file import CorruptCheckpoint, read_metadata, read_tensor, read_tensors, verify, write_tensors
+    from saeopt.runs.tensor_file import (
+        CorruptCheckpoint,
+        read_metadata,
+        read_tensor,
+        read_tensors,
+        verify,
+        write_tensors,
+    )
 
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(3)}, {})

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from saeopt.config import RunConfig, apply_overrides, validate_run
 from saeopt.errors import UserError
-from saeopt.evaluation.load import (
+from saeopt.runs.weights import (
     CorruptCheckpoint,
     list_checkpoints,
     load_checkpoint,
@@ -153,7 +153,7 @@ def test_a_full_disk_keeps_the_older_checkpoints_and_leaves_nothing(run_dir: Pat
     program = f"""
 import resource, signal
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_run, save_weights
+from saeopt.runs.weights import load_run, save_weights
 config, saes = load_run({str(run_dir)!r})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
@@ -171,5 +171,5 @@ except UserError as error:
 
 
 def test_looking_for_checkpoints_imports_no_torch() -> None:
-    program = "import sys, saeopt.files, saeopt.evaluation.load; sys.exit('torch' in sys.modules)"
+    program = "import sys, saeopt.files, saeopt.runs.weights; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from saeopt.errors import UserError
-from saeopt.evaluation import report
-from saeopt.evaluation.pareto import Point, best_in_ranges, pareto_front
-from saeopt.evaluation.plots import CURVES, DENSITY, pareto_plot, plot_run, training_curves
 from saeopt.files import read_metrics
+from saeopt.search.pareto import Point, best_in_ranges, pareto_front
+from saeopt.views import report
+from saeopt.views.plots import CURVES, DENSITY, pareto_plot, plot_run, training_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -136,5 +136,5 @@ def test_a_run_without_evaluation_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_tables_and_fronts_import_no_torch() -> None:
-    program = "import sys, saeopt.evaluation.report, saeopt.evaluation.plots; sys.exit('torch' in sys.modules)"
+    program = "import sys, saeopt.views.report, saeopt.views.plots; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

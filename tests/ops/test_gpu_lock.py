@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from saeopt.search.gpu_lock import Gpu, GpuLock, _as_cuda_numbers, lock_folder, take_gpu, try_lock, visible_gpus
+from saeopt.host.gpu_lock import Gpu, GpuLock, _as_cuda_numbers, lock_folder, take_gpu, try_lock, visible_gpus
 
 GPUS = [Gpu(0, "GPU-aaaa"), Gpu(1, "GPU-bbbb")]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from saeopt.search.gpu_lock import Gpu, take_gpu
+from saeopt.host.gpu_lock import Gpu, take_gpu
 lock = take_gpu(Path(sys.argv[1]), [Gpu(0, "GPU-aaaa"), Gpu(1, "GPU-bbbb")], poll_seconds=0.05)
 print(lock.device, flush=True)
 time.sleep(60)

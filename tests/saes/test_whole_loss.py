@@ -10,8 +10,8 @@ import torch
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.registry import get_sae
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import Hyper, StackBatch, StackOptions
 
 STACKS = ["fused", "reference"]
 OPTIONS = StackOptions(dead_after_tokens=100)

@@ -8,9 +8,9 @@ from pathlib import Path
 from saeopt.config.study import StudySpec
 
 PRELOAD = [
-    "saeopt.worker", "saeopt.worker_loop", "saeopt.worker_child", "saeopt.training.loop", "saeopt.training.launch",
+    "saeopt.worker", "saeopt.workers.loop", "saeopt.workers.child", "saeopt.training.loop", "saeopt.training.launch",
     "saeopt.saes.relu",
-    "saeopt.evaluation.plots", "saeopt.evaluation.__main__", "saeopt.training.dry_run", "saeopt.worker_local",
+    "saeopt.views.plots", "saeopt.evaluation.__main__", "saeopt.training.dry_run", "saeopt.workers.local",
     "psycopg", "transformers.models.llama.modeling_llama", "torch._dynamo",
 ]  # fmt: skip
 
@@ -24,7 +24,7 @@ def run_worker(address: str, study: str, log: Path) -> None:
 
     from saeopt.console import set_up_logging
     from saeopt.worker import stop_on_signals, work
-    from saeopt.worker_loop import Options
+    from saeopt.workers.loop import Options
 
     set_up_logging()
     work(
@@ -41,9 +41,9 @@ def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> No
     """The undisturbed runs of some cells: one trial per pack."""
     _stderr_to(log)
     _no_pictures()
-    from saeopt.search.create import planned_cells
     from saeopt.training import TrialPlan, train_pack
     from saeopt.training.launch import make_runtime
+    from saeopt.trials.create import planned_cells
 
     cells, _ = planned_cells(StudySpec.from_json(spec_text))
     runtime = make_runtime("cpu")
@@ -54,8 +54,8 @@ def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> No
 
 def _no_pictures() -> None:
     """Drawing takes longer than training here, and no bit of a result depends on it."""
-    from saeopt.search import monitoring
     from saeopt.training import loop
+    from saeopt.views import monitoring
 
     loop.plot_run = lambda folder: None
     monitoring.on_trial_end = monitoring.on_study_progress = lambda *args, **kwargs: None

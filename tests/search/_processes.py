@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from saeopt.config.study import StudySpec
-from saeopt.search import claims
-from saeopt.search.create import create_study
-from saeopt.search.storage import Store, persistently
+from saeopt.trials import claims
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store, persistently
 
 
 def _filled(store: Store, name: str) -> bool:

@@ -10,7 +10,7 @@ from _stores import grid_spec
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
 from saeopt.saes.registry import get_sae
-from saeopt.search.allowed import check_allowed
+from saeopt.trials.allowed import check_allowed
 
 
 def named(sae_type: str) -> StudySpec:

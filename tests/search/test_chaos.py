@@ -20,10 +20,10 @@ from optuna.trial import TrialState
 from safetensors import safe_open
 
 from saeopt.config.study import StudySpec, study_spec
-from saeopt.search import claims
-from saeopt.search import internals as db
-from saeopt.search.create import create_study
-from saeopt.search.storage import Store
+from saeopt.trials import claims
+from saeopt.trials import internals as db
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
 
 SAMPLES, CELLS, KILLS, WORKERS = 1024, 24, 8, 4
 HOOK = "blocks.1.hook_resid_pre"

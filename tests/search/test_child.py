@@ -17,9 +17,9 @@ import pytest
 from _chaos import PRELOAD, run_alone, run_worker
 
 from saeopt.config.study import StudySpec, study_spec
-from saeopt.search import claims
-from saeopt.search.create import create_study
-from saeopt.search.storage import Store
+from saeopt.trials import claims
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
 
 HOOK = "blocks.1.hook_resid_pre"
 forks = multiprocessing.get_context("forkserver")

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from saeopt.config.study import study_spec
-from saeopt.search import claims
-from saeopt.search.create import create_study
-from saeopt.search.storage import Store
+from saeopt.trials import claims
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HERE = Path(__file__).resolve().parent

@@ -18,13 +18,13 @@ from _stores import PASSWORD, Server, grid_spec, new_database
 from sqlalchemy import event
 
 from saeopt.errors import UserError
-from saeopt.search import claims, presence
-from saeopt.search import internals as db
-from saeopt.search.create import create_study
-from saeopt.search.heart import Heart
-from saeopt.search.presence import Presence
 from saeopt.search.space import Space
-from saeopt.search.storage import IDENTITY_KEY, Store, StudyGone, persistently, store_url
+from saeopt.trials import claims, presence
+from saeopt.trials import internals as db
+from saeopt.trials.create import create_study
+from saeopt.trials.heart import Heart
+from saeopt.trials.presence import Presence
+from saeopt.trials.storage import IDENTITY_KEY, Store, StudyGone, persistently, store_url
 
 OWNER = {"worker": "test"}
 
@@ -44,7 +44,7 @@ def run_together(address: str, folder: Path, processes: int, cells: int, limit: 
     """Start processes that create, claim and finish at one instant; the numbers that they finished."""
     (folder / "spec.json").write_text(grid_spec(cells).to_json())
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["saeopt.search.create", "saeopt.saes.relu", "psycopg"])  # imported once, not N times
+    forks.set_forkserver_preload(["saeopt.trials.create", "saeopt.saes.relu", "psycopg"])  # imported once, not N times
     at = time.time() + 6
     outs = [folder / f"out{i}" for i in range(processes)]
     started = [
@@ -282,7 +282,7 @@ def test_a_mistake_in_an_address_shows_nothing_of_it(given: str) -> None:
 
 def test_passwords_in_the_query_of_an_address_are_hidden() -> None:
     from saeopt.config.settings import redact
-    from saeopt.search.storage import shown
+    from saeopt.trials.storage import shown
 
     parsed = store_url("postgresql://u:p@h/db?sslmode=require&sslpassword=open-sesame")
     assert "sesame" not in shown(parsed)

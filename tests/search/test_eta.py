@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from _stores import grid_spec
 
-from saeopt.search.eta import PackClock, seconds_left
-from saeopt.search.presence import Presence
-from saeopt.search.queries import TrialRow
-from saeopt.search.status import Status
+from saeopt.trials.presence import Presence
+from saeopt.trials.queries import TrialRow
+from saeopt.views.eta import PackClock, seconds_left
+from saeopt.views.status import Status
 
 TOTAL, STEP = 1000, 20
 

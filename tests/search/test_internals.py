@@ -9,10 +9,10 @@ import pytest
 import sqlalchemy as sa
 from _stores import grid_spec
 
-from saeopt.search import claims
-from saeopt.search import internals as db
-from saeopt.search.create import create_study
-from saeopt.search.storage import Store
+from saeopt.trials import claims
+from saeopt.trials import internals as db
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
 
 
 @pytest.fixture

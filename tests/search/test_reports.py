@@ -11,8 +11,8 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.files import jsonable
-from saeopt.search.pruning import Patience
-from saeopt.search.reports import Progress, Reports
+from saeopt.trials.pruning import Patience
+from saeopt.trials.reports import Progress, Reports
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
 TOTAL, WINDOW, PATIENCE = 96, 4, 4

@@ -9,11 +9,11 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.config.study import StudySpec
-from saeopt.search import claims, presence
-from saeopt.search.create import create_study
-from saeopt.search.presence import Presence
-from saeopt.search.rounds import n_proposed, room, round_size, told
-from saeopt.search.storage import Store
+from saeopt.trials import claims, presence
+from saeopt.trials.create import create_study
+from saeopt.trials.presence import Presence
+from saeopt.trials.rounds import n_proposed, room, round_size, told
+from saeopt.trials.storage import Store
 
 
 def spec(sampler: str = "tpe", max_trials: int = 110, startup: int = 10, **fields: Any) -> StudySpec:

@@ -11,8 +11,8 @@ from _stores import grid_spec
 
 from saeopt.config.run import stream_key
 from saeopt.errors import UserError
-from saeopt.search.create import planned_cells
 from saeopt.search.space import Space
+from saeopt.trials.create import planned_cells
 
 SWEEP: dict[str, Any] = {
     "saes.sparsity_coeff": [0.1, 1.0],

@@ -12,9 +12,9 @@ import yaml
 from saeopt.config.study import StudySpec, load_study_spec, study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
-from saeopt.search import internals as db
-from saeopt.search.create import create_study
-from saeopt.search.storage import SPEC_KEY, Store
+from saeopt.trials import internals as db
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import SPEC_KEY, Store
 
 BASE: dict[str, Any] = {
     "tlens_model_path": "somewhere",

@@ -18,16 +18,17 @@ from optuna_dashboard._app import create_app
 
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import UserError, WorkerFault
-from saeopt.search import claims, monitoring, presence
-from saeopt.search import internals as db
-from saeopt.search.attributes import evaluation_of
-from saeopt.search.best import load_points
-from saeopt.search.create import create_study
-from saeopt.search.points import fronts
-from saeopt.search.storage import Store
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
-from saeopt.worker_faults import TrainingDied, TrainingStalled
-from saeopt.worker_loop import Options, Worker, start_of
+from saeopt.trials import claims, presence
+from saeopt.trials import internals as db
+from saeopt.trials.attributes import evaluation_of
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
+from saeopt.views import monitoring
+from saeopt.views.best import load_points
+from saeopt.views.points import fronts
+from saeopt.workers.faults import TrainingDied, TrainingStalled
+from saeopt.workers.loop import Options, Worker, start_of
 
 HOOK = "blocks.1.hook_resid_pre"
 TOTAL = 64
@@ -388,7 +389,7 @@ def test_the_store_may_vanish_while_a_pack_trains(
 
 
 def test_a_folder_of_another_config_is_moved_aside_and_never_resumed(tmp_path: Path) -> None:
-    from saeopt.training.run_folder import RunFolder
+    from saeopt.runs.folder import RunFolder
 
     spec = spec_in(tmp_path, 2)
     first, second = (spec.run_config({"lr": lr}) for lr in (1e-3, 2e-3))
@@ -448,7 +449,7 @@ def test_auto_packs_what_the_free_memory_holds(tmp_path: Path, tiny_model_dir: P
     import torch
 
     from saeopt.search.space import Space
-    from saeopt.worker_local import LocalTraining
+    from saeopt.workers.local import LocalTraining
 
     base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir)}
     base["data"] = base["data"] | {"context_length": 16}
@@ -477,7 +478,7 @@ def test_packs_are_sized_for_the_language_models_precision(
 
     from saeopt.search.space import Space
     from saeopt.training import dry_run
-    from saeopt.worker_local import LocalTraining
+    from saeopt.workers.local import LocalTraining
 
     base = spec_in(tmp_path).base | {"tlens_model_path": str(tiny_model_dir), "lm_dtype": dtype}
     base["data"] = base["data"] | {"context_length": 16}
@@ -496,7 +497,7 @@ def test_a_fault_of_the_host_is_booked_on_no_trial_and_ends_the_worker(
 ) -> None:
     import errno
 
-    from saeopt import worker_loop
+    from saeopt.workers import loop as worker_loop
 
     def before(names: list[str]) -> None:
         raise UserError("samples_8.safetensors: the disk is full") from OSError(errno.ENOSPC, "No space left on device")

@@ -20,10 +20,10 @@ from saeopt import worker
 from saeopt.config.settings import settings
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import WorkerFault
-from saeopt.search import claims
-from saeopt.search import internals as db
-from saeopt.search.create import create_study
-from saeopt.search.storage import SPEC_KEY, Store
+from saeopt.trials import claims
+from saeopt.trials import internals as db
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import SPEC_KEY, Store
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Start = Callable[..., subprocess.Popen[str]]

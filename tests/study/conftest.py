@@ -75,11 +75,11 @@ def cli(
 @pytest.fixture
 def finish(store_url: str) -> Callable[..., None]:
     """Claim the next trial of a study and end it: `finish("six", (l0, fvu))`, or with a failure's text."""
-    from saeopt.search import claims
-    from saeopt.search.attributes import evaluation_attributes
-    from saeopt.search.monitoring import on_trial_end, on_trial_start
     from saeopt.search.objectives import objective_values
-    from saeopt.search.storage import Store
+    from saeopt.trials import claims
+    from saeopt.trials.attributes import evaluation_attributes
+    from saeopt.trials.storage import Store
+    from saeopt.views.monitoring import on_trial_end, on_trial_start
 
     def end(name: str, outcome: tuple[float, float] | str) -> None:
         store = Store.open(store_url)

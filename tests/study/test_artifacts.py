@@ -11,9 +11,9 @@ import bottle
 import pytest
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from saeopt.search.dashboard import ArtifactsOfAllStudies
-from saeopt.search.monitoring import artifact_dir, on_study_progress
-from saeopt.search.storage import Store
+from saeopt.trials.storage import Store
+from saeopt.views.dashboard import ArtifactsOfAllStudies
+from saeopt.views.monitoring import artifact_dir, on_study_progress
 
 Cli = Callable[..., Any]
 

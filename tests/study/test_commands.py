@@ -142,8 +142,8 @@ def test_retry_puts_failed_trials_back(cli: Cli, study: str, finish: Finish) -> 
 
 
 def test_stop_keeps_workers_from_claiming_until_resume(cli: Cli, study: str, store_url: str) -> None:
-    from saeopt.search import claims
-    from saeopt.search.storage import Store
+    from saeopt.trials import claims
+    from saeopt.trials.storage import Store
 
     store = Store.open(store_url)
     cli("stop", study)
@@ -208,9 +208,9 @@ def test_status_of_a_thousand_trials_asks_the_store_little_and_imports_no_torch(
 ) -> None:
     import sqlalchemy as sa
 
-    from saeopt.search import internals as db
-    from saeopt.search.attributes import evaluation_attributes
-    from saeopt.search.storage import Store
+    from saeopt.trials import internals as db
+    from saeopt.trials.attributes import evaluation_attributes
+    from saeopt.trials.storage import Store
 
     raw = yaml.safe_load(study_file.read_text())
     raw["space"]["lr"] = [round(1e-4 * (i + 1), 6) for i in range(334)]

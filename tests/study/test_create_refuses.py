@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from saeopt.config.study import study_spec
-from saeopt.search.create import planned_cells
+from saeopt.trials.create import planned_cells
 
 HOOK = "blocks.1.hook_resid_pre"
 GRID: dict[str, Any] = {"saes.sparsity_coeff": [0.1, 0.2]}

@@ -24,8 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def dashboard(cli: Cli, study_file: Path, finish: Finish, store_url: str, tmp_path: Path) -> Iterator[str]:
     """URL of a dashboard over two studies, of three complete trials and of one, with their fronts."""
-    from saeopt.search.monitoring import on_study_progress
-    from saeopt.search.storage import Store
+    from saeopt.trials.storage import Store
+    from saeopt.views.monitoring import on_study_progress
 
     cli("create", study_file)
     cli("create", study_file, "--name", "other", "--output-dir", tmp_path / "elsewhere")

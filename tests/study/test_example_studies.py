@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from saeopt.config.study import load_study_spec
-from saeopt.search.create import planned_cells
-from saeopt.search.notes import LIMIT, study_text
+from saeopt.trials.create import planned_cells
+from saeopt.views.notes import LIMIT, study_text
 
 STUDIES = sorted((Path(__file__).resolve().parents[2] / "studies").glob("*.yaml"))
 

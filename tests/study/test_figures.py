@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from saeopt.evaluation.pareto import Point
-from saeopt.search.figures import curves_figure, front_figure
-from saeopt.search.storage import Store
+from saeopt.search.pareto import Point
+from saeopt.trials.storage import Store
+from saeopt.views.figures import curves_figure, front_figure
 
 
 def point(number: int, group: str, hook: str, l0: float, fvu: float) -> Point:
@@ -37,7 +37,7 @@ def test_one_hook_point_is_not_named_in_every_entry() -> None:
 def test_curves_are_those_of_the_newest_trials_thinned_and_named(
     cli: Callable[..., Any], study_file: Path, store_url: str
 ) -> None:
-    from saeopt.search import claims
+    from saeopt.trials import claims
 
     cli("create", study_file)
     store = Store.open(store_url)

@@ -13,11 +13,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from saeopt.search import claims, presence
-from saeopt.search.attributes import evaluation_attributes
 from saeopt.search.objectives import objective_values
-from saeopt.search.presence import Presence
-from saeopt.search.storage import Store
+from saeopt.trials import claims, presence
+from saeopt.trials.attributes import evaluation_attributes
+from saeopt.trials.presence import Presence
+from saeopt.trials.storage import Store
 
 Cli = Callable[..., Any]
 LONG_HOOKS = ["blocks.10.hook_resid_post", "blocks.11.hook_resid_post"]

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from saeopt.config.study import LARGEST_PACK, load_study_spec
-from saeopt.preview import packs_of
-from saeopt.search.create import planned_cells
+from saeopt.trials.create import planned_cells
+from saeopt.views.preview import packs_of
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -17,8 +17,8 @@ from saeopt.config import load_run_config
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import UserError
 from saeopt.search.space import Space
-from saeopt.search.wandb_sweep import export_wandb_sweep
 from saeopt.training.loggers import with_means
+from saeopt.views.wandb_sweep import export_wandb_sweep
 
 ONE = [{"metric": "fvu"}]
 LR = {"low": 1e-4, "high": 1e-2, "log": True}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from saeopt.config import validate_run
-from saeopt.training.naming import MAX_LENGTH, run_name
+from saeopt.runs.naming import MAX_LENGTH, run_name
 
 
 def config(saes: dict[str, Any] | None = None, **top: Any) -> Any:

@@ -11,8 +11,8 @@ import torch
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.noise import uniform
 from saeopt.saes.registry import ARCHITECTURES, get_sae
-from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+from saeopt.training.step.contract import Hyper, StackBatch, StackOptions
+from saeopt.training.step.reference import AutogradStack
 
 D, TOKENS, SLOTS = 6, 5, 8
 OPTIONS = StackOptions(dead_after_tokens=60)

@@ -10,8 +10,8 @@ import pytest
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
 from saeopt.evaluation import __main__ as evaluation
-from saeopt.evaluation.load import load_checkpoint
-from saeopt.launcher import be_alone, check_alone, launched
+from saeopt.host.launcher import be_alone, check_alone, launched
+from saeopt.runs.weights import load_checkpoint
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.environment import (
     check_accumulation,
@@ -22,7 +22,7 @@ from saeopt.training.environment import (
 )
 from saeopt.training.launch import resolve
 from saeopt.training.runtime import Runtime
-from saeopt.worker_loop import start_of
+from saeopt.workers.loop import start_of
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import torch
 from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, train
 
 from saeopt.config.run import PerformanceConfig
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import Hyper, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import Hyper, StackOptions
+from saeopt.training.step.reference import AutogradStack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HYPER = [Hyper(1e-3, 0.3, 0.5, 1.0), Hyper(3e-3, 0.05, 0.7, float("inf")), Hyper(1e-3, 0.0, 0.4, 0.1)]
@@ -62,7 +62,7 @@ def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v["sae_type"] != "topk"], ids=name_of)
 def test_large_members_are_computed_one_after_another(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saeopt.training.stacks.gpu.ALONE", 1)
+    monkeypatch.setattr("saeopt.training.step.gpu.dense.ALONE", 1)
     expected, found, one, other = both(wide(variant), None, steps=12)
     for a, b in zip(found[-1], expected[-1], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
@@ -114,7 +114,7 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
-    from saeopt.training.stacks.gpu import GpuStack  # needs Triton
+    from saeopt.training.step.gpu.dense import GpuStack  # needs Triton
 
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
@@ -131,7 +131,7 @@ def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(varian
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
-    from saeopt.training.stacks.gpu import GpuStack  # needs Triton
+    from saeopt.training.step.gpu.dense import GpuStack  # needs Triton
 
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
@@ -152,7 +152,7 @@ def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict
 @pytest.mark.parametrize("d", [48, 64, 576, 768])
 def test_adam_on_decoder_rows_is_the_same_every_time(d: int, mode: int) -> None:
     """Rows are read again after they were written, where they have a norm to keep: by threads that must wait."""
-    from saeopt.training.stacks import kernels_rows  # needs Triton
+    from saeopt.training.step.kernels import rows as kernels_rows  # needs Triton
 
     members, h, rate, betas, eps = 3, 2048, 0.01, (0.9, 0.999), 1e-8
     generator = torch.Generator("cuda").manual_seed(d + mode)

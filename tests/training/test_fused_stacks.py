@@ -11,9 +11,9 @@ import torch
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import EXTRA, Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import EXTRA, Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.reference import AutogradStack
 
 D, H, T = 6, 20, 5
 VARIANTS: list[dict[str, Any]] = [
@@ -253,7 +253,7 @@ def test_weights_that_are_written_to_from_outside_are_seen(variant: dict[str, An
 def test_a_precision_that_has_no_effect_on_the_cpu_is_told(
     monkeypatch: pytest.MonkeyPatch, sae_type: str, autocast: torch.dtype | None, told: bool
 ) -> None:
-    from saeopt.training import stacks
+    from saeopt.training.step import choose as stacks
 
     notices: list[str] = []
     monkeypatch.setattr(stacks, "_notice", notices.append)

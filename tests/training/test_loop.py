@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_checkpoint, load_run, load_weights
+from saeopt.runs.folder import RunFolder, resume_point
+from saeopt.runs.weights import load_checkpoint, load_run, load_weights
 from saeopt.saes.registry import get_sae
 from saeopt.training import Observer, TrialPlan, loop, setup, train_pack
 from saeopt.training.pack import Member, Pack
-from saeopt.training.run_folder import RunFolder, resume_point
 from saeopt.training.runtime import Runtime
 
 HOOK = "blocks.1.hook_resid_pre"

@@ -10,13 +10,13 @@ import torch
 
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
-from saeopt.evaluation.load import load_run
-from saeopt.tensor_file import read_metadata, read_tensors, write_tensors
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.tensor_file import read_metadata, read_tensors, write_tensors
+from saeopt.runs.weights import load_run
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.launch import resolve
-from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
-from saeopt.worker_folder import start_of
+from saeopt.workers.folder import start_of
 
 
 class Interrupt(Observer):

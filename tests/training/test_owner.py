@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from saeopt.files import LostRun, atomic_write, remove, write_text
-from saeopt.owner import Owner, owners
-from saeopt.training.run_folder import RunFolder
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.owner import Owner, owners
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_nothing_is_written_appended_or_deleted_after_the_folder_was_taken(folde
 def test_a_row_that_was_under_way_when_the_folder_was_taken_goes_nowhere(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saeopt.training import run_folder
+    from saeopt.runs import folder as run_folder
 
     taken(folder)
     folder.append_metrics([{"samples": 1, "hook_point": "h"}])

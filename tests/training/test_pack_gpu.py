@@ -16,10 +16,10 @@ from test_fused_stacks import VARIANTS, assert_same_modules, make_members, name_
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
-from saeopt.training.stacks import graphs as graphs_module
-from saeopt.training.stacks import make_stack
-from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.choose import make_stack
+from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.gpu import graphs as graphs_module
+from saeopt.training.step.reference import AutogradStack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 D, SLOTS, T = 48, 64, 5
@@ -173,7 +173,7 @@ def test_the_data_makes_latents_die_and_come_back(variant: dict[str, Any]) -> No
 @pytest.mark.parametrize("members", [1, 3])
 @pytest.mark.parametrize("densities", [[], [1.0], [1.0, 0.5, 0.5, 0.3]])
 def test_gradients_per_latent_however_often_it_fires(densities: list[float], members: int) -> None:
-    from saeopt.training.stacks import kernels_topk  # needs Triton
+    from saeopt.training.step.kernels import topk as kernels_topk  # needs Triton
 
     n, h, k, d = 1500, 700, 6, 80
     generator = torch.Generator().manual_seed(0)

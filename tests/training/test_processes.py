@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from saeopt.evaluation.load import load_run
 from saeopt.files import read_metrics
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.weights import load_run
 from saeopt.training import TrialPlan, train_pack
-from saeopt.training.run_folder import RunFolder
 from saeopt.training.runtime import Runtime
 
 JOB = Path(__file__).with_name("train_job.py")

@@ -13,8 +13,8 @@ import torch
 
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae, sae_config_class
-from saeopt.training.stacks.autograd import AutogradStack
-from saeopt.training.stacks.base import Hyper, StackBatch, StackOptions
+from saeopt.training.step.contract import Hyper, StackBatch, StackOptions
+from saeopt.training.step.reference import AutogradStack
 
 EXPECTED: dict[str, tuple[float, ...]] = {  # recipe 1: loss, L0, FVU, gradient norm
     "relu": (1.24078082, 29.3342857, 0.0160578568, 1.03432745),

@@ -1,0 +1,159 @@
+"""Weights files: `samples_<N>.safetensors` with keys `<hook point>/<tensor>` and the run's config in the metadata.
+
+Importing this module imports no torch, so that looking for checkpoints stays cheap.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeopt.config import RunConfig, stored, validate_run
+from saeopt.config.places import as_typed
+from saeopt.console import log
+from saeopt.errors import UserError
+from saeopt.files import read_error
+from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from saeopt.saes.base import SAE
+
+_NOT_OF_THE_WEIGHTS = {"save_dir", "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "keep_checkpoints"}
+"""Where a run's files and metrics go: equal weights make equal files, wherever they lie."""
+_NAME = re.compile(r"samples_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds."""
+
+    path: Path
+    samples: int
+    config: RunConfig
+    saes: dict[str, SAE]
+
+
+def weights_path(run_dir: str | Path, samples: int) -> Path:
+    """Where the weights after `samples` samples lie."""
+    return Path(run_dir) / f"samples_{samples}.safetensors"
+
+
+def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """(samples, path) of every weights file in a run folder, newest first."""
+    folder = Path(run_dir)
+    try:
+        found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise read_error(folder, error) from error
+    return sorted(found, reverse=True)
+
+
+def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
+    """Write the SAEs of one run, by hook point, atomically."""
+    described = {
+        "config": as_typed(config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS)),
+        "samples": samples,
+        "hook_points": {hook: _description(sae, config) for hook, sae in saes.items()},
+    }
+    tensors = {f"{hook}/{name}": t for hook, sae in saes.items() for name, t in sae.state_dict().items()}
+    write_tensors(Path(path), tensors, described)
+
+
+def _description(sae: SAE, config: RunConfig) -> dict[str, int | float | str]:
+    found: dict[str, int | float | str] = {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type}
+    return found if sae.norm_limit == math.inf else {**found, "norm_limit": sae.norm_limit}
+
+
+def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """The SAEs of one weights file, with the config that they were trained under.
+
+    Raises :class:`CorruptCheckpoint` when the file is damaged and :class:`UserError` when it is absent.
+    """
+    tensors = read_tensors(Path(path), device)
+    described: Any = read_metadata(Path(path))
+    try:
+        config_raw, samples, hook_points = described["config"], int(described["samples"]), described["hook_points"]
+    except (KeyError, TypeError, ValueError):
+        raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a weights file of this system") from None
+    config = validate_run(stored(config_raw), path)
+    by_hook: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        hook, _, name = key.rpartition("/")
+        by_hook.setdefault(hook, {})[name] = tensor
+    saes = {hook: _build(path, config, hook, shape, by_hook.get(hook, {})) for hook, shape in hook_points.items()}
+    return Checkpoint(Path(path), samples, config, saes)
+
+
+def _build(
+    path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, int | float | str], tensors: dict[str, Tensor]
+) -> SAE:
+    from saeopt.saes.registry import get_sae
+
+    if "W_enc" not in tensors:
+        raise CorruptCheckpoint(f"{path}: '{hook}/W_enc' is missing")
+    sae = get_sae(str(shape["sae_type"]))(
+        int(shape["d"]),
+        int(shape["h"]),
+        config.sae_at(hook),
+        legacy_scaling=bool(config.legacy_scaling),
+        recipe=config.recipe,
+        dtype=tensors["W_enc"].dtype,
+        device=tensors["W_enc"].device,
+    )
+    try:
+        sae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CorruptCheckpoint(f"{path}: the tensors of '{hook}' do not fit its config: {error}") from None
+    sae.norm_limit = float(shape.get("norm_limit", math.inf))
+    return sae.requires_grad_(False)
+
+
+def load_checkpoint(
+    run_dir: str | Path, checkpoint: int | str | Path | None = None, device: torch.device | str = "cpu"
+) -> Checkpoint:
+    """One checkpoint of a run folder (or the weights file itself).
+
+    `checkpoint` is a number of samples or a file; None takes the newest that is whole, and warns about every newer
+    one that is damaged. A checkpoint asked for by name is never replaced by another.
+    """
+    folder = Path(run_dir)
+    if checkpoint is None and folder.is_file():
+        return load_weights(folder, device)
+    if checkpoint is not None:
+        return load_weights(_named(folder, str(checkpoint)), device)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
+    found = list_checkpoints(folder)
+    for _, path in found:
+        try:
+            return load_weights(path, device)
+        except CorruptCheckpoint as error:
+            log.warning("%s; trying the checkpoint before it", error)
+    raise UserError(f"{folder}: " + ("no usable checkpoint" if found else "no checkpoint (samples_<N>.safetensors)"))
+
+
+def _named(folder: Path, checkpoint: str) -> Path:
+    if checkpoint.isdigit():
+        path = weights_path(folder, int(checkpoint))
+        if not path.exists():
+            known = ", ".join(str(n) for n, _ in list_checkpoints(folder)) or "none"
+            raise UserError(f"{folder}: no checkpoint at {checkpoint} samples (there are: {known})")
+        return path
+    return Path(checkpoint) if Path(checkpoint).exists() else folder / checkpoint
+
+
+def load_run(
+    run_dir: str | Path, checkpoint: int | str | Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[RunConfig, dict[str, SAE]]:
+    """The config of a run and its SAEs by hook point; see :func:`load_checkpoint`."""
+    loaded = load_checkpoint(run_dir, checkpoint, device)
+    return loaded.config, loaded.saes

@@ -1,0 +1,396 @@
+"""Forward and backward of the architectures whose code is dense, written by hand for members side by side.
+
+Shape suffixes: M members, N tokens, d model width, h dictionary width. `run` computes Σ over tokens of everything a
+step needs; the formulas are those of the modules in `saeopt.saes`, whose autograd is the oracle. What lies between
+two products is a stage of plain torch, so that torch.compile can fuse it. `codes` are the code and, where there is
+one, the auxiliary code that reconstructs from the gate alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeopt.saes.base import SAE
+from saeopt.saes.noise import hashed_uniform
+
+NARROW = 128
+"""Up to this d a relu stack on a GPU never writes its code (`kernels.narrow`): above, the tiles outgrow the registers,
+and plain matrix products are the faster way."""
+ALONE = 2**25
+"""Pre-activations of a member (tokens x latents) from which members of a dense stack on a GPU are computed one after
+another: each fills the card by itself, and what lies between the products needs room for one of them only."""
+
+
+class Form(NamedTuple):
+    """The numbers that all members of a stack share (hashable: compiled code is specialised on them)."""
+
+    mse: float
+    aux: float
+    penalty: float
+    unit: bool
+    magnitude: str
+    limits: tuple[float, float]
+    seed_aux: bool
+    frozen_aux: bool
+
+    @classmethod
+    def of(cls, sae: SAE) -> Form:
+        """From a module's config; `legacy_scaling` divides terms by d as the module does."""
+        config: Any = sae.config
+        share = 1 / sae.d if sae.legacy_scaling else 1.0
+        return cls(
+            mse=config.mse_coeff * share,
+            aux=getattr(config, "aux_coeff", 0.0) * share,
+            penalty=1.0 if config.sae_type == "gated" else share,
+            unit=sae.unit_rows,
+            magnitude=getattr(config, "magnitude_activation", "relu"),
+            limits=getattr(config, "hard_concrete_stretch_limits", (-0.1, 1.1)),
+            seed_aux=getattr(config, "aux_form", "gated") == "seed",
+            frozen_aux=getattr(sae, "frozen_aux", True),
+        )
+
+
+class Given(NamedTuple):
+    """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length).
+
+    Gate noise comes as `u_MNh` or as the `keys_2MN` that it is computed from (`saeopt.saes.noise`).
+    """
+
+    low: dict[str, Tensor]
+    vectors: dict[str, Tensor]
+    norm_Mh: Tensor
+    x_Nd: Tensor
+    keep_N: Tensor | None
+    u_MNh: Tensor | None
+    keys_2MN: Tensor | None
+    sparsity_M: Tensor
+    beta_M: Tensor
+
+    def member(self, i: int) -> Given:
+        """What the pass of one member alone reads."""
+        row = slice(i, i + 1)
+        return self._replace(
+            low={name: tensor[row] for name, tensor in self.low.items()},
+            vectors={name: tensor[row] for name, tensor in self.vectors.items()},
+            norm_Mh=self.norm_Mh[row],
+            u_MNh=None if self.u_MNh is None else self.u_MNh[row],
+            keys_2MN=None if self.keys_2MN is None else self.keys_2MN[:, row],
+            sparsity_M=self.sparsity_M[row],
+            beta_M=self.beta_M[row],
+        )
+
+
+class Found(NamedTuple):
+    """What a pass gives, summed over tokens.
+
+    `products`: (name, left_MNh, right_MNd), the gradient of that matrix is leftᵀ right. `pull_Mh`: the gradient of
+    W_dec has this multiple of W_dec besides. `totals_M4`: Σ loss terms, Σ‖x̂ − x‖², Σ sparsity term, non-zeros.
+    """
+
+    products: list[tuple[str, Tensor, Tensor]]
+    vectors: dict[str, Tensor]
+    pull_Mh: Tensor | None
+    totals_M4: Tensor
+    fired_Mh: Tensor
+
+    @classmethod
+    def of(cls, members: list[Found]) -> Found:
+        """Of several members what their passes gave, but for the products."""
+        pulls = [one.pull_Mh for one in members if one.pull_Mh is not None]
+        return cls(
+            [],
+            {name: torch.cat([one.vectors[name] for one in members]) for name in members[0].vectors},
+            torch.cat(pulls) if pulls else None,
+            torch.cat([one.totals_M4 for one in members]),
+            torch.cat([one.fired_Mh for one in members]),
+        )
+
+
+class Back(NamedTuple):
+    """What lies behind the codes' gradients: those of the encoders' products and of the vectors, and sums."""
+
+    products: list[Tensor]
+    vectors: dict[str, Tensor]
+    through: list[Tensor]
+    pull_Mh: Tensor | None
+    sparsity_M: Tensor
+    fired_Mh: Tensor
+
+
+def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """A stage run as it is."""
+    return function(*arguments)
+
+
+def run(sae_type: str, form: Form, given: Given, call: Callable[..., Any] = plainly) -> Found:
+    """One micro-batch. Each stage between two products goes through `call`, which may compile it.
+
+    Stages hand over only what is in the dtype of the products: what lies in between is computed again in the
+    backward stage, which costs less than to write it down.
+    """
+    architecture = ARCHITECTURES[sae_type]
+    names = ["W_enc", "W_gate"] if "W_gate" in given.low else ["W_enc"]
+    centred_MNd = call(centre, given)
+    pres = [torch.bmm(centred_MNd, given.low[name].mT) for name in names]
+    codes = call(architecture.codes, form, given, pres)
+    if not architecture.back_needs_pre:
+        pres = []  # what is not needed any more makes room
+    decoded = [torch.bmm(code, given.low["W_dec"]) for code in codes]
+    decoding = codes[:1] if form.frozen_aux else codes[:]  # through what W_dec learns
+    del codes[1:]
+    g_errors, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
+    g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
+    back: Back = call(architecture.back, form, given, pres, codes, g_codes)
+    g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
+    left, right = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (decoding, g_errors[: len(decoding)]))
+    products = [("W_dec", left, right)]
+    products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
+    return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+
+
+def centre(given: Given) -> Tensor:
+    """x̄ = x − b_dec in the dtype of the products."""
+    return (given.x_Nd - column(given.vectors["b_dec"])).to(given.low["W_enc"].dtype)
+
+
+def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Gradients of the reconstructions by the codes, b_dec's of them, the first's ‖error‖², and the losses."""
+    b_dec_M1d = column(given.vectors["b_dec"])
+    error = [masked(d_MNd + b_dec_M1d - given.x_Nd, given.keep_N) for d_MNd in decoded]
+    coefficients = (form.mse, form.aux)[: len(decoded)]
+    gradients = [(2 * c * e).to(decoded[0].dtype) for c, e in zip(coefficients, error, strict=True)]
+    squares = [e.square().sum((1, 2)) for e in error]
+    loss_M = form.mse * squares[0]
+    if len(squares) == 2:
+        loss_M = loss_M + form.aux * squares[1]
+    g_b_dec = gradients[0].sum(1, dtype=given.x_Nd.dtype)
+    if not form.frozen_aux:
+        g_b_dec = g_b_dec + gradients[1].sum(1, dtype=given.x_Nd.dtype)
+    return gradients, g_b_dec, squares[0], loss_M
+
+
+def last_sums(
+    given: Given, names: list[str], g_b_dec: Tensor, squared_M: Tensor, loss_M: Tensor, back: Back
+) -> tuple[Tensor, Tensor]:
+    """b_dec's gradient with what comes through the encoders, and the totals."""
+    for name, vector_Mh in zip(names, back.through, strict=True):
+        matrix_Mhd = given.low[name]
+        through = torch.bmm(vector_Mh.to(matrix_Mhd.dtype).unsqueeze(1), matrix_Mhd).squeeze(1)
+        g_b_dec = g_b_dec - through.to(g_b_dec.dtype)
+    return g_b_dec, torch.stack([loss_M + back.sparsity_M, squared_M, back.sparsity_M, back.fired_Mh.sum(-1)], -1)
+
+
+# ---- relu: f = relu(x̄ W_enc + b_enc), see `saeopt.saes.relu`
+def relu_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f."""
+    return [masked(torch.relu(pres[0] + column(given.vectors["b_enc"])), given.keep_N).to(pres[0].dtype)]
+
+
+def relu_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]) -> Back:
+    """∂π = 1[f > 0] (∂f + λ‖W_dec‖)."""
+    dtype = given.norm_Mh.dtype
+    penalty_M = given.sparsity_M * form.penalty
+    push_Mh = penalty_M.unsqueeze(-1) * given.norm_Mh
+    f_MNh = codes[0]
+    g_pre = torch.where(f_MNh > 0, g_codes[0].to(dtype) + column(push_Mh), 0.0)
+    per_latent_Mh, fired_Mh = f_MNh.sum(1, dtype=dtype), (f_MNh != 0).sum(1, dtype=dtype)
+    return relu_sums(form, given, g_pre.to(f_MNh.dtype), g_pre.sum(1), per_latent_Mh, fired_Mh)
+
+
+def relu_sums(
+    form: Form, given: Given, g_pre: Tensor, g_b_enc: Tensor, per_latent_Mh: Tensor, fired_Mh: Tensor
+) -> Back:
+    """What follows from sums over tokens."""
+    penalty_M = given.sparsity_M * form.penalty
+    sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
+    pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
+    return Back([g_pre], {"b_enc": g_b_enc}, [g_b_enc], pull_Mh, sparsity_M, fired_Mh)
+
+
+# ---- gated: f = 1[π_gate > 0] ⊙ magnitude, both from one product, see `saeopt.saes.gated`
+def gated_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x̄ W_enc, e^r, the gate's argument and the magnitude's."""
+    shared_MNh = pres[0].to(given.norm_Mh.dtype)
+    gain_M1h = column(given.vectors["r_mag"].exp())
+    gate_MNh = shared_MNh + column(given.vectors["b_gate"])
+    return shared_MNh, gain_M1h, gate_MNh, gain_M1h * shared_MNh + column(given.vectors["b_mag"])
+
+
+def gated_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f and relu(π_gate)."""
+    _, _, gate_MNh, inner_MNh = gated_parts(form, given, pres)
+    f_MNh = activation(form.magnitude, inner_MNh) * (gate_MNh > 0)
+    return [masked(code, given.keep_N).to(pres[0].dtype) for code in (f_MNh, torch.relu(gate_MNh))]
+
+
+def gated_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]) -> Back:
+    """The gate learns from the penalty and the auxiliary term alone."""
+    shared_MNh, gain_M1h, gate_MNh, inner_MNh = gated_parts(form, given, pres)
+    dtype = shared_MNh.dtype
+    open_MNh = gate_MNh > 0
+    penalty_M = given.sparsity_M * form.penalty
+    push_MNh = masked(column(penalty_M.unsqueeze(-1) * given.norm_Mh).expand_as(shared_MNh), given.keep_N)
+    g_inner = g_codes[0].to(dtype) * open_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_gate = (g_codes[1].to(dtype) + push_MNh) * open_MNh
+    per_latent_Mh = masked(torch.relu(gate_MNh), given.keep_N).sum(1)
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
+    sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
+    pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (pull_Mh, sparsity_M, fired_Mh))
+
+
+def gated_sums(
+    shared_MNh: Tensor,
+    gain_M1h: Tensor,
+    g_gate: Tensor,
+    g_inner: Tensor,
+    low: torch.dtype,
+    sums: tuple[Tensor | None, Tensor, Tensor],
+) -> Back:
+    """Gradients behind those of a gate and a magnitude that share their product."""
+    g_shared = g_gate + gain_M1h * g_inner
+    g_b_gate, g_b_mag = g_gate.sum(1), g_inner.sum(1)
+    gain_Mh = gain_M1h.squeeze(1)
+    vectors = {"b_gate": g_b_gate, "b_mag": g_b_mag, "r_mag": gain_Mh * (g_inner * shared_MNh).sum(1)}
+    return Back([g_shared.to(low)], vectors, [g_b_gate + gain_Mh * g_b_mag], *sums)
+
+
+# ---- hard_concrete: f = z ⊙ magnitude, see `saeopt.saes.hard_concrete`; `low["W_dec"]` has rows of fixed norm
+def hard_concrete_parts(form: Form, given: Given, pres: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """log α and the magnitude's argument."""
+    inner_MNh = pres[0].to(given.norm_Mh.dtype) + column(given.vectors["b_enc"])
+    bias_M1h = column(given.vectors["b_gate"])
+    return pres[1] + bias_M1h if len(pres) == 2 else bias_M1h.expand_as(inner_MNh), inner_MNh
+
+
+def hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f."""
+    log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
+    z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
+    return [masked(z_MNh * activation(form.magnitude, inner_MNh), given.keep_N).to(pres[0].dtype)]
+
+
+def hard_concrete_back(
+    form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
+) -> Back:
+    """The gate learns through z and from the penalty."""
+    dtype = given.norm_Mh.dtype
+    log_alpha_MNh, inner_MNh = hard_concrete_parts(form, given, pres)
+    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
+    g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
+    g_f = g_codes[0].to(dtype)
+    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_gate = g_f * activation(form.magnitude, inner_MNh) * slope_MNh + g_open
+    g_b_enc, g_b_gate = g_inner.sum(1), g_gate.sum(1)
+    products, through = [g_inner.to(codes[0].dtype)], [g_b_enc]
+    if len(pres) == 2:
+        products, through = [*products, g_gate.to(codes[0].dtype)], [*through, g_b_gate]
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
+    return Back(products, {"b_enc": g_b_enc, "b_gate": g_b_gate}, through, None, sparsity_M, fired_Mh)
+
+
+# ---- gated_hard_concrete: f = z ⊙ magnitude from one product, see `saeopt.saes.gated_hard_concrete`
+def gated_hard_concrete_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
+    """f and the auxiliary code."""
+    _, _, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
+    z_MNh, _ = noisy_gate(form, given, log_alpha_MNh)
+    aux_MNh = z_MNh if form.seed_aux else z_MNh * torch.relu(log_alpha_MNh)
+    f_MNh = z_MNh * activation(form.magnitude, inner_MNh)
+    return [masked(code, given.keep_N).to(pres[0].dtype) for code in (f_MNh, aux_MNh)]
+
+
+def gated_hard_concrete_back(
+    form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]
+) -> Back:
+    """The gate learns through z from both reconstructions, and from the penalty."""
+    shared_MNh, gain_M1h, log_alpha_MNh, inner_MNh = gated_parts(form, given, pres)
+    dtype = shared_MNh.dtype
+    z_MNh, slope_MNh = noisy_gate(form, given, log_alpha_MNh)
+    g_open, sparsity_M = open_gates(form, given, log_alpha_MNh)
+    g_f, g_aux = g_codes[0].to(dtype), g_codes[1].to(dtype)
+    g_inner = g_f * z_MNh * activation_slope(form.magnitude, inner_MNh)
+    g_z = g_f * activation(form.magnitude, inner_MNh)
+    if form.seed_aux:
+        g_gate = (g_z + g_aux) * slope_MNh + g_open
+    else:
+        weight_MNh = torch.relu(log_alpha_MNh)
+        g_gate = (g_z + g_aux * weight_MNh) * slope_MNh + g_open + g_aux * z_MNh * (log_alpha_MNh > 0)
+    fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
+
+
+class Architecture(NamedTuple):
+    """The two elementwise stages in which architectures differ."""
+
+    codes: Callable[[Form, Given, list[Tensor]], list[Tensor]]
+    back: Callable[[Form, Given, list[Tensor], list[Tensor], list[Tensor]], Back]
+    back_needs_pre: bool = True
+
+
+ARCHITECTURES = {
+    "relu": Architecture(relu_codes, relu_back, back_needs_pre=False),
+    "gated": Architecture(gated_codes, gated_back),
+    "hard_concrete": Architecture(hard_concrete_codes, hard_concrete_back),
+    "gated_hard_concrete": Architecture(gated_hard_concrete_codes, gated_hard_concrete_back),
+}
+
+
+# ---- pieces
+def column(vector_Mh: Tensor) -> Tensor:
+    """(M, h) against (M, N, h)."""
+    return vector_Mh.unsqueeze(1)
+
+
+def masked(rows_MNx: Tensor, keep_N: Tensor | None) -> Tensor:
+    """Rows of masked tokens become 0."""
+    return rows_MNx if keep_N is None else rows_MNx * keep_N[None, :, None]
+
+
+def penalty_pull(form: Form, penalty_M: Tensor, per_latent_Mh: Tensor, norm_Mh: Tensor) -> Tensor | None:
+    """∂(λ Σ f ‖W_dec‖)/∂W_dec as a multiple of W_dec; none where the norm is fixed."""
+    if form.unit:
+        return None
+    return torch.where(norm_Mh > 0, penalty_M.unsqueeze(-1) * per_latent_Mh / norm_Mh, 0.0)
+
+
+def activation(name: str, inner: Tensor) -> Tensor:
+    """The magnitude's activation."""
+    if name == "relu":
+        return torch.relu(inner)
+    return torch.nn.functional.softplus(inner) if name == "softplus" else inner
+
+
+def activation_slope(name: str, inner: Tensor) -> Tensor:
+    """Its derivative."""
+    if name == "relu":
+        return (inner > 0).to(inner.dtype)
+    return torch.sigmoid(inner) if name == "softplus" else torch.ones_like(inner)
+
+
+def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:
+    """z and ∂z/∂log α."""
+    u_MNh = given.u_MNh
+    if u_MNh is None:
+        assert given.keys_2MN is not None
+        u_MNh = hashed_uniform(given.keys_2MN, log_alpha_MNh.shape[-1]).to(log_alpha_MNh.dtype)
+    low, high = form.limits
+    inverse_beta_M11 = 1 / given.beta_M[:, None, None]
+    s_MNh = torch.sigmoid((torch.log(u_MNh / (1 - u_MNh)) + log_alpha_MNh) * inverse_beta_M11)
+    stretched = s_MNh * (high - low) + low
+    inside = (stretched >= 0) & (stretched <= 1)
+    slope_MNh = torch.where(inside, (high - low) * inverse_beta_M11 * s_MNh * (1 - s_MNh), 0.0)
+    return stretched.clamp(0, 1), slope_MNh
+
+
+def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of λ Σ P(z ≠ 0) on log α, and that term per member."""
+    shift = math.log(-form.limits[0] / form.limits[1])
+    p_MNh = torch.sigmoid(log_alpha_MNh - given.beta_M[:, None, None] * shift)
+    penalty_M = given.sparsity_M * form.penalty
+    g_MNh = masked(penalty_M[:, None, None] * p_MNh * (1 - p_MNh), given.keep_N)
+    return g_MNh, penalty_M * masked(p_MNh, given.keep_N).sum(1).sum(-1)  # tokens first, as all other sums

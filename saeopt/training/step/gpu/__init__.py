@@ -1,0 +1,1 @@
+"""The fast steps on a CUDA device."""

@@ -1,0 +1,173 @@
+"""Creating a study: the spec and the whole queue in one transaction, however many creators start at once."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+
+from saeopt.config import validate_run
+from saeopt.config.places import as_typed
+from saeopt.config.study import StudySpec
+from saeopt.errors import UserError
+from saeopt.search.objectives import directions, objective_names
+from saeopt.search.samplers import n_designed
+from saeopt.search.sensible import check_space, check_study
+from saeopt.search.space import Cell, Space
+from saeopt.trials import internals as db
+from saeopt.trials.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
+from saeopt.trials.waiting import STREAM
+
+_Row = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Created:
+    """What `create_study` did."""
+
+    study_id: int
+    n_trials: int
+    is_new: bool
+
+
+def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
+    """The cells that are known at creation, and the number of trials that the sampler will propose later.
+
+    Raises:
+        UserError: some cell is no valid run config.
+    """
+    space = Space(spec)
+    check_space(spec, space)
+    if spec.sampler.type == "grid":
+        cells = space.grid()
+        if not cells:
+            raise UserError(f"study {spec.name}: the space has no cells")
+        _check_evaluated(spec, cells)
+        check_study(spec, cells)
+        return cells, 0
+    space.check_corners()
+    cells = space.design(n_designed(spec), spec.sampler.seed)
+    _check_evaluated(spec, [*cells, space.middle()])
+    check_study(spec, [*cells, space.middle()])
+    return cells, (spec.max_trials or 0) - len(cells)
+
+
+def _check_evaluated(spec: StudySpec, cells: Iterable[Cell]) -> None:
+    """Refuse trials that would be trained to their end and then have no objective."""
+    for cell in cells:
+        if cell.config.data.n_eval_samples == 0:
+            raise UserError(
+                f"study {spec.name}: 'data.n_eval_samples' is 0: objectives are measured on held-out samples"
+            )
+        if cell.config.eval_every_n_samples is None:
+            raise UserError(
+                f"study {spec.name}: 'eval_every_n_samples' is null (never): objectives need an evaluation; 0 means at"
+                " the end"
+            )
+
+
+def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] | None = None) -> Created:
+    """Create the study and its queue; the same spec again changes nothing. `planned`: its :func:`planned_cells`.
+
+    Raises:
+        UserError: another study has this name, or a cell is invalid.
+    """
+    found = _existing(store, spec)
+    if found is not None:
+        return found
+    cells, proposed = planned or planned_cells(spec)
+    rows = _rows(spec, cells, proposed)
+    names = objective_names(spec)
+    with store.lock(f"study-{spec.name}"):
+        found = _existing(store, spec)
+        if found is not None:
+            return found
+        study = optuna.create_study(
+            storage=store.optuna, study_name=spec.name, directions=directions(spec), load_if_exists=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(names)
+        study_id = db.study_id_of(study)
+
+        def fill() -> None:
+            with store.write() as connection:
+                db.insert_waiting(connection, study_id, 0, rows)
+                attrs = {SPEC_KEY: spec.to_json(), IDENTITY_KEY: new_identity()}
+                db.set_attrs(connection, db.study_attrs, study_id, attrs)
+
+        persistently(fill, "creating the study")
+    return Created(study_id, len(rows), True)
+
+
+def _rows(spec: StudySpec, cells: list[Cell], proposed: int) -> list[_Row]:
+    space = Space(spec)
+    distributions = {p.name: p.distribution for p in space.parameters}
+    rows: list[_Row] = [
+        ({name: (value, distributions[name]) for name, value in cell.params.items()}, {STREAM: cell.stream})
+        for cell in cells
+    ]
+    if proposed:
+        # The stream of a trial to come is known only when no parameter can change it.
+        known = {} if space.fixes_stream else {STREAM: space.middle().stream}
+        rows += [({}, dict(known)) for _ in range(proposed)]
+    return rows
+
+
+def _existing(store: Store, spec: StudySpec) -> Created | None:
+    """The study of this name if it is complete; :class:`UserError` if it is another one."""
+    if spec.name not in store.study_names():
+        return None
+    study_id = store.study_id(spec.name)
+    with store.read() as connection:
+        text = db.get_attrs(connection, db.study_attrs, study_id, SPEC_KEY).get(SPEC_KEY)
+        statement = sa.select(sa.func.count()).select_from(db.trials).where(db.trials.c.study_id == study_id)
+        n_trials = int(connection.execute(statement).scalar_one())
+    if text is None:
+        if n_trials:
+            raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
+        return None
+    known = [spec] if spec.older is None else [spec, spec.older]
+    if _comparable(_today(text)) not in [_comparable(one.to_json()) for one in known]:
+        raise UserError(
+            f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
+            f" choose another --name, or delete the old one with '{store.command('study', 'delete', spec.name)}'"
+        )
+    return Created(study_id, n_trials, False)
+
+
+def _today(text: str) -> str:
+    """A stored spec with what its base config lacks: fields that are newer, in their old meaning."""
+    spec = StudySpec.from_json(text)
+    try:
+        base = validate_run(spec.base, spec.name).model_dump(mode="json")
+    except UserError:  # it names something that is not here any more: certainly another study
+        return text
+    return spec.model_copy(update={"base": base}).to_json()
+
+
+def _comparable(text: str) -> dict[str, Any]:
+    """A spec with its paths as they were typed, wherever they lie."""
+    raw: dict[str, Any] = json.loads(text)
+    return {**raw, "base": as_typed(raw["base"])}
+
+
+def _difference(text: str, spec: StudySpec) -> str:
+    """Names of the fields in which two specs differ, two levels deep."""
+    old, new = _comparable(text), _comparable(spec.to_json())
+    found = []
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{key}.{inner}" for inner in {**a, **b} if a.get(inner) != b.get(inner)]
+        else:
+            found.append(key)
+    return ", ".join(f"'{name}'" for name in found[:3]) + (", …" if len(found) > 3 else "")

@@ -1,0 +1,137 @@
+"""Giving up on trials: Optuna's pruners for one objective, dominance by a margin for several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+import optuna
+import sqlalchemy as sa
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.trial import TrialState
+
+from saeopt.config.run import RunConfig
+from saeopt.config.study import EarlyStopping, StudySpec
+from saeopt.search.objectives import expanded
+from saeopt.trials import internals as db
+from saeopt.trials.storage import Store
+
+CURVE = "saeopt:curve"
+MAX_REPORTS = 50
+Curve = dict[int, list[float]]
+"""Samples → objective values."""
+
+
+def warmup_samples(rule: EarlyStopping, config: RunConfig, total: int) -> int:
+    """Samples before which nothing is stopped: a share of the trial after the warm-ups of learning rate and λ."""
+    warmup = max(config.warmup_samples, config.sparsity_warmup(config.saes, total))
+    return min(warmup + int(rule.warmup * total), max(total - 1, 0))
+
+
+def make_pruner(rule: EarlyStopping, warmup: int, total: int) -> BasePruner:
+    """Optuna's pruner; steps are samples."""
+    first = max(1, warmup)
+    match rule.type:
+        case "median":
+            return MedianPruner(n_startup_trials=rule.n_startup_trials, n_warmup_steps=first)
+        case "asha":
+            return SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.reduction_factor)
+        case "hyperband":
+            return HyperbandPruner(
+                min_resource=first, max_resource=max(total, first + 1), reduction_factor=rule.reduction_factor
+            )
+        case _:
+            return NopPruner()
+
+
+class Patience:
+    """Counts reports of a collapse in a row; what stands at one number of samples (log step, evaluation) is one report.
+
+    A trial that changes hands counts on: its earlier reports are given again.
+    """
+
+    def __init__(self) -> None:
+        self.count, self._before, self._samples = 0, 0, -1
+
+    def report(self, samples: int, collapsed: bool) -> int:
+        """The count after another report: one is enough to say that the SAEs have not collapsed."""
+        if samples != self._samples:
+            self._samples, self._before = samples, self.count
+            self.count = self._before + 1 if collapsed else 0
+        elif not collapsed:
+            self.count = 0
+        return self.count
+
+
+def is_due(before: int, samples: int, total: int) -> bool:
+    """Whether a report falls between two numbers of samples, at most `MAX_REPORTS` over a trial."""
+    return total > 0 and samples * MAX_REPORTS // total > before * MAX_REPORTS // total
+
+
+def dominated(mine: Sequence[float], other: Sequence[float], maximised: Sequence[bool], margin: float) -> bool:
+    """Whether `other` is better in every objective, each time by more than `margin` of the larger magnitude."""
+    for a, b, up in zip(mine, other, maximised, strict=True):
+        ahead = (b - a) if up else (a - b)
+        if ahead <= margin * max(abs(a), abs(b)):
+            return False
+    return True
+
+
+class Stopper:
+    """Decides for one study; keeps the curves of finished trials."""
+
+    def __init__(self, store: Store, study_id: int, spec: StudySpec) -> None:
+        self.store, self.study_id, self.spec = store, study_id, spec
+        self.maximised = [o.maximised for _, o in expanded(spec)]
+        self._finished: dict[int, tuple[int, Curve]] = {}
+        self._study: optuna.Study | None = None
+
+    def reason(
+        self, trial_id: int, samples: int, values: Sequence[float] | None, warmup: int, total: int
+    ) -> str | None:
+        """Why the trial should stop now, after its report at `samples`; None: it goes on."""
+        rule = self.spec.early_stopping
+        if rule.type == "none" or samples < warmup:
+            return None
+        if rule.type == "pareto":
+            return None if values is None else self._dominated_by(samples, values)
+        if self._study is None:
+            self._study = self.store.sampling_study(self.spec.name)
+        self._study.pruner = make_pruner(rule, warmup, total)
+        if self._study.pruner.prune(self._study, db.frozen_trial(self._study, trial_id)):
+            return f"stopped early by {rule.type} at {samples} of {total} samples"
+        return None
+
+    def _dominated_by(self, samples: int, values: Sequence[float]) -> str | None:
+        self._read_finished()
+        if len(self._finished) < self.spec.early_stopping.n_startup_trials:
+            return None
+        for number, curve in self._finished.values():
+            then = at(curve, samples)
+            if then and dominated(values, then, self.maximised, self.spec.early_stopping.margin):
+                return f"stopped early: at {samples} samples trial {number} was better in every objective"
+        return None
+
+    def _read_finished(self) -> None:
+        t, a = db.trials, db.trial_attrs
+        statement = (
+            sa.select(t.c.trial_id, t.c.number, a.c.value_json)
+            .join(a, sa.and_(a.c.trial_id == t.c.trial_id, a.c.key == CURVE))
+            .where(t.c.study_id == self.study_id, t.c.state == TrialState.COMPLETE)
+        )
+        if self._finished:
+            statement = statement.where(t.c.trial_id.not_in(list(self._finished)))
+        with self.store.read() as connection:
+            for trial_id, number, text in connection.execute(statement):
+                self._finished[trial_id] = (number, parse_curve(json.loads(text)))
+
+
+def parse_curve(stored: Mapping[str, Sequence[float]]) -> Curve:
+    """A curve as JSON keeps it."""
+    return {int(samples): [float(v) for v in values] for samples, values in stored.items()}
+
+
+def at(curve: Curve, samples: int) -> list[float] | None:
+    """The last values of a curve up to `samples`."""
+    before = [s for s in curve if s <= samples]
+    return curve[max(before)] if before else None

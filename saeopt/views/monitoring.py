@@ -1,0 +1,150 @@
+"""What a study shows of itself in optuna-dashboard: notes, readable attributes, pictures. Imports no torch.
+
+For each trial the worker calls `on_trial_start` after the claim, passes `evaluation_attributes(…)` to `claims.finish`,
+and calls `on_trial_end` just before it; `on_study_progress` after it. All three are decoration: what goes wrong in them
+is a warning and never costs a trial.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
+from optuna.trial import FrozenTrial
+
+from saeopt.config.study import StudySpec
+from saeopt.console import log
+from saeopt.files import write_bytes
+from saeopt.trials import claims
+from saeopt.trials import internals as db
+from saeopt.trials.attributes import CURVE_NAME, RUN_DIR, Evaluation
+from saeopt.trials.claims import Claim
+from saeopt.trials.storage import Store, StudyGone, check_identity
+from saeopt.views import notes
+from saeopt.views.points import study_points
+
+ARTIFACTS = "artifacts"
+FRONT = "pareto_front.png"
+PROGRESS_EVERY_S = 60.0
+ARTIFACTS_AT = "saeopt:artifacts"
+"""Study: the absolute folder of its artifacts on the hosts that train."""
+_DRAWN = "saeopt:front_drawn"
+_P = ParamSpec("_P")
+
+
+def harmless(function: Callable[_P, None]) -> Callable[_P, None]:
+    """Monitoring may fail (a lost database, a full disk) without any effect on training."""
+
+    @wraps(function)
+    def guarded(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except StudyGone:
+            return  # its worker finds out and says so
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            log.warning("monitoring: %s: %s: %s", function.__name__, type(error).__name__, text)
+
+    return guarded
+
+
+def artifact_dir(spec: StudySpec) -> Path:
+    """Where the study's artifacts lie."""
+    return spec.runs / ARTIFACTS
+
+
+def _is_lost(store: Store, claim: Claim | None) -> bool:
+    return claim is not None and not claims.beat(store, [claim])
+
+
+@harmless
+def on_study_created(store: Store, study_id: int, spec: StudySpec) -> None:
+    """The note of the study."""
+    notes.save(store, study_id, None, notes.study_text(spec))
+
+
+@harmless
+def on_trial_start(
+    store: Store, study_id: int, trial_id: int, spec: StudySpec, worker: str = "", *, claim: Claim | None = None
+) -> None:
+    """The note of a trial and the folder of its run. Nothing where its `claim` is lost."""
+    if _is_lost(store, claim):
+        return
+    trial = store.optuna.get_trial(trial_id)
+    run_dir = spec.run_dir(trial.number)
+    with store.write() as connection:
+        db.set_attrs(connection, db.trial_user_attrs, trial_id, {RUN_DIR: str(run_dir)})
+    outcome = f"training on {worker}" if worker else "training"
+    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome))
+
+
+@harmless
+def on_trial_end(
+    store: Store,
+    study_id: int,
+    trial_id: int,
+    spec: StudySpec,
+    outcome: str = "trained",
+    *,
+    claim: Claim | None = None,
+    evaluation: Evaluation | None = None,
+) -> None:
+    """Training curves as an artifact, the note with the results. Before the tell: a told trial takes no artifacts."""
+    from saeopt.files import read_metrics
+    from saeopt.views.plots import CURVES, training_curves
+
+    if _is_lost(store, claim):
+        return
+    trial = store.optuna.get_trial(trial_id)
+    run_dir = spec.run_dir(trial.number)
+    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome, evaluation or {}))
+    picture = run_dir / CURVES
+    rows = [] if picture.exists() else read_metrics(run_dir / "metrics.jsonl")
+    if rows:
+        training_curves(rows, picture)
+    if picture.exists():
+        put_artifact(store, study_id, trial, artifact_dir(spec), picture)
+
+
+@harmless
+def on_study_progress(
+    store: Store, study_id: int, spec: StudySpec, force: bool = False, *, identity: str | None = None
+) -> None:
+    """Draw the front anew, at most once a minute over all workers unless forced."""
+    from saeopt.views import figures
+    from saeopt.views.plots import pareto_plot
+
+    with store.write() as connection:
+        check_identity(connection, study_id, identity)
+        last = db.get_attrs(connection, db.study_attrs, study_id, _DRAWN).get(_DRAWN, 0.0)
+        if not force and time.time() - last < PROGRESS_EVERY_S:
+            return
+        db.set_attrs(connection, db.study_attrs, study_id, {_DRAWN: time.time()})
+    study = store.study(spec.name)
+    if (name := study.user_attrs.get(CURVE_NAME)) is not None:
+        figures.save(study, figures.curves_figure(store.engine, study_id, name), "curves")
+    found = study_points(store.engine, study_id, spec)
+    if not found:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        put_artifact(store, study_id, study, artifact_dir(spec), pareto_plot(found, Path(scratch) / FRONT))
+    figures.save(study, figures.front_figure(found), "front")
+
+
+def put_artifact(store: Store, study_id: int, owner: optuna.Study | FrozenTrial, folder: Path, file: Path) -> None:
+    """Upload a file, or overwrite the artifact of the same name (a retried trial, a front that has grown)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files, storage = FileSystemArtifactStore(folder), store.optuna
+    for known in get_all_artifact_meta(owner, storage=storage):
+        if known.filename == file.name:
+            write_bytes(folder / known.artifact_id, file.read_bytes())
+            return
+    upload_artifact(artifact_store=files, file_path=str(file), study_or_trial=owner, storage=storage)
+    with store.write() as connection:  # for a dashboard that was started in another folder
+        db.set_attrs(connection, db.study_attrs, study_id, {ARTIFACTS_AT: str(folder.resolve())})

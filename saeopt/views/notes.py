@@ -1,0 +1,80 @@
+"""The texts that the dashboard shows beside a study and a trial, and how they are stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from optuna.trial import FrozenTrial
+from optuna_dashboard._note import note_str_key_prefix, note_ver_key
+
+from saeopt.config.settings import redact
+from saeopt.config.study import Dimension, StudySpec
+from saeopt.search.objectives import final_rule
+from saeopt.trials import internals as db
+from saeopt.trials.attributes import COLUMNS, Evaluation, number
+from saeopt.trials.storage import Store
+
+LIMIT = 2_000
+"""The dashboard stores notes in pieces of 2,045 characters and reads all of them with every page: one must do."""
+
+
+def save(store: Store, study_id: int, trial_id: int | None, body: str) -> None:
+    """Store a note of at most one piece. (The dashboard's `save_note` reads the notes of all trials at every call.)"""
+    body = redact(body)
+    body = body if len(body) <= LIMIT else body[: LIMIT - 2] + " …"
+    key = note_ver_key(trial_id)
+    with store.write() as connection:
+        version = db.get_attrs(connection, db.study_attrs, study_id, key).get(key, 0)
+        values = {note_str_key_prefix(trial_id) + "0": body, key: version + 1}
+        db.set_attrs(connection, db.study_attrs, study_id, values)
+
+
+def dimension_text(dimension: Dimension) -> str:
+    """`0.05 … 10 (log)` or `8, 16, 32`."""
+    if dimension.values is not None:
+        text = ", ".join(str(v) for v in dimension.values)
+    else:
+        kinds = [name for name, on in (("log", dimension.log), ("whole numbers", dimension.integer)) if on]
+        kinds += [f"step {dimension.step:g}"] if dimension.step else []
+        text = f"{dimension.low:g} … {dimension.high:g}" + (f" ({', '.join(kinds)})" if kinds else "")
+    when = "; ".join(f"{k.removeprefix('saes.')} {'/'.join(map(str, v))}" for k, v in dimension.when.items())
+    return f"{text} where {when}" if when else text
+
+
+def study_text(spec: StudySpec) -> str:
+    """What the study is about and where its files are."""
+    base, rule = spec.base, final_rule(spec)
+    data, saes = base.get("data") or {}, base.get("saes") or {}
+    model = base.get("tlens_model_name") or base.get("tlens_model_path")
+    objectives = ", ".join(("maximise " if o.maximised else "minimise ") + o.metric for o in spec.objectives)
+    lines = [
+        f"# {spec.name}",
+        f"- language model: `{model}`",
+        f"- text: `{data.get('dataset_name')}`, {data.get('n_train_samples')} samples of"
+        f" {data.get('context_length')} tokens",
+        f"- hook points: {', '.join(f'`{h}`' for h in saes.get('sae_positions', []))}",
+        f"- sampler: {spec.sampler.type}; objectives: {objectives}; early stopping: {spec.early_stopping.type}",
+        f"- run folders: `{spec.runs.resolve()}/<trial>/`",
+        f"- a trial whose SAEs have all collapsed (L0 below {rule.min_l0:g} or FVU from {rule.max_fvu:g} on) is shown"
+        " as pruned: no front holds it",
+        "",
+        "| parameter | values |",
+        "|---|---|",
+    ]
+    for name, alternatives in spec.space.items():
+        lines.append(f"| {name} | {'; '.join(dimension_text(d) for d in alternatives)} |")
+    return "\n".join([*lines, "", f"Status: `saeopt study status {spec.name}`; best: `saeopt study best {spec.name}`"])
+
+
+def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str, evaluation: Evaluation | None = None) -> str:
+    """What the trial trains, what it came to, and where its files are."""
+    lines = [f"**{outcome}**", ""]
+    if evaluation:
+        lines += [f"| hook point | {' | '.join(title for _, title, _ in COLUMNS)} |", "|---|" + "--:|" * len(COLUMNS)]
+    for hook, metrics in (evaluation or {}).items():
+        numbers = [(number(metrics.get(key)), form) for key, _, form in COLUMNS]
+        lines.append(f"| {hook} | " + " | ".join("–" if v is None else format(v, form) for v, form in numbers) + " |")
+    lines += ["", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
+    lines += [f"- {name}: {json.dumps(value)}" for name, value in trial.params.items()]
+    return "\n".join(lines)
