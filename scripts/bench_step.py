@@ -38,7 +38,7 @@ from saeopt.saes.init import match_norm
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import detached
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GPU_CASES = [
@@ -170,7 +170,7 @@ class Bench:
         x_Nd = self.batches[self.steps_done % len(self.batches)]
         first_slot = self.steps_done * slots
         self.steps_done += 1
-        stack.step(StackBatch(x_Nd, None, first_slot, slots, case.batch // slots), self.hyper)
+        stack.step(Example(x_Nd, x_Nd, None, Place(first_slot, slots, case.batch // slots)), self.hyper)
 
     def settled(self, steps: int) -> list[SAE]:
         """Members after so many steps of training."""

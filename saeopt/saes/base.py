@@ -7,9 +7,12 @@ Everything but :meth:`SAE.forward` works on normalised activations x · scale.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Self
+from functools import wraps
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
@@ -66,6 +69,25 @@ class Forward:
     f_Nh: Tensor
     terms: dict[str, Tensor]
     ratios: dict[str, Ratio] = field(default_factory=dict)
+
+
+def with_target(forward: Callable[..., Forward]) -> Callable[..., Forward]:
+    """A `training_forward` that takes `(x, y, inputs)` or `(x, inputs)`, whichever of both it was written for.
+
+    Classes of users, from before there was a y, are written and call their base in the second way.
+    """
+    parameters = inspect.signature(forward).parameters.values()
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    whole = len(places) > 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+    @wraps(forward)
+    def either(self: SAE, x_Nd: Tensor, *rest: Any, **named: Any) -> Forward:
+        if named or len(rest) not in (1, 2):
+            return forward(self, x_Nd, *rest, **named)
+        y_Ne, inputs = rest if len(rest) == 2 else (x_Nd, rest[0])
+        return forward(self, x_Nd, y_Ne, inputs) if whole else forward(self, x_Nd, inputs)
+
+    return either
 
 
 class SAE(nn.Module):
@@ -133,9 +155,17 @@ class SAE(nn.Module):
         """The evaluation code of normalised activations."""
         raise NotImplementedError
 
-    def training_forward(self, x_Nd: Float[Tensor, "N d"], inputs: StepInputs) -> Forward:
-        """Code, reconstruction and loss terms of normalised activations."""
+    def training_forward(self, x_Nd: Float[Tensor, "N d"], y_Ne: Float[Tensor, "N e"], inputs: StepInputs) -> Forward:
+        """Code, reconstruction of y and loss terms of normalised activations; y is x for an autoencoder.
+
+        An override may also be written `(self, x_Nd, inputs)`, and be called so: then y is x.
+        """
         raise NotImplementedError
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "training_forward" in cls.__dict__:
+            cls.training_forward = with_target(cls.__dict__["training_forward"])  # type: ignore[method-assign]
 
     # ---- common
     def decode(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N d"]:

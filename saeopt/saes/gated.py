@@ -70,7 +70,7 @@ class GatedSAE(SAE):
         magnitude_Nh = MAGNITUDES[self.config.magnitude_activation](self.r_mag.exp() * shared_Nh + self.b_mag)
         return gate_Nh, magnitude_Nh * (gate_Nh > 0)
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse`, `sparsity` and `aux`."""
         gate_Nh, f_Nh = self.gate_and_code(x_Nd)
         f_Nh, open_Nh = self.masked(f_Nh, inputs.keep_N), self.masked(torch.relu(gate_Nh), inputs.keep_N)
@@ -81,8 +81,8 @@ class GatedSAE(SAE):
             x_hat_Nd,
             f_Nh,
             {
-                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
                 "sparsity": inputs.sparsity_coeff * (open_Nh * self.decoder_norm_h()).sum(),
-                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, x_Nd, inputs.keep_N),
+                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, y_Ne, inputs.keep_N),
             },
         )

@@ -49,7 +49,7 @@ class GatedHardConcreteSAE(NoisyGateSAE):
         log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
         return self.eval_gate(log_alpha_Nh) * magnitude_Nh
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse`, `sparsity` and `aux`."""
         log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
         z_Nh = self.train_gate(log_alpha_Nh, inputs)
@@ -61,8 +61,8 @@ class GatedHardConcreteSAE(NoisyGateSAE):
             x_hat_Nd,
             f_Nh,
             {
-                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
                 "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
-                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, x_Nd, inputs.keep_N),
+                "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, y_Ne, inputs.keep_N),
             },
         )

@@ -157,7 +157,7 @@ class HardConcreteSAE(NoisyGateSAE):
         rows_hd = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return f_Nh @ (rows_hd * self.row_norm) + self.b_dec
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`."""
         log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
         f_Nh = self.masked(self.train_gate(log_alpha_Nh, inputs) * m_Nh, inputs.keep_N)
@@ -166,7 +166,7 @@ class HardConcreteSAE(NoisyGateSAE):
             x_hat_Nd,
             f_Nh,
             {
-                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
                 "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
             },
         )

@@ -28,7 +28,7 @@ class ReluSAE(SAE):
         """relu(π)."""
         return torch.relu(self.pre_activation(x_Nd))
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`."""
         f_Nh = self.masked(self.encode(x_Nd), inputs.keep_N)
         x_hat_Nd = self.decode(f_Nh)
@@ -37,7 +37,7 @@ class ReluSAE(SAE):
             x_hat_Nd,
             f_Nh,
             {
-                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
                 "sparsity": inputs.sparsity_coeff * penalty,
             },
         )

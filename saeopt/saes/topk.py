@@ -74,16 +74,16 @@ class TopKSAE(SAE):
         """The k largest of relu(π)."""
         return keep_largest(torch.relu(self.pre_activation(x_Nd)), self.config.k)
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Term `mse`, ratio `aux` (where a mask of dead latents is given)."""
         acts_Nh = torch.relu(self.pre_activation(x_Nd))
         f_Nh = self.masked(keep_largest(acts_Nh, self.config.k), inputs.keep_N)
         x_hat_Nd = self.decode(f_Nh)
         forward = Forward(
-            x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N)}
+            x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N)}
         )
         if inputs.dead_h is not None:
-            forward.ratios["aux"] = self.aux_ratio((x_Nd - x_hat_Nd).detach(), acts_Nh, inputs.dead_h, inputs.keep_N)
+            forward.ratios["aux"] = self.aux_ratio((y_Ne - x_hat_Nd).detach(), acts_Nh, inputs.dead_h, inputs.keep_N)
         return forward
 
     def aux_ratio(self, error_Nd: Tensor, acts_Nh: Tensor, dead_h: Tensor, keep_N: Tensor | None) -> Ratio:

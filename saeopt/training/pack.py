@@ -18,7 +18,7 @@ from saeopt.saes.noise import derived_seed
 from saeopt.training.runtime import Runtime
 from saeopt.training.schedules import hyper
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
 
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_SHARE_OF_RUN = 10
@@ -137,7 +137,8 @@ class Pack:
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         for group in self.groups:
             x_Nd, keep_N = batch.x[group.members[0].hook_point], group.keep_N(batch)
-            rows = StackBatch(x_Nd, keep_N, batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+            place = Place(batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+            rows = Example(x_Nd, x_Nd, keep_N, place)
             with self._blamed(group):
                 (group.stack.step if whole else group.stack.accumulate)(rows, self._hyper(group, samples_after))
 

@@ -28,11 +28,11 @@ class LeakySAE(SAE):
     def encode(self, x_Nd: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(self.pre_activation(x_Nd), self.config.slope)
 
-    def training_forward(self, x_Nd: Tensor, inputs: StepInputs) -> Forward:
+    def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         f_Nh = self.masked(self.encode(x_Nd), inputs.keep_N)
         x_hat_Nd = self.decode(f_Nh)
         terms = {
-            "mse": self.squared_error(x_hat_Nd, x_Nd, inputs.keep_N),
+            "mse": self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
             "sparsity": inputs.sparsity_coeff * f_Nh.abs().sum(),
         }
         return Forward(x_hat_Nd, f_Nh, terms)

@@ -10,7 +10,9 @@ from sae_cases import activations, build, loss, step_inputs
 
 from saeopt.config import dump_yaml, load_run_config, validate_run
 from saeopt.errors import UserError
+from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.registry import get_sae, sae_config_class
+from saeopt.saes.relu import ReluSAE
 
 RUN = {"tlens_model_name": "x", "data": {"dataset_name": "x", "n_train_samples": 10}}
 
@@ -53,3 +55,22 @@ def test_names_that_lead_nowhere_are_one_clear_line() -> None:
         get_sae("example_sae:LeakyConfig")
     with pytest.raises(UserError, match="must be the name"):
         sae_config_class(3)
+
+
+class OldSAE(ReluSAE):
+    """Written before there was a y."""
+
+    def training_forward(self, x_Nd: torch.Tensor, inputs: StepInputs) -> Forward:
+        forward = super().training_forward(x_Nd, inputs)
+        forward.terms["more"] = 0.5 * forward.f_Nh.sum()
+        return forward
+
+
+def test_a_forward_without_a_target_goes_on_working() -> None:
+    config = ReluSAE.Config(sae_type="relu", sae_positions=["hook"])
+    sae, x_Nd = OldSAE(6, 15, config, dtype=torch.float64), activations()
+    sae.initialise(x_Nd, torch.Generator().manual_seed(0))
+    given = step_inputs(sae)
+    terms = [sae.training_forward(x_Nd, given).terms, sae.training_forward(x_Nd, x_Nd, given).terms]
+    assert terms[0].keys() == terms[1].keys() == {"mse", "sparsity", "more"}
+    assert all(torch.equal(terms[0][name], terms[1][name]) for name in terms[0])

@@ -11,7 +11,7 @@ import torch
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.noise import uniform
 from saeopt.saes.registry import ARCHITECTURES, get_sae
-from saeopt.training.step.contract import Hyper, StackBatch, StackOptions
+from saeopt.training.step.contract import Example, Hyper, Place, StackOptions
 from saeopt.training.step.reference import AutogradStack
 
 D, TOKENS, SLOTS = 6, 5, 8
@@ -33,28 +33,24 @@ def make(sae_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fie
     return sae
 
 
-def window(step: int, masked: bool = True) -> StackBatch:
+def window(step: int, masked: bool = True) -> Example:
     """The eight samples of a step, in raw units, every seventh token masked (more in the first samples)."""
     generator = torch.Generator().manual_seed(step)
     x_Nd = 5 * torch.randn(SLOTS * TOKENS, D, generator=generator, dtype=torch.float64) + 1
     keep_N = torch.arange(len(x_Nd)) % 7 != 0
     keep_N[:9] = False
-    return StackBatch(x_Nd, keep_N if masked else None, step * SLOTS, SLOTS, TOKENS)
+    return Example(x_Nd, x_Nd, keep_N if masked else None, Place(step * SLOTS, SLOTS, TOKENS))
 
 
-def cut(batch: StackBatch, parts: int) -> list[StackBatch]:
+def cut(example: Example, parts: int) -> list[Example]:
     """The same samples as so many micro-batches."""
-    slots, rows = batch.n_slots // parts, len(batch.x_Nd) // parts
-    return [
-        StackBatch(
-            batch.x_Nd[i * rows : (i + 1) * rows],
-            None if batch.keep_N is None else batch.keep_N[i * rows : (i + 1) * rows],
-            batch.first_slot + i * slots,
-            slots,
-            batch.tokens_per_slot,
-        )
-        for i in range(parts)
-    ]
+    place, rows = example.place, len(example.x_Nd) // parts
+    slots, found = place.n_slots // parts, []
+    for i in range(parts):
+        here = slice(i * rows, (i + 1) * rows)
+        x_Nd, keep_N = example.x_Nd[here], None if example.keep_N is None else example.keep_N[here]
+        found.append(Example(x_Nd, x_Nd, keep_N, Place(place.first_slot + i * slots, slots, place.tokens_per_slot)))
+    return found
 
 
 def train(stack: AutogradStack, hypers: list[Hyper], steps: range, parts: int = 1) -> list[list[dict[str, float]]]:
@@ -134,7 +130,9 @@ def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str
     for step in range(15):
         batch = window(step)
         x_Nd, keep_N = batch.x_Nd[batch.keep_N] * plain.scale, batch.keep_N
-        u_Nh = uniform(7, batch.first_slot, SLOTS, TOKENS, plain.h).double()[keep_N] if plain.needs_noise else None
+        u_Nh = (
+            uniform(7, batch.place.first_slot, SLOTS, TOKENS, plain.h).double()[keep_N] if plain.needs_noise else None
+        )
         dead_h = plain.tokens_since_fired >= 60
         forward = plain.training_forward(x_Nd, StepInputs(0.3, 0.6, u_Nh, dead_h if plain.needs_dead else None))
         n = len(x_Nd)
@@ -250,7 +248,8 @@ def test_a_window_of_masked_tokens_alone_is_harmless() -> None:
     stack = AutogradStack([make(t) for t in ARCHITECTURES], [1] * 5, OPTIONS)
     batch = window(0)
     before = [{k: v.clone() for k, v in sae.state_dict().items()} for sae in stack.saes]
-    masked = StackBatch(batch.x_Nd, torch.zeros(len(batch.x_Nd), dtype=torch.bool), 0, SLOTS, TOKENS)
+    nothing_N = torch.zeros(len(batch.x_Nd), dtype=torch.bool)
+    masked = Example(batch.x_Nd, batch.x_Nd, nothing_N, Place(0, SLOTS, TOKENS))
     stack.accumulate(masked, [HYPER] * 5)
     stack.apply([HYPER] * 5)
     for sae, old in zip(stack.saes, before, strict=True):

@@ -12,7 +12,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import EXTRA, Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.contract import EXTRA, Example, Hyper, Place, Stack, StackOptions
 from saeopt.training.step.reference import AutogradStack
 
 D, H, T = 6, 20, 5
@@ -75,15 +75,14 @@ def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: st
     return saes
 
 
-def batches(n: int, dtype: torch.dtype, device: str = "cpu", slots: int = 6, d: int = D) -> list[StackBatch]:
+def batches(n: int, dtype: torch.dtype, device: str = "cpu", slots: int = 6, d: int = D) -> list[Example]:
     generator = torch.Generator().manual_seed(7)
     made = []
     for i in range(n):
         x_Nd = torch.randn(slots * T, d, generator=generator, dtype=torch.float64) * 2 + 0.5
         keep_N = torch.rand(slots * T, generator=generator) > 0.25 if i % 3 else None
-        made.append(
-            StackBatch(x_Nd.to(device, dtype), None if keep_N is None else keep_N.to(device), i * slots, slots, T)
-        )
+        x_Nd, keep_N = x_Nd.to(device, dtype), None if keep_N is None else keep_N.to(device)
+        made.append(Example(x_Nd, x_Nd, keep_N, Place(i * slots, slots, T)))
     return made
 
 
@@ -93,7 +92,7 @@ def fused(saes: list[SAE], options: StackOptions, seeds: list[int] | None = None
     return stack
 
 
-def train(stack: Stack, data: list[StackBatch], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[Step]:
+def train(stack: Stack, data: list[Example], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[Step]:
     logged = []
     for start in range(0, len(data), accumulation):
         for batch in data[start : start + accumulation]:

@@ -17,7 +17,7 @@ from test_fused_stacks import VARIANTS, assert_same_modules, make_members, name_
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions
+from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
 from saeopt.training.step.gpu import graphs as graphs_module
 from saeopt.training.step.reference import AutogradStack
 
@@ -66,7 +66,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.cuda.synchronize()
 
 
-def data_of(hook: int, windows: int, micro: int) -> list[list[StackBatch]]:
+def data_of(hook: int, windows: int, micro: int) -> list[list[Example]]:
     """Two populations in turn, so that latents die and come back; masked tokens in every third window."""
     generator = torch.Generator().manual_seed(hook)
     means = torch.randn(2, D, generator=generator) * 2
@@ -76,12 +76,13 @@ def data_of(hook: int, windows: int, micro: int) -> list[list[StackBatch]]:
         for i in range(micro):
             x_Nd = torch.randn(SLOTS * T, D, generator=generator) + means[window // 9 % 2]
             keep_N = (torch.rand(SLOTS * T, generator=generator) > 0.25).cuda() if window % 3 == 2 else None
-            batches.append(StackBatch(x_Nd.cuda(), keep_N, (window * micro + i) * SLOTS, SLOTS, T))
+            x_Nd = x_Nd.cuda()
+            batches.append(Example(x_Nd, x_Nd, keep_N, Place((window * micro + i) * SLOTS, SLOTS, T)))
         made.append(batches)
     return made
 
 
-def train(stacks: list[Stack], data: list[list[list[StackBatch]]], leaving: Leaving) -> list[list[dict[str, float]]]:
+def train(stacks: list[Stack], data: list[list[list[Example]]], leaving: Leaving) -> list[list[dict[str, float]]]:
     """As a pack does: every stack's gradients, then every stack's optimiser; or whole steps. The last metrics."""
     found: list[list[dict[str, float]]] = []
     for window in range(len(data[0])):

@@ -13,7 +13,7 @@ import torch
 
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae, sae_config_class
-from saeopt.training.step.contract import Hyper, StackBatch, StackOptions
+from saeopt.training.step.contract import Example, Hyper, Place, StackOptions
 from saeopt.training.step.reference import AutogradStack
 
 EXPECTED: dict[str, tuple[float, ...]] = {  # recipe 1: loss, L0, FVU, gradient norm
@@ -49,7 +49,8 @@ def train(sae_type: str, recipe: int) -> tuple[float, ...]:
         number = [Hyper(lr=3e-3, sparsity_coeff=0.1, beta=0.5, max_grad_norm=1.0)]
         if step == STEPS // 2:
             stack.metrics()
-        stack.accumulate(StackBatch(batch(step), torch.arange(N) % 9 > 0, step, 1, N), number)
+        x_Nd = batch(step)
+        stack.accumulate(Example(x_Nd, x_Nd, torch.arange(N) % 9 > 0, Place(step, 1, N)), number)
         stack.apply(number)
     found = stack.metrics()[0]
     return tuple(found[key] for key in ("loss", "l0", "fvu", "grad_norm"))

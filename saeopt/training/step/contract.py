@@ -30,18 +30,25 @@ class Hyper(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StackBatch:
-    """One micro-batch at the stack's hook point.
+class Place:
+    """Where in the stream an example's tokens lie: token t of slot s is row (s − first_slot) · tokens_per_slot + t."""
 
-    x_Nd holds raw activations (any float dtype); keep_N is False on masked tokens (None: all are kept).
-    Token t of slot s is row (s − first_slot) · tokens_per_slot + t.
-    """
-
-    x_Nd: Tensor
-    keep_N: Tensor | None
     first_slot: int
     n_slots: int
     tokens_per_slot: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One micro-batch at the stack's site: what is read, what is to be given, in raw units (any float dtype).
+
+    `y_Ne` is `x_Nd` itself for an autoencoder; `keep_N` is False on masked tokens (None: all are kept).
+    """
+
+    x_Nd: Tensor
+    y_Ne: Tensor
+    keep_N: Tensor | None
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,13 @@ class Stack(ABC):
     def __init__(self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions) -> None:
         self.saes, self.seeds, self.options = list(saes), list(seeds), options
 
-    def step(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+    def step(self, example: Example, hyper: Sequence[Hyper]) -> None:
         """A whole window of one micro-batch on one rank."""
-        self.accumulate(batch, hyper)
+        self.accumulate(example, hyper)
         self.apply(hyper)
 
     @abstractmethod
-    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
         """Forward and backward of one micro-batch; adds to the window's sums."""
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
 from saeopt.saes.noise import uniform
-from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions, check_names
+from saeopt.training.step.contract import Example, Hyper, Stack, StackOptions, check_names
 
 _GROWTH_STEPS = 2000  # float16: the loss scale doubles after so many finite steps (torch.amp.GradScaler's default)
 _START_SCALE = 2.0**12
@@ -24,9 +24,9 @@ class AutogradStack(Stack):
         super().__init__(saes, seeds, options)
         self.members = [_Member(sae, seed, options) for sae, seed in zip(saes, seeds, strict=True)]
 
-    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
         for member, numbers in zip(self.members, hyper, strict=True):
-            member.accumulate(batch, numbers)
+            member.accumulate(example, numbers)
 
     def sums(self) -> list[Tensor]:
         return [tensor for member in self.members for tensor in member.sums()]
@@ -89,18 +89,19 @@ class _Member:
         return {**self.moments, **{f"pending.{k}": v for k, v in self.pending.items()}, **self.flags}
 
     # ---- a micro-batch
-    def accumulate(self, batch: StackBatch, hyper: Hyper) -> None:
-        sae = self.sae
-        x_Nd = batch.x_Nd.to(sae.W_enc.dtype) * sae.scale
-        keep_N = None if batch.keep_N is None else batch.keep_N.to(x_Nd.dtype)
+    def accumulate(self, example: Example, hyper: Hyper) -> None:
+        sae, place = self.sae, example.place
+        x_Nd = example.x_Nd.to(sae.W_enc.dtype) * sae.scale
+        y_Ne = x_Nd if example.y_Ne is example.x_Nd else example.y_Ne.to(sae.W_enc.dtype) * sae.scale
+        keep_N = None if example.keep_N is None else example.keep_N.to(x_Nd.dtype)
         u_Nh = None
         if sae.needs_noise:
-            u_Nh = uniform(self.seed, batch.first_slot, batch.n_slots, batch.tokens_per_slot, sae.h, x_Nd.device)
+            u_Nh = uniform(self.seed, place.first_slot, place.n_slots, place.tokens_per_slot, sae.h, x_Nd.device)
             u_Nh = u_Nh.to(x_Nd.dtype)
         dead_h = sae.tokens_since_fired >= self.options.dead_after_tokens if sae.needs_dead else None
         inputs = StepInputs(hyper.sparsity_coeff, hyper.beta, u_Nh, dead_h, keep_N)
         with self._autocast():
-            forward = sae.training_forward(x_Nd, inputs)
+            forward = sae.training_forward(x_Nd, y_Ne, inputs)
         total = torch.stack(list(forward.terms.values())).sum()
         ratio_grads = self._ratio_gradients(forward)
         (total * self.flags["loss_scale"]).backward()
@@ -108,7 +109,7 @@ class _Member:
             store = self.ratio_grads.setdefault(name, {})
             for parameter, grad in grads.items():
                 store[parameter] = store[parameter] + grad if parameter in store else grad
-        self._measure(x_Nd, keep_N, forward, total)
+        self._measure(y_Ne, keep_N, forward, total)
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
         if self.options.autocast is None:
@@ -129,19 +130,19 @@ class _Member:
         return found
 
     @torch.no_grad()
-    def _measure(self, x_Nd: Tensor, keep_N: Tensor | None, forward: Forward, total: Tensor) -> None:
-        window, zero = self.window, torch.zeros((), dtype=torch.float64, device=x_Nd.device)
-        kept_Nd = x_Nd if keep_N is None else x_Nd * keep_N.unsqueeze(-1)
-        error_Nd = forward.x_hat_Nd.to(x_Nd.dtype) - x_Nd
+    def _measure(self, y_Ne: Tensor, keep_N: Tensor | None, forward: Forward, total: Tensor) -> None:
+        window, zero = self.window, torch.zeros((), dtype=torch.float64, device=y_Ne.device)
+        kept_Ne = y_Ne if keep_N is None else y_Ne * keep_N.unsqueeze(-1)
+        error_Ne = forward.x_hat_Nd.to(y_Ne.dtype) - y_Ne
         if keep_N is not None:
-            error_Nd = error_Nd * keep_N.unsqueeze(-1)
+            error_Ne = error_Ne * keep_N.unsqueeze(-1)
         fired_h = (forward.f_Nh != 0).sum(0)
-        window["n"] += len(x_Nd) if keep_N is None else keep_N.sum()
-        window["mse"] += error_Nd.square().sum()
+        window["n"] += len(y_Ne) if keep_N is None else keep_N.sum()
+        window["mse"] += error_Ne.square().sum()
         window["fired"] += fired_h
-        window["x"] += kept_Nd.sum(0)
+        window["x"] += kept_Ne.sum(0)
         sparsity = forward.terms.get("sparsity", zero)
-        window["totals"] += torch.stack([t.double() for t in (total, sparsity, fired_h.sum(), kept_Nd.square().sum())])
+        window["totals"] += torch.stack([t.double() for t in (total, sparsity, fired_h.sum(), kept_Ne.square().sum())])
 
     # ---- the end of a window
     def sums(self) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from saeopt.saes.base import Ratio
-from saeopt.training.step.contract import Hyper, StackBatch
+from saeopt.training.step.contract import Example, Hyper
 from saeopt.training.step.stack import FusedStack
 from saeopt.training.step.storage import Store
 
@@ -95,7 +95,7 @@ class SparseStack(FusedStack):
         self.window["ratio"] = self._zeros(len(self.saes), self.d + 2)  # parts of `Ratio`
 
     def _accumulate_member(
-        self, member: int, batch: StackBatch, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
+        self, member: int, example: Example, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
     ) -> None:
         weights = {name: tensor[member] for name, tensor in self.packed.weights.items()}
         b_enc_h, b_dec_d = (self.packed.vector(self.packed.weights, n)[member] for n in ("b_enc", "b_dec"))

@@ -16,7 +16,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import uniform
 from saeopt.training.step import optimiser as adam
-from saeopt.training.step.contract import Hyper, Stack, StackBatch, StackOptions, check_names
+from saeopt.training.step.contract import Example, Hyper, Stack, StackOptions, check_names
 from saeopt.training.step.dense import ARCHITECTURES, Form, Found, Given, run
 from saeopt.training.step.storage import VECTORS, Packed, Store
 
@@ -99,17 +99,17 @@ class FusedStack(Stack):
 
     # ---- a micro-batch
     @torch.no_grad()
-    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
+    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
         self._refresh_changed()
-        x_Nd = batch.x_Nd.to(self.dtype) * self.packed.buffers["scale"][0]
-        keep_N = None if batch.keep_N is None else batch.keep_N.to(self.dtype)
+        x_Nd = example.x_Nd.to(self.dtype) * self.packed.buffers["scale"][0]
+        keep_N = None if example.keep_N is None else example.keep_N.to(self.dtype)
         self._measure_x(x_Nd, keep_N)
         if not self.grads:
             self._start_grads()
         for member, numbers in enumerate(hyper):
             if "beta" in self.packed.buffers:
                 self.packed.buffers["beta"][member] = numbers.beta
-            self._accumulate_member(member, batch, x_Nd, keep_N, numbers)
+            self._accumulate_member(member, example, x_Nd, keep_N, numbers)
 
     def _measure_x(self, x_Nd: Tensor, keep_N: Tensor | None) -> None:
         kept_Nd = x_Nd if keep_N is None else x_Nd * keep_N.unsqueeze(-1)
@@ -124,14 +124,14 @@ class FusedStack(Stack):
             self.grads[PULL] = torch.zeros_like(self.norm_Mh)
 
     def _accumulate_member(
-        self, member: int, batch: StackBatch, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
+        self, member: int, example: Example, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
     ) -> None:
         row = slice(member, member + 1)
         low = {name: tensor[row] for name, tensor in self.low.items()}
         vectors = {n: self.packed.vector(self.packed.weights, n)[row] for n in self.packed.slices}
         sparsity = torch.full((1,), numbers.sparsity_coeff, dtype=self.dtype)
         beta = torch.full((1,), numbers.beta, dtype=self.dtype)
-        u_Nh = self._noise(member, batch)
+        u_Nh = self._noise(member, example)
         step = max(64, _CHUNK_ELEMENTS // self.h)
         for at in range(0, len(x_Nd), step):
             rows = slice(at, at + step)
@@ -140,10 +140,11 @@ class FusedStack(Stack):
             given = Given(low, vectors, self.norm_Mh[row], x_Nd[rows], keep, u_MNh, None, sparsity, beta)
             self._add(member, run(self.sae_type, self.form, given))
 
-    def _noise(self, member: int, batch: StackBatch) -> Tensor | None:
+    def _noise(self, member: int, example: Example) -> Tensor | None:
         if not self.saes[member].needs_noise:
             return None
-        where = (batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+        place = example.place
+        where = (place.first_slot, place.n_slots, place.tokens_per_slot)
         return uniform(self.seeds[member], *where, self.h, self.device).to(self.dtype)
 
     def _add(self, member: int, found: Found) -> None:

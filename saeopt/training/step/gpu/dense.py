@@ -18,7 +18,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
 from saeopt.training.step.compiled import compiled
-from saeopt.training.step.contract import EXTRA, Hyper, StackBatch, StackOptions
+from saeopt.training.step.contract import EXTRA, Example, Hyper, StackOptions
 from saeopt.training.step.dense import ALONE, Found, Given, run
 from saeopt.training.step.gpu.graphs import Graphs
 from saeopt.training.step.kernels import rows as kernels_rows
@@ -94,33 +94,39 @@ class GpuStack(FusedStack):
 
     # ---- a micro-batch
     @torch.no_grad()
-    def step(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
-        key = self._before(batch, hyper)
+    def step(self, example: Example, hyper: Sequence[Hyper]) -> None:
+        key = self._before(example, hyper)
 
         def whole(x_Nd: Tensor, keep_N: Tensor | None) -> None:
-            self._finish(*self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot))
+            self._finish(*self._gradients(x_Nd, keep_N, example.place.n_slots, example.place.tokens_per_slot))
 
-        self.graphs(("step", *key), whole, batch.x_Nd, batch.keep_N)
+        self.graphs(("step", *key), whole, example.x_Nd, example.keep_N)
         self._end_window()
 
     @torch.no_grad()
-    def accumulate(self, batch: StackBatch, hyper: Sequence[Hyper]) -> None:
-        key, first = self._before(batch, hyper), self.micro_batches == 0
+    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
+        key, first = self._before(example, hyper), self.micro_batches == 0
 
         def add_up(x_Nd: Tensor, keep_N: Tensor | None) -> None:
-            self._add_up(self._gradients(x_Nd, keep_N, batch.n_slots, batch.tokens_per_slot), first)
+            self._add_up(self._gradients(x_Nd, keep_N, example.place.n_slots, example.place.tokens_per_slot), first)
 
         self.micro_batches += 1
-        self.graphs(("accumulate", first, *key), add_up, batch.x_Nd, batch.keep_N)
+        self.graphs(("accumulate", first, *key), add_up, example.x_Nd, example.keep_N)
 
-    def _before(self, batch: StackBatch, hyper: Sequence[Hyper]) -> tuple[Hashable, ...]:
+    def _before(self, example: Example, hyper: Sequence[Hyper]) -> tuple[Hashable, ...]:
         """What happens outside of graphs; gives what a graph of this micro-batch depends on."""
         self._refresh_changed()
-        self._upload(hyper, batch.first_slot if self.saes[0].needs_noise else 0)
+        self._upload(hyper, example.place.first_slot if self.saes[0].needs_noise else 0)
         if self.micro_batches == 0:
             self.places = self._places()
-        self.rows += len(batch.x_Nd)
-        return (tuple(batch.x_Nd.shape), batch.x_Nd.dtype, batch.keep_N is None, batch.n_slots, self.places)
+        self.rows += len(example.x_Nd)
+        return (
+            tuple(example.x_Nd.shape),
+            example.x_Nd.dtype,
+            example.keep_N is None,
+            example.place.n_slots,
+            self.places,
+        )
 
     def _places(self) -> int:
         """What shapes depend on besides the batch's."""
