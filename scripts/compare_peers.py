@@ -6,10 +6,10 @@
 
 Activations are harvested once and fed to all, without masked tokens. saeopt trains the configs that it ships, as packs;
 each peer trains by its own trainer and its authors' recipe. Everybody gets the same sparsities per unit of penalty, the
-same seeds and as many learning rates; the learning rate is chosen with the first seed on one half of the held-out
-documents (the other seeds train at that rate alone), and the table, the plot, `points.csv` and `result.json` report the
-other half. Weights that lie in --out already are not trained again. `--harvest` stops once OUT/activations.safetensors
-is there; `--harvested FILE` goes on from such a file where there is no model.
+same seeds and as many learning rates; the learning rate is chosen at each L0, with the first seed on one half of the
+held-out documents (the other seeds train at the chosen rates alone), and the table, the plot, `points.csv` and
+`result.json` report the other half. Weights that lie in --out already are not trained again. `--harvest` stops once
+OUT/activations.safetensors is there; `--harvested FILE` goes on from such a file where there is no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peers.comparison import OWN, Comparison, Job
-from peers.fronts import Point, at_chosen_lr, chosen_lr, write
+from peers.fronts import Point, at_chosen_lrs, write
 from peers.workers import train_peers
 
 from saeopt.config.io import parse_override
@@ -106,11 +106,11 @@ def main() -> None:
     searched = [job for cell in cells for job in jobs_of(options, *cell)]
     first, *others = (int(seed) for seed in options.seeds.split(","))
     found = _trained(comparison, [replace(job, seed=first) for job in searched], started)
-    shown = {(p.system, p.sae_type): p.lr for p in at_chosen_lr(found)}
-    again = [job for job in searched if shown.get((job.system, job.sae_type)) == job.lr]
+    shown = {(p.system, p.sae_type, p.lr) for p in at_chosen_lrs(found)}
+    again = [job for job in searched if (job.system, job.sae_type, job.lr) in shown]
     found += _trained(comparison, [replace(job, seed=seed) for seed in others for job in again], started)
     points = found + _ablations(comparison, [p for p in found if p.system == OWN], started)
-    comparison.add_cross_entropy(at_chosen_lr(points))
+    comparison.add_cross_entropy(at_chosen_lrs(points))
     log.info("cross-entropies: done after %.0f s", time.perf_counter() - started)
     sys.stdout.write(write(options.out, points))
 
@@ -137,9 +137,8 @@ def _ablations(comparison: Comparison, own: list[Point], started: float) -> list
         for kind in only.split("+") if only else comparison.architectures:
             if options.deadline is not None and time.perf_counter() - started > options.deadline:
                 return points
-            lr = chosen_lr([p for p in own if p.sae_type == kind])
-            jobs = [Job(f"{OWN}, {name}", p.sae_type, p.sparsity, p.lr, p.seed) for p in own
-                    if p.sae_type == kind and p.lr == lr]  # fmt: skip
+            shown = at_chosen_lrs([p for p in own if p.sae_type == kind])
+            jobs = [Job(f"{OWN}, {name}", p.sae_type, p.sparsity, p.lr, p.seed) for p in shown]
             comparison.train_own(jobs, dict(map(parse_override, changes.split(","))))
             points += comparison.measure(jobs)
     return points

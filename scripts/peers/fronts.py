@@ -1,7 +1,8 @@
 """Fronts from measured SAEs: the learning rate chosen on one half of the held-out text, L0 against error on the other.
 
-A point is one trained SAE with its metrics on both halves. A front is interpolated between the points of one seed,
-piecewise linear in the logarithms of L0 and of the error (FVU, or 1 − CE recovered), never beyond them.
+A point is one trained SAE with its metrics on both halves. A front is interpolated between the points of one seed and
+learning rate, piecewise linear in the logarithms of L0 and of the error (FVU, or 1 − CE recovered), never beyond them.
+The learning rate is chosen at each L0, as somebody who wants that L0 would choose it.
 
     python scripts/peers/fronts.py RESULT.json FOLDER     # table.md and fronts.png again, from a comparison's result
 """
@@ -19,8 +20,11 @@ import numpy as np
 
 LEVELS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 Half = Literal["chosen_on", "reported_on"]
-Error = Literal["fvu", "ce_lost"]
+Error = Literal["fvu", "ce_lost", "dead", "fraction_dead"]
 TITLES: dict[Error, str] = {"fvu": "FVU", "ce_lost": "CE recovered"}
+SHARES: tuple[Error, ...] = ("dead", "fraction_dead")
+"""Shares of latents that did not fire on the last training tokens, or on the half that is reported; may be 0."""
+ERRORS: tuple[Error, ...] = (*TITLES, *SHARES)
 METRICS = ("l0", "fvu", "ce_recovered", "dead", "fraction_dead", "cosine", "norm_ratio")
 COLOURS = ("#1b6ca8", "#d1495b", "#66a182", "#8d6a9f", "#edae49", "#444444")
 
@@ -40,7 +44,7 @@ class Point:
 
 def error_of(metrics: dict[str, float], error: Error) -> float:
     """What is to be small; NaN where it was not measured."""
-    return metrics["fvu"] if error == "fvu" else 1 - metrics.get("ce_recovered", np.nan)
+    return 1 - metrics.get("ce_recovered", np.nan) if error == "ce_lost" else metrics.get(error, np.nan)
 
 
 def interpolated(points: list[Point], half: Half, error: Error, levels: tuple[float, ...] = LEVELS) -> np.ndarray:
@@ -49,7 +53,7 @@ def interpolated(points: list[Point], half: Half, error: Error, levels: tuple[fl
     for point in points:
         measured = point.metrics[half]
         value, l0 = error_of(measured, error), measured["l0"]
-        if l0 > 0 and np.isfinite(value) and value > 0:
+        if l0 > 0 and np.isfinite(value) and (value > 0 or error in SHARES):
             by_l0[l0] = min(value, by_l0.get(l0, np.inf))
     if len(by_l0) < 2:
         return np.full(len(levels), np.nan)
@@ -57,7 +61,10 @@ def interpolated(points: list[Point], half: Half, error: Error, levels: tuple[fl
     errors = np.array([by_l0[l0] for l0 in l0s])
     # a few zeros among the k largest leave the L0 of k = 64 just below 64: the ends reach five percent further
     inside = np.clip(levels, l0s[0], l0s[-1])
-    found = np.exp(np.interp(np.log(inside), np.log(l0s), np.log(errors)))
+    if error in SHARES:
+        found = np.interp(np.log(inside), np.log(l0s), errors)
+    else:
+        found = np.exp(np.interp(np.log(inside), np.log(l0s), np.log(errors)))
     return np.where(np.abs(np.log(inside / np.array(levels))) <= 0.05, found, np.nan)
 
 
@@ -67,29 +74,25 @@ def by_seed(points: list[Point], half: Half, error: Error) -> np.ndarray:
     return np.array([interpolated([p for p in points if p.seed == s], half, error) for s in seeds])
 
 
-def chosen_lr(points: list[Point]) -> float:
-    """The learning rate whose front lies lowest on the half for choosing: mean ln FVU where all of them reach.
+def chosen_lrs(points: list[Point]) -> np.ndarray:
+    """For each L0 the learning rate whose front lies lowest there on the half for choosing; NaN where none reaches.
 
     Judged by the seeds that every learning rate has.
     """
     lrs = sorted({p.lr for p in points})
     seeds = set.intersection(*({p.seed for p in points if p.lr == lr} for lr in lrs))
     points = [p for p in points if p.seed in seeds]
-    fronts = [_mean(by_seed([p for p in points if p.lr == lr], "chosen_on", "fvu")) for lr in lrs]
-    reached = np.array([np.isfinite(front).sum() for front in fronts])
-    wide = [i for i in range(len(lrs)) if reached[i] >= 0.5 * reached.max()]
-    common = np.all([np.isfinite(fronts[i]) for i in wide], axis=0)
-    if not common.any():
-        return lrs[int(reached.argmax())]
-    return lrs[min(wide, key=lambda i: float(np.log(fronts[i][common]).mean()))]
+    fronts = np.array([_mean(by_seed([p for p in points if p.lr == lr], "chosen_on", "fvu")) for lr in lrs])
+    best = np.where(np.isfinite(fronts), fronts, np.inf).argmin(0)
+    return np.where(np.isfinite(fronts).any(0), np.array(lrs)[best], np.nan)
 
 
-def at_chosen_lr(points: list[Point]) -> list[Point]:
-    """The points that a table shows: each system's and architecture's at its chosen learning rate."""
+def at_chosen_lrs(points: list[Point]) -> list[Point]:
+    """The points that a table shows: each system's and architecture's at the learning rates chosen for some L0."""
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         groups.setdefault((point.system, point.sae_type), []).append(point)
-    return [p for group in groups.values() for lr in [chosen_lr(group)] for p in group if p.lr == lr]
+    return [p for group in groups.values() for lrs in [chosen_lrs(group)] for p in group if p.lr in lrs]
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
@@ -98,23 +101,32 @@ def _mean(rows: np.ndarray) -> np.ndarray:
 
 
 def summary(points: list[Point]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Architecture → system → learning rate, fronts with spread (standard deviation over seeds), dead shares."""
+    """Architecture → system → learning rates, fronts with spread (standard deviation over seeds), dead shares."""
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for sae_type in dict.fromkeys(p.sae_type for p in points):
         for system in dict.fromkeys(p.system for p in points if p.sae_type == sae_type):
             own = [p for p in points if p.sae_type == sae_type and p.system == system]
-            lr, lrs = chosen_lr(own), {p.lr for p in own}
-            at_lr = [p for p in own if p.lr == lr]
-            entry: dict[str, Any] = {"lr": lr, "lr_on_edge": len(lrs) > 1 and lr in (min(lrs), max(lrs))}
-            entry |= {"seeds": sorted({p.seed for p in at_lr}), "levels": list(LEVELS)}
-            for error in TITLES:
-                rows = by_seed(at_lr, "reported_on", error)
-                entry[error] = _mean(rows).tolist()
-                entry[error + "_spread"] = (rows.std(0, ddof=1) if len(rows) > 1 else np.full(len(LEVELS), 0)).tolist()
-            entry["dead"] = max(p.metrics["reported_on"]["dead"] for p in at_lr)
-            entry["dead_held_out"] = max(p.metrics["reported_on"]["fraction_dead"] for p in at_lr)
-            result.setdefault(sae_type, {})[system] = entry
+            result.setdefault(sae_type, {})[system] = _entry(own)
     return result
+
+
+def _entry(own: list[Point]) -> dict[str, Any]:
+    chosen, tried = chosen_lrs(own), sorted({p.lr for p in own})
+    used = [lr for lr in tried if lr in chosen]
+    at_lr = {lr: [p for p in own if p.lr == lr] for lr in used}
+    edges = {tried[0], tried[-1]} if len(tried) > 1 else set()
+    entry: dict[str, Any] = {"lr": [None if np.isnan(lr) else lr for lr in chosen.tolist()], "levels": list(LEVELS)}
+    entry |= {"lr_on_edge": [lr in edges for lr in chosen.tolist()], "seeds": sorted({p.seed for p in own})}
+    for error in ERRORS:
+        mean, spread = np.full(len(LEVELS), np.nan), np.zeros(len(LEVELS))
+        for lr, found in at_lr.items():
+            rows = by_seed(found, "reported_on", error)
+            mean = np.where(chosen == lr, _mean(rows), mean)
+            if len(rows) > 1:
+                spread = np.where(chosen == lr, rows.std(0, ddof=1), spread)
+        entry[error], entry[error + "_spread"] = mean.tolist(), spread.tolist()
+    entry["n_held_out"] = max(p.metrics["reported_on"].get("n_tokens", 0) for p in own)
+    return entry
 
 
 def verdict(entry: dict[str, Any], others: list[dict[str, Any]], error: Error) -> list[str]:
@@ -133,35 +145,54 @@ def verdict(entry: dict[str, Any], others: list[dict[str, Any]], error: Error) -
 
 
 def markdown(result: dict[str, dict[str, dict[str, Any]]], own: str) -> str:
-    """A table per architecture: FVU and CE recovered at each L0, mean ± spread."""
+    """A table per architecture: FVU, CE recovered and dead latents at each L0, mean ± spread."""
     lines = []
     for sae_type, systems in result.items():
         head = " | ".join(f"{level:g}" for level in LEVELS)
-        lines += [f"\n**{sae_type}**\n", f"| | lr | {head} | dead, held out |", "| --- " * (len(LEVELS) + 3) + "|"]
+        lines += [f"\n**{sae_type}**\n", f"| | {head} |", "| --- " * (len(LEVELS) + 1) + "|"]
         for error, title in TITLES.items():
             for system, entry in systems.items():
-                cells = [_cell(entry[error][i], entry[error + "_spread"][i], error) for i in range(len(LEVELS))]
-                dead = f"{entry['dead']:.1%}, {entry['dead_held_out']:.1%}" if error == "fvu" else ""
-                if not np.isfinite(entry[error]).any():
-                    continue
-                edge = "²" if entry["lr_on_edge"] else ""
-                lines.append(f"| {title}, {system} | {entry['lr']:g}{edge} | {' | '.join(cells)} | {dead} |")
+                if np.isfinite(entry[error]).any():
+                    lines.append(_row(f"{title}, {system}", [_cell(entry, i, error) for i in range(len(LEVELS))]))
             others = [entry for system, entry in systems.items() if system != own]
             if own in systems and others and np.isfinite(systems[own][error]).any():
-                lines.append(f"| {title}, {own}¹ | | {' | '.join(verdict(systems[own], others, error))} | |")
+                lines.append(_row(f"{title}, {own}¹", verdict(systems[own], others, error)))
+        for system, entry in systems.items():
+            lines.append(_row(f"lr, {system}", [_lr(entry, i) for i in range(len(LEVELS))]))
+        for system, entry in systems.items():
+            lines.append(_row(f"dead, {system}³", [_dead(entry, i) for i in range(len(LEVELS))]))
+    n = max((entry["n_held_out"] for systems in result.values() for entry in systems.values()), default=0)
+    notes = [
+        "² at an edge of the learning rates that were tried.",
+        f"³ did not fire on the last 200,000 training tokens / on the {n:.0f} tokens that are reported on.",
+    ]
     if own:
-        lines.append(
-            "\n¹ against the best of the others: ++ better by more than twice the spread, + better, = within it,"
-            " − worse."
-            "\n² at an edge of the learning rates that were tried."
+        gain = (
+            "¹ against the best of the others: ++ better by more than twice the spread, + better, = within it, − worse."
         )
-    return "\n".join(lines) + "\n"
+        notes.insert(0, gain)
+    return "\n".join([*lines, "", *notes]) + "\n"
 
 
-def _cell(value: float, spread: float, error: str) -> str:
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _cell(entry: dict[str, Any], i: int, error: Error) -> str:
+    value, spread = entry[error][i], entry[error + "_spread"][i]
     if not np.isfinite(value):
         return ""
-    return f"{value:.4f} ± {spread:.4f}" if error == "fvu" else f"{1 - value:.4f} ± {spread:.4f}"
+    return f"{value if error == 'fvu' else 1 - value:.4f} ± {spread:.4f}"
+
+
+def _lr(entry: dict[str, Any], i: int) -> str:
+    lr = entry["lr"][i]
+    return "" if lr is None else f"{lr:g}" + ("²" if entry["lr_on_edge"][i] else "")
+
+
+def _dead(entry: dict[str, Any], i: int) -> str:
+    dead, held_out = entry["dead"][i], entry["fraction_dead"][i]
+    return f"{dead:.1%} / {held_out:.1%}" if np.isfinite(dead) else ""
 
 
 def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path: Path) -> None:
@@ -178,10 +209,10 @@ def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path
             for colour, (system, entry) in zip(COLOURS, systems.items(), strict=False):
                 ax.errorbar(
                     LEVELS, entry[error], yerr=entry[error + "_spread"], color=colour, capsize=2, lw=1.2,
-                    label=f"{system} (lr {entry['lr']:g})",
+                    label=system,
                 )  # fmt: skip
                 own = [p.metrics["reported_on"] for p in points
-                       if (p.system, p.sae_type, p.lr) == (system, sae_type, entry["lr"])]  # fmt: skip
+                       if (p.system, p.sae_type) == (system, sae_type) and p.lr in entry["lr"]]  # fmt: skip
                 ax.plot([m["l0"] for m in own], [error_of(m, error) for m in own], ".", color=colour, ms=3, alpha=0.5)
             ax.set(
                 xscale="log",
@@ -201,9 +232,9 @@ def write(out: Path, points: list[Point], own: str = "saeopt") -> str:
     """`table.md`, `fronts.png`, `points.csv`, `result.json`; gives the table. Systems `own, …` are its ablations."""
     compared = [p for p in points if not p.system.startswith(own + ",")]
     result = summary(compared)
-    lrs = {kind: systems[own]["lr"] for kind, systems in result.items() if own in systems}
+    lrs = {kind: systems[own]["lr"] for kind, systems in result.items() if own in systems}  # those chosen somewhere
     changed = [p for p in points if p not in compared]
-    shipped = [p for p in compared if p.system == own and p.lr == lrs[p.sae_type]]
+    shipped = [p for p in compared if p.system == own and p.lr in lrs[p.sae_type]]
     ablations = summary(shipped + changed) if changed else {}
     text = markdown(result, own) + ("\n## Ablations\n" + markdown(ablations, own="") if ablations else "")
     (out / "table.md").write_text(text, encoding="utf-8")

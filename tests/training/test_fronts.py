@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from peers.fronts import LEVELS, Point, chosen_lr, interpolated, summary, verdict, write
+from peers.fronts import LEVELS, Point, chosen_lrs, interpolated, summary, verdict, write
 
 
 def point(
@@ -38,7 +38,18 @@ def test_a_front_is_linear_in_logarithms_and_ends_with_its_points() -> None:
 
 def test_the_learning_rate_is_chosen_on_the_other_half() -> None:
     good_there = [point(l0, 2 / l0, lr=1e-2, other=0.5 / l0) for l0 in (4.0, 64.0)]
-    assert chosen_lr([*line(1.0), *good_there]) == 1e-2
+    assert set(chosen_lrs([*line(1.0), *good_there])) == {1e-2}
+
+
+def test_each_l0_has_the_learning_rate_that_is_best_there() -> None:
+    steep = [point(l0, 4 / l0**1.5, lr=1e-2) for l0 in (4.0, 20.0, 64.0)]  # worse below 16, better above
+    expected = [1e-3 if level < 16 else 1e-2 for level in LEVELS]
+    assert [lr for lr, level in zip(chosen_lrs([*line(1.0), *steep]), LEVELS, strict=True) if level != 16] == [
+        lr for lr, level in zip(expected, LEVELS, strict=True) if level != 16
+    ]
+    entry = summary([*line(1.0), *steep])["relu"]["saeopt"]
+    np.testing.assert_allclose(entry["fvu"], [min(1 / level, 4 / level**1.5) for level in LEVELS])
+    assert entry["dead"] == pytest.approx([0.2] * len(LEVELS))
 
 
 def test_the_verdict_counts_the_spread_of_both() -> None:
