@@ -90,7 +90,7 @@ def train(url: str, spec: StudySpec) -> list[tuple[Point, dict[str, Any]]]:
 def covered(points: Sequence[Point], *, logarithmic: bool) -> float:
     """Hypervolume of the SAEs that have not collapsed, as a share of the box L0 1…128, FVU 0…0.9."""
     scale = math.log if logarithmic else float
-    pairs = [(scale(p["l0"]) - scale(1.0), p["fvu"]) for p in candidates(points)]
+    pairs = [(scale(p["l0"]) - scale(1.0), p["fvu"]) for p in candidates(points) if p["l0"] >= 1.0]
     reference = (scale(REFERENCE_L0) - scale(1.0), REFERENCE_FVU)
     return hypervolume(pairs, reference) / (reference[0] * reference[1])
 
@@ -103,7 +103,7 @@ def report(rows: Sequence[tuple[str, int, Sequence[Point]]]) -> None:
         table.add_column(name, justify="right")
     for name, n, points in rows:
         usable = candidates(points)
-        inside = [p for p in usable if p["l0"] < REFERENCE_L0]
+        inside = [p for p in usable if 1.0 <= p["l0"] < REFERENCE_L0]
         shares = [f"{len(usable) / n:.0%}", f"{len(inside) / n:.0%}"] if n else ["–", "–"]
         volumes = [f"{covered(points, logarithmic=flag):.4f}" for flag in (False, True)]
         table.add_row(name, str(n), *shares, *volumes)

@@ -13,16 +13,10 @@ from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, 
 from saeopt.config.places import expanded, first_made
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
-
-METRICS = [
-    "l0", "l1", "mse", "fvu", "explained_variance", "cosine", "norm_ratio", "fraction_dead", "fraction_alive",
-    "ce_clean", "ce_sae", "ce_zero", "ce_degradation", "ce_recovered", "kl",
-]  # fmt: skip
-"""Scalars of an evaluation that can be objectives."""
+from saeopt.metrics import more_is_better, objective_metrics
 
 CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
 """`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
-_UP = {"explained_variance", "cosine", "fraction_alive", "ce_recovered"}
 Count = Annotated[Int, Field(ge=0, le=10**9)]
 Positive = Annotated[Int, Field(gt=0, le=10**9)]
 Factor = Annotated[Float, Field(ge=0, le=1e9)]
@@ -96,9 +90,9 @@ class Objective(StrictModel):
     """One value to minimise or maximise, from the evaluation at the end of a trial."""
 
     metric: str
-    """A name of `METRICS`."""
+    """A metric of the evaluation (`saeopt.metrics`)."""
     direction: Literal["minimize", "maximize"] | None = None
-    """null: maximise explained_variance, cosine, fraction_alive and ce_recovered, minimise the rest."""
+    """null: the metric's own (explained_variance, cosine, fraction_alive and ce_recovered are maximised)."""
     hook_points: str | Annotated[list[str], Field(min_length=1)] = "mean"
     """`mean` over all hook points, `all` (an objective for each), one name, or a list (its mean)."""
     target_l0: Annotated[Float, Field(gt=0, le=1e9)] | None = None
@@ -111,8 +105,9 @@ class Objective(StrictModel):
     @field_validator("metric")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in METRICS:
-            raise ValueError(f"unknown metric{nearest(value, METRICS)} (known: {', '.join(METRICS)})")
+        known = objective_metrics()
+        if value not in known:
+            raise ValueError(f"unknown metric{nearest(value, known)} (known: {', '.join(known)})")
         return value
 
     @model_validator(mode="before")
@@ -123,11 +118,12 @@ class Objective(StrictModel):
     @property
     def maximised(self) -> bool:
         """Whether more is better."""
-        return self.metric in _UP if self.direction is None else self.direction == "maximize"
+        return more_is_better(self.metric) if self.direction is None else self.direction == "maximize"
 
 
 class Collapse(StrictModel):
-    """When an SAE counts as collapsed. A trial has collapsed when all its hook points have."""
+    """When an SAE counts as collapsed, for workers, sampler, status, best and every front. A trial has collapsed when
+    all its SAEs have."""
 
     min_l0: Factor = 0.5
     """Collapsed below this L0."""
@@ -154,7 +150,7 @@ class EarlyStopping(StrictModel):
     margin: Factor = 0.1
     """pareto: relative distance by which a trial must be worse in every objective."""
     collapse: Collapse | None = Field(default_factory=Collapse)
-    """null: collapsed trials train to the end."""
+    """null: collapsed trials train to the end (what counts as collapsed then is the default)."""
 
     @model_validator(mode="before")
     @classmethod

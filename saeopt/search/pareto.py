@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-UPWARDS = frozenset({"ce_recovered", "explained_variance", "cosine", "fraction_alive"})
-"""Metrics of which more is better; of all others less is."""
+from saeopt.metrics import more_is_better, value_of
 
 L0_RANGES: tuple[tuple[float, float], ...] = ((0.5, 8), (8, 16), (16, 32), (32, 64), (64, 128), (128, 256))
 """Ranges of L0, lower end included; below 0.5 an SAE has collapsed."""
@@ -22,22 +21,25 @@ class Point:
     hook_point: str = ""
     group: str = ""
     """Points of one group share a colour (an architecture, a study)."""
+    collapsed: bool = False
+    """By its study's rule: no candidate for any front."""
 
     def __getitem__(self, metric: str) -> float:
-        value = self.metrics.get(metric)
-        return math.nan if value is None else float(value)
+        value = value_of(self.metrics, metric)
+        return math.nan if value is None else value
 
 
 def _cost(point: Point, metric: str) -> float:
-    return -point[metric] if metric in UPWARDS else point[metric]
+    return -point[metric] if more_is_better(metric) else point[metric]
 
 
 def pareto_front(points: Iterable[Point], x: str = "l0", y: str = "fvu") -> list[Point]:
     """The points that no other point beats in both metrics, by ascending cost in x.
 
-    Points with a missing, NaN or infinite value are left out; of points equal in both, the first stays.
+    Collapsed points and those with a missing, NaN or infinite value are left out; of points equal in both, the first
+    stays.
     """
-    usable = [p for p in points if math.isfinite(p[x]) and math.isfinite(p[y])]
+    usable = [p for p in points if not p.collapsed and math.isfinite(p[x]) and math.isfinite(p[y])]
     front: list[Point] = []
     for point in sorted(usable, key=lambda p: (_cost(p, x), _cost(p, y))):
         if not front or _cost(point, y) < _cost(front[-1], y):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from saeopt.errors import UserError
+from saeopt.metrics import Shown, in_order, shown_in
 
 Evaluation = Mapping[str, Mapping[str, Any]]
 """Hook point → metric → value."""
@@ -23,14 +24,8 @@ CURVE_NAME = "intermediate_values"
 EVALUATION = "eval/"
 """Trial: `eval/<hook point>` → {metric: value}."""
 LIMIT = 1_024
-"""optuna-dashboard cuts JSON values at so many characters."""
+"""optuna-dashboard cuts JSON values at this number of characters."""
 DIGITS = 5
-COLUMNS = (("l0", "L0", ".1f"), ("fvu", "FVU", ".4f"), ("ce_recovered", "CE recovered", ".3f"), ("kl", "KL", ".3f"),
-           ("fraction_dead", "dead", ".1%"))  # fmt: skip
-"""What people see of an evaluation: metric, title, format."""
-
-_ORDER = ("l0", "explained_variance", "fvu", "ce_recovered", "kl", "fraction_dead", "mse", "cosine", "n_tokens")
-_PER_HOOK = ("l0", "fvu", "ce_recovered", "fraction_dead")
 
 
 def number(value: object) -> float | int | None:
@@ -55,18 +50,18 @@ def evaluation_attributes(evaluation: Evaluation) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for hook, metrics in evaluation.items():
-        names = [n for n in _ORDER if n in metrics] + sorted(n for n in metrics if n not in _ORDER)
         compact: dict[str, Any] = {}
-        for name in names:
+        for name in in_order(metrics):
             value = metrics[name]
             short = [number(v) for v in value] if isinstance(value, list | tuple) else number(value)
             if short is not None and len(json.dumps({**compact, name: short})) <= LIMIT:
                 compact[name] = short
         result[f"{EVALUATION}{hook}"[:512]] = compact
-    for name in _ORDER[:-1]:
-        if (mean := number(mean_metric(evaluation, name))) is not None:
-            result[name] = mean
-    for name, hook in ((n, h) for n in _PER_HOOK for h in evaluation if len(evaluation) > 1):
+    for metric in shown_in(Shown.COLUMN):
+        if (mean := number(mean_metric(evaluation, metric.name))) is not None:
+            result[metric.name] = mean
+    headlines = shown_in(Shown.HEADLINE) if len(evaluation) > 1 else []
+    for name, hook in ((metric.name, hook) for metric in headlines for hook in evaluation):
         if (value := number(evaluation[hook].get(name))) is not None:
             result[f"{name}@{hook}"[:512]] = value
     return result

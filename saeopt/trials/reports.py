@@ -15,14 +15,9 @@ from saeopt.config.settings import redact
 from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.files import is_evaluation, read_metrics
-from saeopt.search.objectives import (
-    Evaluation,
-    collapse_reason,
-    expanded,
-    metric_of,
-    objective_names,
-    objective_values,
-)
+from saeopt.metrics import value_of
+from saeopt.search.collapse import why_all_collapsed
+from saeopt.search.objectives import Evaluation, expanded, objective_names, objective_values
 from saeopt.trials import claims, pruning
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME
@@ -112,7 +107,7 @@ class Reports(threading.Thread):
         rule = self.spec.early_stopping.collapse
         if rule is None:
             return None
-        found = collapse_reason(rule, metrics) if samples >= self._warmup(progress) else None
+        found = why_all_collapsed(rule, metrics) if samples >= self._warmup(progress) else None
         if progress.patience.report(samples, found is not None) >= rule.patience:
             return f"{found} (after {samples} samples)"
         return None
@@ -152,7 +147,7 @@ class Reports(threading.Thread):
 
     def _stand_in(self, metrics: Evaluation) -> float | None:
         """A curve for objectives that training does not measure: explained variance or FVU, by direction."""
-        found = [metric_of(row, self._stand_in_name) for row in metrics.values()]
+        found = [value_of(row, self._stand_in_name) for row in metrics.values()]
         if not found or any(v is None or not math.isfinite(v) for v in found):
             return None
         return math.fsum(v for v in found if v is not None) / len(found)

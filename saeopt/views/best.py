@@ -16,10 +16,11 @@ from rich.text import Text
 from saeopt.console import log, unbroken
 from saeopt.errors import UserError
 from saeopt.files import atomic_write
+from saeopt.metrics import Shown, shown_in
 from saeopt.runs.weights import list_checkpoints
 from saeopt.search.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.trials import queries
-from saeopt.trials.attributes import COLUMNS, RUN_DIR, not_found
+from saeopt.trials.attributes import RUN_DIR, not_found
 from saeopt.trials.storage import Store
 from saeopt.views.points import candidates, fronts, points_of, was_evaluated
 
@@ -61,7 +62,7 @@ def load_points(store: Store, name: str) -> tuple[list[Point], dict[str, Trained
     found: list[Point] = []
     trials = {}
     for row in rows:
-        found += points_of(row.number, row.attributes, str(row.params.get("saes.sae_type", spec.base_sae_type)))
+        found += points_of(spec, row)
         here = spec.run_dir(row.number)  # as seen from here, else as its worker saw it
         trials[f"#{row.number}"] = Trained(
             row.params, here if here.is_dir() else Path(row.attributes.get(RUN_DIR, here))
@@ -169,15 +170,15 @@ def _table(title: str, first: Iterable[str], rows: Iterable[Sequence[str]]) -> R
     table = Table()
     for name in first:
         table.add_column(name)
-    for _, name, _form in COLUMNS:
-        table.add_column(name, justify="right")
+    for metric in shown_in(Shown.TABLE):
+        table.add_column(metric.title, justify="right")
     for row in rows:
         table.add_row(*row)
     return Group(unbroken(title), table)
 
 
 def _cells(point: Point) -> list[str]:
-    return [format(point[key], form) if math.isfinite(point[key]) else "–" for key, _, form in COLUMNS]
+    return [metric.text(point[metric.name]) for metric in shown_in(Shown.TABLE)]
 
 
 def _span(span: tuple[float, float]) -> str:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from saeopt.files import parse_json
+from saeopt.metrics import in_order
 from saeopt.trials import queries
 from saeopt.trials.attributes import REASON, RUN_DIR, TRACEBACK, not_found
 from saeopt.trials.queries import TrialRow
 from saeopt.trials.storage import Store
-
-_FIRST = ("loss", "l0", "fvu", "explained_variance", "ce_recovered", "fraction_dead", "lr", "grad_norm", "tokens_per_s")
 
 
 def find_trial(store: Store, name: str, number: str) -> tuple[TrialRow, Path]:
@@ -38,7 +37,7 @@ def head(row: TrialRow, run_dir: Path) -> list[str]:
 
 def metric_line(row: dict[str, Any]) -> str:
     """One line of `metrics.jsonl` for people."""
-    names = [n for n in _FIRST if n in row] + [n for n in row if n not in (*_FIRST, "samples", "hook_point")]
+    names = in_order(n for n in row if n not in ("samples", "hook_point"))
     values = [f"{n}={row[n]:.5g}" for n in names if isinstance(row[n], int | float)]
     return f"{row['samples']:>10,}  {row.get('hook_point', '')}  {'  '.join(values)}"
 

@@ -10,9 +10,10 @@ from optuna_dashboard._note import note_str_key_prefix, note_ver_key
 
 from saeopt.config.settings import redact
 from saeopt.config.study import Dimension, StudySpec
-from saeopt.search.objectives import final_rule
+from saeopt.metrics import Shown, shown_in
+from saeopt.search.collapse import rule_of
 from saeopt.trials import internals as db
-from saeopt.trials.attributes import COLUMNS, Evaluation, number
+from saeopt.trials.attributes import Evaluation, number
 from saeopt.trials.storage import Store
 
 LIMIT = 2_000
@@ -44,7 +45,7 @@ def dimension_text(dimension: Dimension) -> str:
 
 def study_text(spec: StudySpec) -> str:
     """What the study is about and where its files are."""
-    base, rule = spec.base, final_rule(spec)
+    base, rule = spec.base, rule_of(spec)
     data, saes = base.get("data") or {}, base.get("saes") or {}
     model = base.get("tlens_model_name") or base.get("tlens_model_path")
     objectives = ", ".join(("maximise " if o.maximised else "minimise ") + o.metric for o in spec.objectives)
@@ -69,12 +70,11 @@ def study_text(spec: StudySpec) -> str:
 
 def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str, evaluation: Evaluation | None = None) -> str:
     """What the trial trains, what it came to, and where its files are."""
-    lines = [f"**{outcome}**", ""]
+    lines, shown = [f"**{outcome}**", ""], shown_in(Shown.TABLE)
     if evaluation:
-        lines += [f"| hook point | {' | '.join(title for _, title, _ in COLUMNS)} |", "|---|" + "--:|" * len(COLUMNS)]
+        lines += [f"| hook point | {' | '.join(m.title for m in shown)} |", "|---|" + "--:|" * len(shown)]
     for hook, metrics in (evaluation or {}).items():
-        numbers = [(number(metrics.get(key)), form) for key, _, form in COLUMNS]
-        lines.append(f"| {hook} | " + " | ".join("–" if v is None else format(v, form) for v, form in numbers) + " |")
+        lines.append(f"| {hook} | " + " | ".join(m.text(number(metrics.get(m.name))) for m in shown) + " |")
     lines += ["", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
     lines += [f"- {name}: {json.dumps(value)}" for name, value in trial.params.items()]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, read_metrics, read_sections
+from saeopt.metrics import METRICS, axis_title
 from saeopt.search.pareto import Point, pareto_front
 
 if TYPE_CHECKING:
@@ -28,21 +29,6 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )  # told apart by the colour-blind
-
-_PANELS = {
-    "loss": "loss",
-    "l0": "L0 (non-zeros per token)",
-    "fvu": "FVU (share of variance unexplained)",
-    "fraction_dead": "share of dead latents",
-    "ce_recovered": "cross-entropy recovered (held out)",
-    "grad_norm": "gradient norm before clipping",
-}
-_LOGARITHMIC = {"loss", "l0", "fvu", "grad_norm"}
-_NAMES = {
-    "l0": "L0 (non-zeros per token)",
-    "fvu": "FVU (share of variance unexplained)",
-    "ce_recovered": "cross-entropy recovered",
-}
 
 
 def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.0) -> tuple[Figure, list[Axes]]:
@@ -96,18 +82,19 @@ def _log_scale(axis: Axes) -> None:
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """A panel per metric, a line per hook point; held-out values (`eval_…`) are marked points on a dashed line."""
     present = {key for row in rows for key, value in row.items() if _drawable(value)}
-    panels = [m for m in _PANELS if m in present or f"eval_{m}" in present] or ["loss"]
+    panels = [m for m in METRICS.values() if m.panel and {m.name, f"eval_{m.name}"} & present] or [METRICS["loss"]]
     hooks = list(dict.fromkeys(str(row["hook_point"]) for row in rows))
     columns = min(3, len(panels))
     figure, axes = _figure(columns, -(-len(panels) // columns))
     for axis, metric in zip(axes, panels, strict=False):
         for i, hook in enumerate(hooks):
             colour = COLOURS[i % len(COLOURS)]
-            axis.plot(*_series(rows, hook, metric), color=colour, label=hook, linewidth=1.3)
-            axis.plot(*_series(rows, hook, f"eval_{metric}"), color=colour, marker="o", markersize=4, linestyle="--")
-        axis.set_title(_PANELS[metric], fontsize=10)
+            held_out = _series(rows, hook, f"eval_{metric.name}")
+            axis.plot(*_series(rows, hook, metric.name), color=colour, label=hook, linewidth=1.3)
+            axis.plot(*held_out, color=colour, marker="o", markersize=4, linestyle="--")
+        axis.set_title(metric.axis + ("" if metric.training else " (held out)"), fontsize=10)
         axis.set_xlabel("samples")
-        if metric in _LOGARITHMIC:
+        if metric.logarithmic:
             _log_scale(axis)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -128,7 +115,7 @@ def feature_density(evaluation: Mapping[str, Mapping[str, Any]], path: str | Pat
         density = row["log10_density"]
         axis.stairs(density["counts"], density["edges"], fill=True, color=COLOURS[0])
         dead = row.get("fraction_dead")
-        note = f"; never fired: {dead:.1%}" if _drawable(dead) else ""
+        note = f"; never fired: {METRICS['fraction_dead'].text(dead)}" if _drawable(dead) else ""
         axis.set_title(f"{hook} ({row.get('n_tokens', '?')} tokens{note})", fontsize=9)
         axis.set_ylabel("latents")
     axes[-1].set_xlabel("log10 of the share of tokens on which a latent fires")
@@ -160,8 +147,8 @@ def pareto_plot(
         if here and min(p[x] for p in here) > 0:
             axis.set_xscale("log")
             _plain_ticks(axis.xaxis)
-        axis.set_xlabel(_NAMES.get(x, x))
-        axis.set_ylabel(_NAMES.get(metric, metric))
+        axis.set_xlabel(axis_title(x))
+        axis.set_ylabel(axis_title(metric))
         axis.set_title(hook, fontsize=10)
     if any(groups):
         axes[0].legend(fontsize=7)

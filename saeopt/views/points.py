@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Engine
 
 from saeopt.config.study import StudySpec
-from saeopt.search.objectives import COLLAPSED_FVU, COLLAPSED_L0
+from saeopt.search.collapse import COLLAPSED, rule_of, why_collapsed
 from saeopt.search.pareto import Point, pareto_front
 from saeopt.trials import queries
 from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.queries import TrialRow
 
 
-def collapsed(metrics: Mapping[str, Any]) -> bool:
-    """Whether the SAE reconstructs nothing (also when a value is missing or NaN)."""
-    l0, fvu = metrics.get("l0", math.nan), metrics.get("fvu", math.nan)
-    return not (l0 >= COLLAPSED_L0 and fvu < COLLAPSED_FVU)
-
-
 def was_evaluated(row: TrialRow) -> bool:
     """Whether a trial was trained to its end: complete, or pruned because it had collapsed."""
     return row.state == "COMPLETE" or (
-        row.state == "PRUNED" and str(row.attributes.get(REASON, "")).startswith("collapsed")
+        row.state == "PRUNED" and str(row.attributes.get(REASON, "")).startswith(COLLAPSED)
     )
 
 
-def points_of(number: int, attributes: Mapping[str, Any], group: str = "") -> list[Point]:
-    """A point per hook point of a trial, from its user attributes; collapsed SAEs too."""
-    return [Point(f"#{number}", row, hook, group) for hook, row in evaluation_of(attributes).items()]
+def points_of(spec: StudySpec, row: TrialRow) -> list[Point]:
+    """A point per hook point of a trial, collapsed SAEs too; the architecture is its group, where it is known."""
+    rule, group = rule_of(spec), str(row.params.get("saes.sae_type", spec.base_sae_type))
+    return [
+        Point(f"#{row.number}", metrics, hook, group, why_collapsed(rule, metrics) is not None)
+        for hook, metrics in evaluation_of(row.attributes).items()
+    ]
 
 
 def candidates(points: Iterable[Point]) -> list[Point]:
     """The points that are no collapsed SAEs."""
-    return [point for point in points if not collapsed(point.metrics)]
+    return [point for point in points if not point.collapsed]
 
 
 def fronts(points: Iterable[Point], x: str = "l0", y: str = "fvu") -> dict[str, list[Point]]:
@@ -62,7 +58,4 @@ def study_points(engine: Engine, study_id: int, spec: StudySpec) -> list[Point]:
     rows = list(filter(was_evaluated, queries.trial_rows(engine, study_id)))
     if "saes.sae_type" in spec.space:
         queries.add_params(engine, rows, study_id)
-    found: list[Point] = []
-    for row in rows:
-        found += points_of(row.number, row.attributes, str(row.params.get("saes.sae_type", spec.base_sae_type)))
-    return found
+    return [point for row in rows for point in points_of(spec, row)]

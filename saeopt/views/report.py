@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +13,11 @@ from rich.table import Table
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.files import read_metrics, read_sections
+from saeopt.metrics import METRICS, Shown, shown_in
 from saeopt.runs.weights import list_checkpoints
 from saeopt.views.plots import CURVES, DENSITY
 
 Row = Mapping[str, Any]
-
-
-def show(value: object, form: str = ".3f") -> str:
-    """A number for a table; a dash where there is none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return format(value, form) if number else "–"
 
 
 def read_evaluation(run_dir: str | Path) -> dict[str, dict[str, Any]]:
@@ -50,17 +44,11 @@ def run_table(evaluation: Mapping[str, Row], speed: float | None = None, title: 
     """L0, FVU, CE recovered, dead share and training speed per hook point."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("hook point", overflow="fold")
-    for name in ("L0", "FVU", "CE recovered", "dead", "tokens/s"):
-        table.add_column(name, justify="right")
+    shown, of_run = shown_in(Shown.HEADLINE), METRICS["tokens_per_s"]
+    for metric in [*shown, of_run]:
+        table.add_column(metric.title, justify="right")
     for hook, row in evaluation.items():
-        table.add_row(
-            hook,
-            show(row.get("l0"), ".1f"),
-            show(row.get("fvu"), ".4f"),
-            show(row.get("ce_recovered")),
-            show(row.get("fraction_dead"), ".1%"),
-            show(speed, ",.0f"),
-        )
+        table.add_row(hook, *(metric.text(row.get(metric.name)) for metric in shown), of_run.text(speed))
     return table
 
 

@@ -14,7 +14,9 @@ from rich.text import Text
 
 from saeopt.config.study import StudySpec
 from saeopt.console import titled, unbroken
-from saeopt.search.objectives import collapse_reason, expanded, final_rule, objective_values
+from saeopt.metrics import METRICS
+from saeopt.search.collapse import rule_of, why_all_collapsed
+from saeopt.search.objectives import expanded, objective_values
 from saeopt.trials import claims, presence, queries
 from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.presence import Presence
@@ -22,7 +24,7 @@ from saeopt.trials.queries import TrialRow
 from saeopt.trials.rounds import n_proposed, round_size
 from saeopt.trials.storage import Store
 from saeopt.views.eta import seconds_left
-from saeopt.views.points import collapsed, fronts, points_of, was_evaluated
+from saeopt.views.points import fronts, points_of, was_evaluated
 
 STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
 _NAMES = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -157,7 +159,7 @@ def _pace(status: Status) -> RenderableType:
 
 def _best(status: Status) -> RenderableType | None:
     done = list(filter(was_evaluated, status.rows))
-    points = [p for row in done for p in points_of(row.number, row.attributes)]
+    points = [p for row in done for p in points_of(status.spec, row)]
     if not points:
         return None
     table = _table()
@@ -171,7 +173,7 @@ def _best(status: Status) -> RenderableType | None:
         front = best.get(hook, [])
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
         items = [Text(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}", no_wrap=True) for p in shown]
-        table.add_row(hook, str(len(here)), str(sum(collapsed(p.metrics) for p in here)), Columns(items or ["–"]))
+        table.add_row(hook, str(len(here)), str(sum(p.collapsed for p in here)), Columns(items or ["–"]))
     parts: list[RenderableType] = [titled("\nbest so far: front as trial, L0 → FVU", table)]
     if found := best_value(status.spec, done):
         parts.append(unbroken(f"best {found[0]}: {found[1]:.4g} (trial {found[2]})"))
@@ -185,7 +187,7 @@ def best_value(spec: StudySpec, done: list[TrialRow]) -> tuple[str, float, int] 
         (values[0], row.number)
         for row in done
         if (evaluation := evaluation_of(row.attributes))
-        and collapse_reason(final_rule(spec), evaluation) is None
+        and why_all_collapsed(rule_of(spec), evaluation) is None
         and (values := objective_values(spec, evaluation)) is not None
     ]
     return None if others or not found else (name, *(max if objective.maximised else min)(found))
@@ -236,9 +238,7 @@ def _running(status: Status) -> RenderableType | None:
         step = "–" if now["samples"] is None else f"{now['samples']:,}"
         if now["samples"] is not None and isinstance(total := _total(status), int):
             step += f" of {total:,}"
-        numbers = [
-            format(now[key], form) if now[key] is not None else "–" for key, form in (("l0", ".1f"), ("fvu", ".4f"))
-        ]
+        numbers = [METRICS[key].text(now[key]) for key in ("l0", "fvu")]
         table.add_row(str(row.number), since, step, *numbers)
     more = [unbroken(f"and {len(rows) - _ROWS} more")] if len(rows) > _ROWS else []
     return Group(titled("\nrunning trials (means over hook points)", table), *more)
@@ -267,7 +267,7 @@ def _reasons(status: Status) -> RenderableType | None:
 def as_json(status: Status) -> dict[str, Any]:
     """The same for programs: numbers as they are, null where there is none."""
     done = list(filter(was_evaluated, status.rows))
-    points = [p for row in done for p in points_of(row.number, row.attributes)]
+    points = [p for row in done for p in points_of(status.spec, row)]
     best, top = fronts(points), best_value(status.spec, done)
     return {
         "study": status.spec.name,

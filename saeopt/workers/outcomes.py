@@ -9,7 +9,8 @@ from typing import Any, Literal
 from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.errors import WorkerFault
-from saeopt.search.objectives import collapse_reason, final_rule, objective_names, objective_values, violations
+from saeopt.search.collapse import COLLAPSED, rule_of, violations, why_all_collapsed
+from saeopt.search.objectives import objective_names, objective_values
 from saeopt.training.plan import TrialResult
 from saeopt.trials import claims
 from saeopt.trials.attributes import REASON, evaluation_attributes
@@ -144,7 +145,7 @@ class Outcomes:
         """
         if result.status != "finished":
             return None, result.reason
-        if collapsed := collapse_reason(final_rule(self.spec), result.evaluation):
+        if collapsed := why_all_collapsed(rule_of(self.spec), result.evaluation):
             return None, collapsed
         values = objective_values(self.spec, result.evaluation)
         if values is None:
@@ -162,10 +163,10 @@ class Outcomes:
         found: dict[str, float] = {}
         if rule is not None and rule.constraint:
             ended = result.status == "finished"
-            found = violations(final_rule(self.spec), result.evaluation) if ended else {"min_l0": 0.0, "max_fvu": 0.0}
+            found = violations(rule, result.evaluation) if ended else {"min_l0": 0.0, "max_fvu": 0.0}
         if not pruned:
             return found
-        hopeless = result.status == "diverged" or (reason or "").startswith("collapsed")
+        hopeless = result.status == "diverged" or (reason or "").startswith(COLLAPSED)
         # Optuna's TPE cannot rank pruned trials by several objectives: hardly infeasible is how they get past it.
         return {**found, "stopped": 1.0 if hopeless else 1e-3} if found or len(self.spec.objectives) > 1 else found
 

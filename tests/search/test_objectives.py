@@ -9,7 +9,8 @@ from _stores import grid_spec
 
 from saeopt.config.study import Collapse
 from saeopt.errors import UserError
-from saeopt.search.objectives import collapse_reason, directions, objective_names, objective_values, violations
+from saeopt.search.collapse import rule_of, violations, why_all_collapsed, why_collapsed
+from saeopt.search.objectives import directions, objective_names, objective_values
 from saeopt.trials.pruning import MAX_REPORTS, at, dominated, is_due, parse_curve
 
 A, B = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
@@ -57,14 +58,23 @@ def test_values_are_plain_floats() -> None:
         ({"l0": 0.4, "fvu": 0.5}, "L0"),
         ({"l0": 5.0, "fvu": 1.0}, "FVU"),
         ({"l0": 5.0, "fvu": float("nan")}, "NaN"),
+        ({"l0": 5.0}, "missing"),
         ({"l0": 5.0, "fvu": 0.5, "fraction_dead": 1.0}, "dead"),
     ],
 )
 def test_what_has_collapsed(row: dict[str, float], word: str) -> None:
     rule = Collapse()
-    assert word in (collapse_reason(rule, {A: row}) or "")
-    assert collapse_reason(rule, {A: row, B: {"l0": 5.0, "fvu": 0.5}}) is None
-    assert collapse_reason(rule, {}) is None
+    assert word in (why_collapsed(rule, row) or "")
+    assert word in (why_all_collapsed(rule, {A: row}) or "")
+    assert max(violations(rule, {A: row}).values()) > 0
+    assert why_all_collapsed(rule, {A: row, B: {"l0": 5.0, "fvu": 0.5}}) is None
+    assert why_all_collapsed(rule, {}) is None
+
+
+def test_a_studys_own_rule_holds_and_the_default_where_it_stops_nothing() -> None:
+    own = rule_of(grid_spec(early_stopping={"collapse": {"min_l0": 3, "max_fvu": 0.7}}))
+    assert why_collapsed(own, {"l0": 2.0, "fvu": 0.2})
+    assert rule_of(grid_spec(early_stopping={"collapse": None})) == Collapse()
 
 
 def test_violations_are_at_most_zero_exactly_where_nothing_has_collapsed() -> None:

@@ -25,8 +25,10 @@ from saeopt.trials.attributes import evaluation_of
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
 from saeopt.views import monitoring
-from saeopt.views.best import load_points
+from saeopt.views.best import find_best, load_points
+from saeopt.views.figures import front_figure
 from saeopt.views.points import fronts
+from saeopt.views.status import as_json, gather
 from saeopt.workers.faults import TrainingDied, TrainingStalled
 from saeopt.workers.loop import Options, Worker, start_of
 
@@ -242,19 +244,43 @@ def test_no_view_prefers_a_trial_that_collapsed_at_its_end(
     def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
         if samples < TOTAL or plan.name in ("0", "2"):
             return {"l0": 20.0 + int(plan.name), "fvu": 0.5}
-        return {"l0": 0.7, "fvu": 0.5} if plan.name == "1" else {"l0": 2.0, "fvu": 0.95}
+        return {"l0": 0.4, "fvu": 0.5} if plan.name == "1" else {"l0": 2.0, "fvu": 1.0}
 
     start(store, spec, Trainer(measure)).run()
     study = store.study("s")
     assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
-    assert "L0 0.7 is below 1" in study.trials[1].user_attrs["reason"]
-    assert "FVU 0.95 has reached 0.9" in study.trials[3].user_attrs["reason"]
+    assert "L0 0.4 is below 0.5" in study.trials[1].user_attrs["reason"]
+    assert "FVU 1 has reached 1" in study.trials[3].user_attrs["reason"]
     best = study.best_trials if len(objectives) > 1 else [study.best_trial]
     assert [t.number for t in best] == [0]
     assert [t["number"] for t in dashboards_view(store)["best_trials"]] == [0]
     points, _ = load_points(store, "s")
     assert len(points) == 4  # the collapsed ones are counted, and are no candidates
     assert [p.label for front in fronts(points).values() for p in front] == ["#0"]
+
+
+@pytest.mark.parametrize(("min_l0", "state", "front"), [(0.5, "COMPLETE", ["#0", "#1"]), (1.0, "PRUNED", ["#1"])])
+def test_the_studys_own_rule_says_what_collapsed_means_for_worker_sampler_status_best_and_front(
+    min_l0: float, state: str, front: list[str], store: Store, tmp_path: Path
+) -> None:
+    rule = {"min_l0": min_l0, "patience": 1000}  # judged at the end only
+    spec = spec_in(tmp_path, 2, early_stopping={"collapse": rule})
+
+    def measure(plan: TrialPlan, samples: int) -> dict[str, float]:
+        return {"l0": 0.7, "fvu": 0.5} if plan.name == "0" else {"l0": 20.0, "fvu": 0.2}
+
+    start(store, spec, Trainer(measure)).run()
+    trial = store.study("s").trials[0]
+    assert trial.state.name == state
+    assert (max(trial.constraints.values()) > 0) == (state == "PRUNED")
+    points, _ = load_points(store, "s")
+    assert [p.label for p in fronts(points)[HOOK]] == front
+    (best,) = find_best(points)
+    assert (best.n, best.usable, [p.label for p in best.front]) == (2, len(front), front)
+    shown = as_json(gather(store, "s"))
+    assert [f"#{p['trial']}" for p in shown["front"][HOOK]] == front
+    lines = [trace for trace in front_figure(points).data if trace.mode == "lines"]
+    assert [len(trace.x) for trace in lines] == [len(front)]
 
 
 def dashboards_view(store: Store) -> Any:

@@ -12,7 +12,7 @@ from saeopt.views.figures import curves_figure, front_figure
 
 
 def point(number: int, group: str, hook: str, l0: float, fvu: float) -> Point:
-    return Point(f"#{number}", {"l0": l0, "fvu": fvu}, hook, group)
+    return Point(f"#{number}", {"l0": l0, "fvu": fvu}, hook, group, collapsed=l0 < 0.5)
 
 
 POINTS = [point(0, "relu", "a", 10, 0.2), point(1, "relu", "a", 20, 0.1), point(2, "relu", "a", 21, 0.3),
