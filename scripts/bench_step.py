@@ -38,7 +38,8 @@ from saeopt.saes.init import match_norm
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import detached
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
+from saeopt.training.step.contract import Example, Place, StackOptions
+from saeopt.training.step.stack import Stack
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 GPU_CASES = [
@@ -155,7 +156,8 @@ class Bench:
             torch.cuda.empty_cache()
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.batches = data.batches(case.d, case.batch, device, dtype)
-        self.hyper = [Hyper(1e-3, 0.1, 0.5, 1.0)] * case.members
+        numbers = {"lr": 1e-3, "sparsity_coeff": 0.1, "beta": 0.5, "max_grad_norm": 1.0}
+        self.numbers = [numbers] * case.members
         self.steps_done = 0
 
     def stack(self, kind: str, saes: list[SAE]) -> Stack:
@@ -170,7 +172,7 @@ class Bench:
         x_Nd = self.batches[self.steps_done % len(self.batches)]
         first_slot = self.steps_done * slots
         self.steps_done += 1
-        stack.step(Example(x_Nd, x_Nd, None, Place(first_slot, slots, case.batch // slots)), self.hyper)
+        stack.step(Example(x_Nd, x_Nd, None, Place(first_slot, slots, case.batch // slots)), self.numbers)
 
     def settled(self, steps: int) -> list[SAE]:
         """Members after so many steps of training."""

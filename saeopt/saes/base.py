@@ -9,24 +9,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saeopt.config.saes import SAEConfig
+from saeopt.saes.numbers import Number, sparsity_coeff
+
+Reduction = Literal["sum", "min", "max"]
 
 
 @dataclass
 class StepInputs:
-    """What a training forward depends on besides x and the weights.
+    """What a training forward depends on besides x, y and the weights.
 
     `keep_N` weighs tokens with 0 or 1 (None: all count); `u_Nh` is uniform noise in (0, 1);
-    `dead_h` marks dead latents.
+    `dead_h` marks dead latents. `numbers` are those that the architecture declares besides λ and β.
     """
 
     sparsity_coeff: Tensor | float
@@ -34,6 +37,7 @@ class StepInputs:
     u_Nh: Tensor | None = None
     dead_h: Tensor | None = None
     keep_N: Tensor | None = None
+    numbers: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
 class Ratio(NamedTuple):
@@ -62,13 +66,15 @@ class Ratio(NamedTuple):
 class Forward:
     """A training forward. The loss of a window is Σ terms / N + Σ ratios.
 
-    `terms` hold sums over the kept tokens, already multiplied by their coefficients.
+    `terms` hold sums over the kept tokens, already multiplied by their coefficients. `tallies` hold what the
+    architecture declares to be tallied, of this micro-batch's kept tokens (no gradient).
     """
 
     x_hat_Nd: Tensor
     f_Nh: Tensor
     terms: dict[str, Tensor]
     ratios: dict[str, Ratio] = field(default_factory=dict)
+    tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
 def with_target(forward: Callable[..., Forward]) -> Callable[..., Forward]:
@@ -97,6 +103,10 @@ class SAE(nn.Module):
     """
 
     Config: ClassVar[type[SAEConfig]] = SAEConfig
+    numbers: ClassVar[dict[str, Number]] = {"sparsity_coeff": Number(sparsity_coeff, logged=False)}
+    """What a control may set from window to window."""
+    tallies: ClassVar[dict[str, Reduction]] = {}
+    """What a window is to tell of itself, and how micro-batches and ranks join: see :meth:`after_window`."""
     needs_noise: ClassVar[bool] = False
     needs_dead: ClassVar[bool] = False
     default_decoder_norm: ClassVar[str] = "free"
@@ -204,6 +214,13 @@ class SAE(nn.Module):
         """Restore constraints after the optimiser's step."""
         if self.unit_rows:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    def after_window(self, tallies: Mapping[str, Tensor], n: Tensor) -> None:
+        """Write buffers from a window's tallies, over all its micro-batches and ranks, and its n kept tokens.
+
+        The same on every rank; called without gradients, after the optimiser's step. Inside CUDA graphs: nothing here
+        may wait for the device or decide on the host. What it wrote is undone where the window was not finite.
+        """
 
     @torch.no_grad()
     def rescale_rows(self) -> bool:

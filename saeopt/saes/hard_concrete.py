@@ -17,6 +17,7 @@ from saeopt.config.base import Float
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
+from saeopt.saes.numbers import Number, Progress
 
 Limits = tuple[float, float]
 Temperature = Annotated[Float, Field(ge=1e-4, le=1e4)]
@@ -48,6 +49,13 @@ class NoisyGateConfig(MagnitudeConfig):
         if self.beta_annealing and self.final_beta is None:
             raise ValueError("'beta_annealing' needs 'final_beta'")
         return self
+
+
+def annealed_beta(config: NoisyGateConfig, progress: Progress) -> float:
+    """β: constant during the warm-up, then exponential from `initial_beta` to `final_beta`."""
+    if not config.beta_annealing or config.final_beta is None:
+        return config.initial_beta
+    return float(config.initial_beta * (config.final_beta / config.initial_beta) ** progress.after_warmup)
 
 
 class HardConcreteConfig(NoisyGateConfig):
@@ -83,6 +91,7 @@ def _stretch(s_Nh: Tensor, limits: Limits) -> Tensor:
 class NoisyGateSAE(SAE):
     """What both hard-concrete architectures share. The buffer `beta` is that of the last training step."""
 
+    numbers: ClassVar[dict[str, Number]] = {**SAE.numbers, "beta": Number(annealed_beta)}
     needs_noise: ClassVar[bool] = True
     config: NoisyGateConfig
     beta: Tensor

@@ -15,10 +15,11 @@ from saeopt.config.saes import SAEConfig
 from saeopt.errors import DeviceFault, is_device_fault
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import derived_seed
+from saeopt.training.controls import Control, Controls, schedules
 from saeopt.training.runtime import Runtime
-from saeopt.training.schedules import hyper
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
+from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
+from saeopt.training.step.stack import Stack
 
 DEAD_AFTER_TOKENS = 10_000_000
 DEAD_SHARE_OF_RUN = 10
@@ -52,8 +53,7 @@ class _Group:
 
     stack: Stack
     members: list[Member]
-    numbers: tuple[int, list[Hyper]] = (-1, [])
-    """The members' numbers for the window that ends at so many samples."""
+    controls: Controls
 
     def keep_N(self, batch: Batch) -> Tensor:
         """Which tokens of a batch count for these members."""
@@ -71,20 +71,24 @@ class Pack:
     def __init__(self, members: Sequence[Member], runtime: Runtime, *, total_samples: int) -> None:
         self.members, self.runtime, self.total = list(members), runtime, total_samples
         self.micro_batches = members[0].config.gradient_accumulation_steps if members else 1
-        self.groups: list[_Group] = []
         by_key: dict[tuple[object, ...], list[Member]] = {}
         for member in members:
             if member.reason is None:
                 by_key.setdefault(self._key(member), []).append(member)
-        for group in by_key.values():
-            first = group[0]
-            options = StackOptions(
-                self.dead_after_tokens(first), first.config.adam_betas, autocast=runtime.autocast(first.config)
-            )
-            stack = make_stack([m.sae for m in group], [m.noise_seed for m in group], options, first.config.performance)
-            for member, sae in zip(group, stack.saes, strict=True):
-                member.sae = sae
-            self.groups.append(_Group(stack, group))
+        self.groups = [self._group(members) for members in by_key.values()]
+
+    def _group(self, members: list[Member]) -> _Group:
+        first = members[0]
+        options = StackOptions(
+            self.dead_after_tokens(first),
+            first.config.adam_betas,
+            autocast=self.runtime.autocast(first.config),
+            ranks=self.runtime.world,
+        )
+        controls = Controls(members, controls_of(members, self.total))
+        saes, seeds = [m.sae for m in members], [m.noise_seed for m in members]
+        watcher = controls if controls.names else None  # who has nothing to learn costs nothing
+        return _Group(make_stack(saes, seeds, options, first.config.performance, watcher), members, controls)
 
     def dead_after_tokens(self, member: Member) -> int:
         """Tokens without firing after which a latent of this member counts as dead."""
@@ -129,10 +133,11 @@ class Pack:
             self._each_stack(next(batches), samples_after, whole=False)
         if self.runtime.world > 1:
             for group in self.groups:
-                self.runtime.reduce(group.stack.sums())
+                for how, tensors in group.stack.partial().items():
+                    self.runtime.reduce(tensors, how)
         for group in self.groups:
             with self._blamed(group):
-                group.stack.apply(self._hyper(group, samples_after))
+                group.stack.apply(group.controls.numbers(samples_after))
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         for group in self.groups:
@@ -140,7 +145,7 @@ class Pack:
             place = Place(batch.first_slot, batch.n_slots, batch.tokens_per_slot)
             rows = Example(x_Nd, x_Nd, keep_N, place)
             with self._blamed(group):
-                (group.stack.step if whole else group.stack.accumulate)(rows, self._hyper(group, samples_after))
+                (group.stack.step if whole else group.stack.accumulate)(rows, group.controls.numbers(samples_after))
 
     @contextmanager
     def _blamed(self, group: _Group) -> Iterator[None]:
@@ -154,23 +159,15 @@ class Pack:
             beside = f" (or in what ran before it on the device: {', '.join(others)})" if others else ""
             raise DeviceFault(f"{str(error).splitlines()[0]}: seen in the stack {group}{beside}") from error
 
-    def _hyper(self, group: _Group, samples: int) -> list[Hyper]:
-        if group.numbers[0] != samples:
-            group.numbers = samples, [hyper(m.config, m.sae_config, samples, self.total) for m in group.members]
-        return group.numbers[1]
-
     def metrics(self, samples: int) -> list[tuple[Member, dict[str, float]]]:
         """Training metrics of every active member since the last call, with its learning rate (synchronises)."""
         found = []
         for group in self.groups:
-            numbers = self._hyper(group, samples)
+            numbers = group.controls.numbers(samples)
             with self._blamed(group):
                 found_here = group.stack.metrics()
-            for member, measured, number in zip(group.members, found_here, numbers, strict=True):
-                measured["lr"] = number.lr
-                if member.sae.needs_noise:
-                    measured["beta"] = number.beta
-                found.append((member, measured))
+            for member, measured, row in zip(group.members, found_here, numbers, strict=True):
+                found.append((member, measured | _told(member.sae, row)))
         return found
 
     def drop(self, members: Iterable[Member], reason: str) -> None:
@@ -183,11 +180,9 @@ class Pack:
                 if member in group.members:
                     index = group.members.index(member)
                     member.sae = detached(member.sae)
+                    group.members.remove(member)  # the schedules follow the list
+                    group.controls.remove(index)
                     group.stack.remove(index)
-                    group.members.remove(member)
-                    group.numbers = (-1, [])
-                    for other, sae in zip(group.members, group.stack.saes, strict=True):
-                        other.sae = sae
             self.groups = [group for group in self.groups if group.members]
 
     def state(self, member: Member) -> dict[str, Tensor]:
@@ -202,6 +197,18 @@ class Pack:
         for group in self.groups:
             if member in group.members:
                 group.stack.load_state(group.members.index(member), state)
+                group.controls.forget()
+
+
+def controls_of(members: Sequence[Member], total: int) -> list[Control]:
+    """What sets the numbers of some members, all of one stack, in a run of `total` samples."""
+    return schedules(members, total)
+
+
+def _told(sae: SAE, numbers: Numbers) -> dict[str, float]:
+    """The learning rate, and the numbers that a control has moved or that the architecture has told."""
+    names = [n for n, number in sae.numbers.items() if number.logged or isinstance(numbers[n], Tensor)]
+    return {name: float(numbers[name]) for name in ("lr", *names)}
 
 
 def detached(sae: SAE) -> SAE:

@@ -16,8 +16,10 @@ from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
+from saeopt.saes.base import Reduction
 from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
 
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 _LARGE = 2**20
 """Numbers from which a message of its own costs less than copying them into one with others."""
 _DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,18 +101,19 @@ class Runtime:
         return self._kept[kind][1]
 
     # ---- ranks
-    def reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the ranks in place: large ones as they lie, the others in one message per dtype."""
+    def reduce(self, tensors: Sequence[Tensor], how: Reduction = "sum") -> None:
+        """Reduce tensors over the ranks in place: large ones as they lie, the others in one message per dtype."""
         if self.world == 1:
             return
+        by = _REDUCTIONS[how]
         large = [t for t in tensors if t.numel() >= _LARGE and t.is_contiguous()]
         for tensor in large:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, by)
         rest = [t for t in tensors if t.numel() < _LARGE or not t.is_contiguous()]
         for dtype in sorted({t.dtype for t in rest}, key=str):
             group = [t for t in rest if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, by)
             for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 

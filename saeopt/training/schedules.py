@@ -1,12 +1,10 @@
-"""Learning rate, λ and β as pure functions of the number of samples consumed."""
+"""The learning rate as a pure function of the number of samples consumed (λ and β: `saes`, each at its place)."""
 
 from __future__ import annotations
 
 import math
 
 from saeopt.config.run import RunConfig
-from saeopt.config.saes import SAEConfig
-from saeopt.training.step.contract import Hyper
 
 
 def lr_factor(config: RunConfig, samples: int, total: int) -> float:
@@ -29,29 +27,11 @@ def lr_factor(config: RunConfig, samples: int, total: int) -> float:
     return 1.0 - (1 - low) * progress
 
 
-def sparsity_factor(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> float:
-    """λ at the end of a window as a share of `sparsity_coeff`: a linear warm-up (Anthropic, April 2024)."""
-    warmup = config.sparsity_warmup(sae, total)
-    return samples / warmup if samples < warmup else 1.0
+def learning_rate(config: RunConfig, samples: int, total: int) -> float:
+    """The learning rate of the window that ends at `samples`."""
+    return config.lr * lr_factor(config, samples, total)
 
 
-def beta(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> float:
-    """β of the hard-concrete gates: constant during the warm-up, then exponential from initial to final."""
-    if "initial_beta" not in type(sae).model_fields:  # to ask a model for what it lacks takes long, and this every step
-        return 1.0
-    initial: float = getattr(sae, "initial_beta", 1.0)
-    final: float | None = getattr(sae, "final_beta", None)
-    if not getattr(sae, "beta_annealing", False) or final is None:
-        return initial
-    progress = min(1.0, max(0.0, (samples - config.warmup_samples) / max(1, total - config.warmup_samples)))
-    return initial * (final / initial) ** progress
-
-
-def hyper(config: RunConfig, sae: SAEConfig, samples: int, total: int) -> Hyper:
-    """One member's numbers for the window that ends at `samples`."""
-    return Hyper(
-        lr=config.lr * lr_factor(config, samples, total),
-        sparsity_coeff=sae.sparsity_coeff * sparsity_factor(config, sae, samples, total),
-        beta=beta(config, sae, samples, total),
-        max_grad_norm=math.inf if config.max_grad_norm is None else config.max_grad_norm,
-    )
+def max_grad_norm(config: RunConfig) -> float:
+    """The gradient's norm that is clipped at; infinite where nothing is clipped."""
+    return math.inf if config.max_grad_norm is None else config.max_grad_norm

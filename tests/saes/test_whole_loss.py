@@ -11,7 +11,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.registry import get_sae
 from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Example, Hyper, Place, StackOptions
+from saeopt.training.step.contract import Example, Place, StackOptions
 
 STACKS = ["fused", "reference"]
 OPTIONS = StackOptions(dead_after_tokens=100)
@@ -20,7 +20,7 @@ OPTIONS = StackOptions(dead_after_tokens=100)
 def step(sae: SAE, x_Nd: torch.Tensor, stack: str, sparsity: float = 0.0) -> dict[str, float]:
     """The metrics of one window, whose loss is that of the weights before it; leaves Adam's m = 0.1 g in `sae.m`."""
     made = make_stack([sae], [0], OPTIONS, PerformanceConfig(stack=stack))
-    hyper = [Hyper(1e-3, sparsity, 1.0, math.inf)]
+    hyper = [{"lr": 1e-3, "sparsity_coeff": sparsity, "beta": 1.0, "max_grad_norm": math.inf}]
     made.accumulate(Example(x_Nd, x_Nd, None, Place(0, 1, len(x_Nd))), hyper)
     made.apply(hyper)
     sae.m = {name: t / 0.1 for name, t in made.state(0).items() if name.startswith("m.")}

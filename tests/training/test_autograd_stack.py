@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.noise import uniform
 from saeopt.saes.registry import ARCHITECTURES, get_sae
-from saeopt.training.step.contract import Example, Hyper, Place, StackOptions
-from saeopt.training.step.reference import AutogradStack
+from saeopt.training.step.choose import make_stack, reference_stack
+from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
+from saeopt.training.step.stack import Stack
 
 D, TOKENS, SLOTS = 6, 5, 8
 OPTIONS = StackOptions(dead_after_tokens=60)
-HYPER = Hyper(lr=3e-3, sparsity_coeff=0.3, beta=0.6, max_grad_norm=1.0)
+
+Row = dict[str, float]
+
+
+def row(lr: float, sparsity_coeff: float, beta: float, max_grad_norm: float) -> Row:
+    return {"lr": lr, "sparsity_coeff": sparsity_coeff, "beta": beta, "max_grad_norm": max_grad_norm}
+
+
+NUMBERS = row(lr=3e-3, sparsity_coeff=0.3, beta=0.6, max_grad_norm=1.0)
 every_architecture = pytest.mark.parametrize("sae_type", ARCHITECTURES)
-FOUR = ["relu", "gated_hard_concrete", "topk", "gated"]
 
 
 def make(sae_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -> SAE:
-    """A started SAE of its own width; half of its latents have been silent for long."""
-    cls, h = get_sae(sae_type), 16 + seed
+    """A started SAE; half of its latents have been silent for long."""
+    cls, h = get_sae(sae_type), 16
     chosen = {"k": 3, **fields} if sae_type == "topk" else fields
     sae = cls(D, h, cls.Config(sae_type=sae_type, sae_positions=["hook"], **chosen), dtype=dtype)
     sae.scale.fill_(0.2)
@@ -53,12 +63,12 @@ def cut(example: Example, parts: int) -> list[Example]:
     return found
 
 
-def train(stack: AutogradStack, hypers: list[Hyper], steps: range, parts: int = 1) -> list[list[dict[str, float]]]:
+def train(stack: Stack, numbers: Sequence[Numbers], steps: range, parts: int = 1) -> list[list[dict[str, float]]]:
     found = []
     for step in steps:
         for batch in cut(window(step), parts):
-            stack.accumulate(batch, hypers)
-        stack.apply(hypers)
+            stack.accumulate(batch, numbers)
+        stack.apply(numbers)
         found.append(stack.metrics())
     return found
 
@@ -68,22 +78,28 @@ def assert_near(left: SAE, right: SAE, tolerance: float) -> None:
         torch.testing.assert_close(tensor, right.state_dict()[name], rtol=tolerance, atol=tolerance * 1e-3)
 
 
-def hypers_of_four() -> list[Hyper]:
+def four_rows() -> list[Row]:
     return [
-        HYPER,
-        Hyper(lr=1e-3, sparsity_coeff=0.1, beta=0.4, max_grad_norm=math.inf),
-        Hyper(lr=5e-3, sparsity_coeff=0.0, beta=1.0, max_grad_norm=0.5),
-        Hyper(lr=2e-3, sparsity_coeff=2.0, beta=1.0, max_grad_norm=2.0),
+        NUMBERS,
+        row(lr=1e-3, sparsity_coeff=0.1, beta=0.4, max_grad_norm=math.inf),
+        row(lr=5e-3, sparsity_coeff=0.0, beta=1.0, max_grad_norm=0.5),
+        row(lr=2e-3, sparsity_coeff=2.0, beta=1.0, max_grad_norm=2.0),
     ]
 
 
-def test_four_different_members_packed_equal_four_alone() -> None:
-    hypers = hypers_of_four()
-    packed = AutogradStack([make(t, i) for i, t in enumerate(FOUR)], [1, 2, 3, 4], OPTIONS)
-    measured = train(packed, hypers, range(50))
-    for i, sae_type in enumerate(FOUR):
-        alone = AutogradStack([make(sae_type, i)], [i + 1], OPTIONS)
-        expected = train(alone, [hypers[i]], range(50))
+def four(sae_type: str, kind: str = "reference") -> Stack:
+    """Four members that start differently."""
+    return make_stack([make(sae_type, i) for i in range(4)], [1, 2, 3, 4], OPTIONS, PerformanceConfig(stack=kind))
+
+
+@every_architecture
+def test_four_different_members_packed_equal_four_alone(sae_type: str) -> None:
+    numbers = four_rows()
+    packed = four(sae_type)
+    measured = train(packed, numbers, range(50))
+    for i in range(4):
+        alone = reference_stack([make(sae_type, i)], [i + 1], OPTIONS)
+        expected = train(alone, [numbers[i]], range(50))
         assert_near(packed.saes[i], alone.saes[0], 1e-9)
         for step in range(50):
             assert measured[step][i] == pytest.approx(expected[step][0], rel=1e-9)
@@ -92,8 +108,8 @@ def test_four_different_members_packed_equal_four_alone() -> None:
 
 @every_architecture
 def test_four_micro_batches_equal_one(sae_type: str) -> None:
-    whole, parts = (AutogradStack([make(sae_type)], [1], OPTIONS) for _ in range(2))
-    one, four = train(whole, [HYPER], range(20)), train(parts, [HYPER], range(20), parts=4)
+    whole, parts = (reference_stack([make(sae_type)], [1], OPTIONS) for _ in range(2))
+    one, four = train(whole, [NUMBERS], range(20)), train(parts, [NUMBERS], range(20), parts=4)
     assert_near(whole.saes[0], parts.saes[0], 1e-9)
     for left, right in zip(one, four, strict=True):
         assert left[0] == pytest.approx(right[0], rel=1e-9)
@@ -103,17 +119,17 @@ def test_four_micro_batches_equal_one(sae_type: str) -> None:
 
 @every_architecture
 def test_sums_of_two_ranks_equal_one_process(sae_type: str) -> None:
-    whole = AutogradStack([make(sae_type)], [1], OPTIONS)
-    ranks = [AutogradStack([make(sae_type)], [1], OPTIONS) for _ in range(2)]
-    expected = train(whole, [HYPER], range(10))
+    whole = reference_stack([make(sae_type)], [1], OPTIONS)
+    ranks = [reference_stack([make(sae_type)], [1], OPTIONS) for _ in range(2)]
+    expected = train(whole, [NUMBERS], range(10))
     for step in range(10):
         for rank, batch in zip(ranks, cut(window(step), 2), strict=True):
-            rank.accumulate(batch, [HYPER])
-        for left, right in zip(ranks[0].sums(), ranks[1].sums(), strict=True):
+            rank.accumulate(batch, [NUMBERS])
+        for left, right in zip(ranks[0].partial()["sum"], ranks[1].partial()["sum"], strict=True):
             left += right
             right.copy_(left)
         for rank in ranks:
-            rank.apply([HYPER])
+            rank.apply([NUMBERS])
             assert rank.metrics()[0] == pytest.approx(expected[step][0], rel=1e-9)
     for rank in ranks:
         assert_near(whole.saes[0], rank.saes[0], 1e-9)
@@ -124,9 +140,9 @@ def test_sums_of_two_ranks_equal_one_process(sae_type: str) -> None:
 def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str) -> None:
     """With unit decoder rows the gradient is projected before it is clipped."""
     plain = make(sae_type, decoder_norm=decoder_norm)
-    stack = AutogradStack([make(sae_type, decoder_norm=decoder_norm)], [7], OPTIONS)
-    optimiser = torch.optim.Adam(plain.parameters(), lr=HYPER.lr)
-    measured = train(stack, [HYPER], range(15))
+    stack = reference_stack([make(sae_type, decoder_norm=decoder_norm)], [7], OPTIONS)
+    optimiser = torch.optim.Adam(plain.parameters(), lr=NUMBERS["lr"])
+    measured = train(stack, [NUMBERS], range(15))
     for step in range(15):
         batch = window(step)
         x_Nd, keep_N = batch.x_Nd[batch.keep_N] * plain.scale, batch.keep_N
@@ -140,7 +156,7 @@ def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str
         optimiser.zero_grad()
         loss.backward()
         plain.before_step()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), HYPER.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), NUMBERS["max_grad_norm"])
         optimiser.step()
         plain.after_step()
         fired_h = (forward.f_Nh != 0).any(0)
@@ -162,37 +178,41 @@ def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str
 
 
 def test_decoder_rows_of_unit_norm_stay_so() -> None:
-    stack = AutogradStack([make(t, decoder_norm="unit") for t in ARCHITECTURES], [1] * 5, OPTIONS)
-    train(stack, [HYPER] * 5, range(10))
-    for sae in stack.saes:
+    for sae_type in ARCHITECTURES:
+        stack = reference_stack([make(sae_type, decoder_norm="unit")], [1], OPTIONS)
+        train(stack, [NUMBERS], range(10))
+        sae = stack.saes[0]
         torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(sae.h).double())
 
 
 @pytest.mark.parametrize(
     "broken",
     [
-        HYPER._replace(sparsity_coeff=math.nan),
-        HYPER._replace(sparsity_coeff=math.inf),
-        HYPER._replace(lr=math.inf),
-        HYPER._replace(lr=math.nan),
+        NUMBERS | {"sparsity_coeff": math.nan},
+        NUMBERS | {"sparsity_coeff": math.inf},
+        NUMBERS | {"lr": math.inf},
+        NUMBERS | {"lr": math.nan},
     ],
     ids=["nan loss", "inf loss", "inf update", "nan update"],
 )
-@pytest.mark.parametrize("sick", range(4))
-def test_a_member_that_is_not_finite_keeps_its_last_weights_and_disturbs_nobody(sick: int, broken: Hyper) -> None:
-    if FOUR[sick] == "topk" and not math.isfinite(broken.sparsity_coeff):
+@pytest.mark.parametrize("kind", ["reference", "fused"])
+@every_architecture
+def test_a_member_that_is_not_finite_keeps_its_last_weights_and_disturbs_nobody(
+    sae_type: str, kind: str, broken: Row
+) -> None:
+    if sae_type == "topk" and not math.isfinite(broken["sparsity_coeff"]):
         pytest.skip("topk has no λ")
-    hypers = hypers_of_four()
-    mixed = AutogradStack([make(t, i) for i, t in enumerate(FOUR)], [1, 2, 3, 4], OPTIONS)
-    healthy = AutogradStack([make(t, i) for i, t in enumerate(FOUR)], [1, 2, 3, 4], OPTIONS)
-    train(mixed, hypers, range(5))
-    train(healthy, hypers, range(12))
+    numbers, sick = four_rows(), 1
+    mixed, healthy = four(sae_type, kind), four(sae_type, kind)
+    train(mixed, numbers, range(5))
+    train(healthy, numbers, range(12))
     last = {name: tensor.clone() for name, tensor in mixed.saes[sick].state_dict().items()}
-    train(mixed, [broken if i == sick else h for i, h in enumerate(hypers)], range(5, 6))
-    measured = train(mixed, hypers, range(6, 12))  # sound numbers again: it stays as it was
+    train(mixed, [broken if i == sick else h for i, h in enumerate(numbers)], range(5, 6))
+    measured = train(mixed, numbers, range(6, 12))  # sound numbers again: it stays as it was
     for name, tensor in mixed.saes[sick].state_dict().items():
         if name != "beta":
             assert torch.equal(tensor, last[name]), name
+    assert mixed.state(sick)["step"] == 5
     assert [m["finite"] for m in measured[-1]] == [float(i != sick) for i in range(4)]
     for i in range(4):
         if i != sick:
@@ -201,13 +221,13 @@ def test_a_member_that_is_not_finite_keeps_its_last_weights_and_disturbs_nobody(
 
 @every_architecture
 def test_state_and_weights_are_all_that_a_run_needs_to_go_on(sae_type: str) -> None:
-    whole, first = (AutogradStack([make(sae_type)], [1], OPTIONS) for _ in range(2))
-    train(whole, [HYPER], range(8))
-    train(first, [HYPER], range(4))
-    second = AutogradStack([make(sae_type, 0)], [1], OPTIONS)
+    whole, first = (reference_stack([make(sae_type)], [1], OPTIONS) for _ in range(2))
+    train(whole, [NUMBERS], range(8))
+    train(first, [NUMBERS], range(4))
+    second = reference_stack([make(sae_type, 0)], [1], OPTIONS)
     second.saes[0].load_state_dict({k: v.clone() for k, v in first.saes[0].state_dict().items()})
     second.load_state(0, {k: v.clone() for k, v in first.state(0).items()})
-    train(second, [HYPER], range(4, 8))
+    train(second, [NUMBERS], range(4, 8))
     for name, tensor in whole.saes[0].state_dict().items():
         assert torch.equal(tensor, second.saes[0].state_dict()[name]), name
     for name, tensor in whole.state(0).items():
@@ -215,43 +235,43 @@ def test_state_and_weights_are_all_that_a_run_needs_to_go_on(sae_type: str) -> N
 
 
 def test_state_of_another_architecture_is_refused() -> None:
-    relu, gated = (AutogradStack([make(t)], [1], OPTIONS) for t in ("relu", "gated"))
+    relu, gated = (reference_stack([make(t)], [1], OPTIONS) for t in ("relu", "gated"))
     with pytest.raises(ValueError, match="too much or too little"):
         relu.load_state(0, gated.state(0))
 
 
-def test_a_removed_member_leaves_the_others_as_they_would_be() -> None:
-    hypers = hypers_of_four()
-    stack = AutogradStack([make(t, i) for i, t in enumerate(FOUR)], [1, 2, 3, 4], OPTIONS)
-    full = AutogradStack([make(t, i) for i, t in enumerate(FOUR)], [1, 2, 3, 4], OPTIONS)
-    train(stack, hypers, range(4))
-    train(full, hypers, range(8))
+@every_architecture
+def test_a_removed_member_leaves_the_others_as_they_would_be(sae_type: str) -> None:
+    numbers, stack, full = four_rows(), four(sae_type), four(sae_type)
+    train(stack, numbers, range(4))
+    train(full, numbers, range(8))
     stack.remove(1)
-    train(stack, [hypers[i] for i in (0, 2, 3)], range(4, 8))
+    train(stack, [numbers[i] for i in (0, 2, 3)], range(4, 8))
     for sae, expected in zip(stack.saes, [full.saes[i] for i in (0, 2, 3)], strict=True):
         assert_near(sae, expected, 1e-12)
 
 
 def test_dead_counters_count_kept_tokens() -> None:
-    stack = AutogradStack([make("relu")], [1], OPTIONS)
+    stack = reference_stack([make("relu")], [1], OPTIONS)
     with torch.no_grad():
         stack.saes[0].b_enc[3] = -1e3
     before = stack.saes[0].tokens_since_fired.clone()
     kept = sum(int(window(step).keep_N.sum()) for step in range(3))
-    train(stack, [HYPER], range(3))
+    train(stack, [NUMBERS], range(3))
     after = stack.saes[0].tokens_since_fired
     assert after[3] == before[3] + kept
     assert (after[1:3] < kept).all()
 
 
-def test_a_window_of_masked_tokens_alone_is_harmless() -> None:
-    stack = AutogradStack([make(t) for t in ARCHITECTURES], [1] * 5, OPTIONS)
-    batch = window(0)
+@pytest.mark.parametrize("kind", ["reference", "fused"])
+@every_architecture
+def test_a_window_of_masked_tokens_alone_is_harmless(sae_type: str, kind: str) -> None:
+    stack, batch = four(sae_type, kind), window(0)
     before = [{k: v.clone() for k, v in sae.state_dict().items()} for sae in stack.saes]
     nothing_N = torch.zeros(len(batch.x_Nd), dtype=torch.bool)
     masked = Example(batch.x_Nd, batch.x_Nd, nothing_N, Place(0, SLOTS, TOKENS))
-    stack.accumulate(masked, [HYPER] * 5)
-    stack.apply([HYPER] * 5)
+    stack.accumulate(masked, [NUMBERS] * 4)
+    stack.apply([NUMBERS] * 4)
     for sae, old in zip(stack.saes, before, strict=True):
         for name, tensor in sae.state_dict().items():
             if name != "beta":
@@ -264,8 +284,8 @@ def test_a_window_of_masked_tokens_alone_is_harmless() -> None:
 @every_architecture
 def test_low_precision_products_train_like_float32(sae_type: str, autocast: torch.dtype) -> None:
     def mean_loss(options: StackOptions) -> float:
-        stack = AutogradStack([make(sae_type, dtype=torch.float32)], [1], options)
-        found = train(stack, [HYPER], range(30))
+        stack = reference_stack([make(sae_type, dtype=torch.float32)], [1], options)
+        found = train(stack, [NUMBERS], range(30))
         assert all(m[0]["finite"] == 1 for m in found)
         assert stack.saes[0].W_enc.dtype == torch.float32
         return sum(m[0]["loss"] for m in found) / 30

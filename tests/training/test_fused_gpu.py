@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, train
+from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, numbers, train
 
 from saeopt.config.run import PerformanceConfig
-from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Hyper, StackOptions
-from saeopt.training.step.reference import AutogradStack
+from saeopt.training.step.choose import make_stack, reference_stack
+from saeopt.training.step.contract import StackOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-HYPER = [Hyper(1e-3, 0.3, 0.5, 1.0), Hyper(3e-3, 0.05, 0.7, float("inf")), Hyper(1e-3, 0.0, 0.4, 0.1)]
+NUMBERS = [numbers(1e-3, 0.3, 0.5, 1.0), numbers(3e-3, 0.05, 0.7, float("inf")), numbers(1e-3, 0.0, 0.4, 0.1)]
 
 
 def wide(variant: dict[str, Any], h: int = 320) -> dict[str, Any]:
@@ -34,8 +33,8 @@ def both(variant: dict[str, Any], autocast: torch.dtype | None, accumulation: in
             for name, parameter in sae.named_parameters():
                 parameter.mul_(0.3 if name.startswith("W") else 1.0)
             sae.after_step()
-    expected = train(AutogradStack(one, [1, 2, 3], options), data, accumulation, HYPER)
-    found = train(fused(other, options, [1, 2, 3]), data, accumulation, HYPER)
+    expected = train(reference_stack(one, [1, 2, 3], options), data, accumulation, NUMBERS)
+    found = train(fused(other, options, [1, 2, 3]), data, accumulation, NUMBERS)
     return expected, found, one, other
 
 
@@ -85,13 +84,13 @@ def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
     data = batches(20, torch.float32, "cuda", slots=64, d=48)
     first, second = make_members(variant, 3, torch.float32, "cuda"), make_members(variant, 3, torch.float32, "cuda")
     stack, again = fused(first, options, [1, 2, 3]), fused(second, options, [1, 2, 3])
-    train(stack, data[:10], hyper=HYPER)
+    train(stack, data[:10], rows=NUMBERS)
     for i in range(3):
         second[i].load_state_dict(first[i].state_dict())
         again.load_state(i, {k: v.clone() for k, v in stack.state(i).items()})
     stack.remove(0)
     again.remove(0)
-    one, other = train(stack, data[10:], hyper=HYPER[1:]), train(again, data[10:], hyper=HYPER[1:])
+    one, other = train(stack, data[10:], rows=NUMBERS[1:]), train(again, data[10:], rows=NUMBERS[1:])
     assert one[-1][0]["loss"] == pytest.approx(other[-1][0]["loss"], rel=1e-4)
     assert one[-1][1]["finite"] == 1.0
 
@@ -103,27 +102,25 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
     data = batches(60, torch.float32, "cuda", slots=64, d=48)
     first, second = (make_members(variant, 3, torch.float32, "cuda", seed=seed) for seed in (0, 1))
     stack, again = fused(first, options, [1, 2, 3]), fused(second, options, [1, 2, 3])
-    train(stack, data[:40], hyper=HYPER)
+    train(stack, data[:40], rows=NUMBERS)
     for i in range(3):
         second[i].load_state_dict(first[i].state_dict())
         again.load_state(i, {k: v.clone() for k, v in stack.state(i).items()})
-    train(stack, data[40:], hyper=HYPER)
-    train(again, data[40:], hyper=HYPER)
+    train(stack, data[40:], rows=NUMBERS)
+    train(again, data[40:], rows=NUMBERS)
     assert_same_modules(second, first, 0, 0)
 
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
-    from saeopt.training.step.gpu.dense import GpuStack  # needs Triton
-
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
     data = batches(60, torch.float32, "cuda", slots=64, d=48)
     plain, graphed = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
     for saes, performance in ((plain, PerformanceConfig(graphs="off")), (graphed, PerformanceConfig())):
         stack = make_stack(saes, [1, 2, 3], options, performance)
-        found = train(stack, data, 3, HYPER)
-        assert isinstance(stack, GpuStack)
+        found = train(stack, data, 3, NUMBERS)
+        assert stack.assembly.name == "gpu"
         assert bool(stack.graphs.captured) == (performance.graphs == "auto")
         assert all(m["finite"] for m in found[-1])
     assert_same_modules(graphed, plain, 0, 0)
@@ -131,19 +128,17 @@ def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(varian
 
 @pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
 def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
-    from saeopt.training.step.gpu.dense import GpuStack  # needs Triton
-
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
     data = batches(40, torch.float32, "cuda", slots=64, d=48)
     alone, ranked = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
-    train(fused(alone, options, [1, 2, 3]), data, 1, HYPER)
+    train(fused(alone, options, [1, 2, 3]), data, 1, NUMBERS)
     stack = fused(ranked, options, [1, 2, 3])
     for batch in data:
-        stack.accumulate(batch, HYPER)
-        assert all(tensor.is_contiguous() for tensor in stack.sums())
-        stack.apply(HYPER)
-    assert isinstance(stack, GpuStack)
+        stack.accumulate(batch, NUMBERS)
+        assert all(t.is_contiguous() for tensors in stack.partial().values() for t in tensors)
+        stack.apply(NUMBERS)
+    assert stack.assembly.name == "gpu"
     assert stack.graphs.captured
     assert_same_modules(ranked, alone, 0, 0)
 

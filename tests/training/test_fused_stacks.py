@@ -11,9 +11,9 @@ import torch
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
-from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import EXTRA, Example, Hyper, Place, Stack, StackOptions
-from saeopt.training.step.reference import AutogradStack
+from saeopt.training.step.choose import make_stack, reference_stack
+from saeopt.training.step.contract import EXTRA, Example, Numbers, Place, StackOptions
+from saeopt.training.step.stack import Stack
 
 D, H, T = 6, 20, 5
 VARIANTS: list[dict[str, Any]] = [
@@ -38,7 +38,13 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "topk", "k": [3, 1, 5]},
 ]
 Step = list[dict[str, float]]  # the members' metrics
-HYPER = [Hyper(3e-3, 0.3, 0.5, 1.0), Hyper(1e-2, 0.05, 0.7, 1e9), Hyper(1e-3, 0.0, 0.4, 0.1)]
+
+
+def numbers(lr: float, sparsity_coeff: float, beta: float, max_grad_norm: float) -> Numbers:
+    return {"lr": lr, "sparsity_coeff": sparsity_coeff, "beta": beta, "max_grad_norm": max_grad_norm}
+
+
+NUMBERS = [numbers(3e-3, 0.3, 0.5, 1.0), numbers(1e-2, 0.05, 0.7, 1e9), numbers(1e-3, 0.0, 0.4, 0.1)]
 
 
 def name_of(variant: dict[str, Any]) -> str:
@@ -88,16 +94,16 @@ def batches(n: int, dtype: torch.dtype, device: str = "cpu", slots: int = 6, d: 
 
 def fused(saes: list[SAE], options: StackOptions, seeds: list[int] | None = None) -> Stack:
     stack = make_stack(saes, seeds or list(range(len(saes))), options, PerformanceConfig(stack="fused"))
-    assert not isinstance(stack, AutogradStack)
+    assert stack.assembly.name != "reference"
     return stack
 
 
-def train(stack: Stack, data: list[Example], accumulation: int = 1, hyper: list[Hyper] = HYPER) -> list[Step]:
+def train(stack: Stack, data: list[Example], accumulation: int = 1, rows: list[Numbers] = NUMBERS) -> list[Step]:
     logged = []
     for start in range(0, len(data), accumulation):
         for batch in data[start : start + accumulation]:
-            stack.accumulate(batch, hyper)
-        stack.apply(hyper)
+            stack.accumulate(batch, rows)
+        stack.apply(rows)
         logged.append(stack.metrics())
     return logged
 
@@ -124,7 +130,7 @@ def test_fifty_steps_equal_autograd_in_float64(variant: dict[str, Any]) -> None:
     options = StackOptions(dead_after_tokens=60)
     one, other = make_members(variant, 3, torch.float64), make_members(variant, 3, torch.float64)
     data = batches(50, torch.float64)
-    expected = train(AutogradStack(one, [1, 2, 3], options), data)
+    expected = train(reference_stack(one, [1, 2, 3], options), data)
     found = train(fused(other, options, [1, 2, 3]), data)
     assert_same_metrics(found, expected, 1e-9)
     assert_same_modules(other, one, 1e-9, 1e-11)
@@ -134,11 +140,11 @@ def test_fifty_steps_equal_autograd_in_float64(variant: dict[str, Any]) -> None:
 def test_gradients_and_sums_equal_autograd(variant: dict[str, Any]) -> None:
     """The gradient itself: one step of plain descent is read off Adam's first moment (m = 0.1 g, unclipped)."""
     options = StackOptions(dead_after_tokens=60)
-    hyper = [Hyper(1e-3, 0.3, 0.5, float("inf"))] * 2
+    rows = [numbers(1e-3, 0.3, 0.5, float("inf"))] * 2
     one, other = make_members(variant, 2, torch.float64), make_members(variant, 2, torch.float64)
-    reference, stack = AutogradStack(one, [1, 2], options), fused(other, options, [1, 2])
+    reference, stack = reference_stack(one, [1, 2], options), fused(other, options, [1, 2])
     for each in (reference, stack):
-        train(each, batches(4, torch.float64), accumulation=4, hyper=hyper)
+        train(each, batches(4, torch.float64), accumulation=4, rows=rows)
     for i in range(2):
         expected, found = reference.state(i), stack.state(i)
         assert set(expected) == set(found)
@@ -150,9 +156,9 @@ def test_gradients_and_sums_equal_autograd(variant: dict[str, Any]) -> None:
 def test_loss_in_float32_stays_within_1e_4(variant: dict[str, Any]) -> None:
     options = StackOptions(dead_after_tokens=60)
     data = batches(50, torch.float32)
-    hyper = HYPER[:2]
-    expected = train(AutogradStack(make_members(variant, 2, torch.float32), [1, 2], options), data, hyper=hyper)
-    found = train(fused(make_members(variant, 2, torch.float32), options, [1, 2]), data, hyper=hyper)
+    rows = NUMBERS[:2]
+    expected = train(reference_stack(make_members(variant, 2, torch.float32), [1, 2], options), data, rows=rows)
+    found = train(fused(make_members(variant, 2, torch.float32), options, [1, 2]), data, rows=rows)
     for a, b in zip(found[-1], expected[-1], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
@@ -165,12 +171,12 @@ def test_alone_equals_stacked_and_leaving_disturbs_nobody(variant: dict[str, Any
     stack = fused(together, options, [1, 2, 3])
     train(stack, data[:6])
     stack.remove(0)
-    train(stack, data[6:], hyper=HYPER[1:])
+    train(stack, data[6:], rows=NUMBERS[1:])
     single = fused(alone[2:], options, [3])
-    train(single, data, hyper=HYPER[2:])
+    train(single, data, rows=NUMBERS[2:])
     assert_same_modules([together[2]], [alone[2]], 1e-12, 1e-14)
     gone = fused(alone[:1], options, [1])
-    train(gone, data[:6], hyper=HYPER[:1])
+    train(gone, data[:6], rows=NUMBERS[:1])
     assert_same_modules([together[0]], [alone[0]], 1e-12, 1e-14)
 
 
@@ -179,12 +185,12 @@ def test_state_goes_on_exactly_also_in_the_reference(variant: dict[str, Any]) ->
     options = StackOptions(dead_after_tokens=60)
     data = batches(10, torch.float64)
     first, second, third = (make_members(variant, 2, torch.float64, seed=s) for s in (0, 1, 2))
-    hyper = HYPER[:2]
+    rows = NUMBERS[:2]
     stack = fused(first, options, [1, 2])
-    train(stack, data[:5], hyper=hyper)
+    train(stack, data[:5], rows=rows)
     saved = [({k: v.clone() for k, v in stack.state(i).items()}, first[i].state_dict()) for i in range(2)]
     saved = [(s, {k: v.clone() for k, v in w.items()}) for s, w in saved]
-    again, reference = fused(second, options, [1, 2]), AutogradStack(third, [1, 2], options)
+    again, reference = fused(second, options, [1, 2]), reference_stack(third, [1, 2], options)
     for i, (state, weights) in enumerate(saved):
         for target, saes in ((again, second), (reference, third)):
             saes[i].load_state_dict(weights)
@@ -192,7 +198,7 @@ def test_state_goes_on_exactly_also_in_the_reference(variant: dict[str, Any]) ->
             with pytest.raises(ValueError, match="too much or too little"):
                 target.load_state(i, {**state, "more": torch.ones(1)})
     for each in (stack, again, reference):
-        train(each, data[5:], hyper=hyper)
+        train(each, data[5:], rows=rows)
     assert_same_modules(second, first, 0, 0)
     assert_same_modules(third, first, 1e-9, 1e-11)
 
@@ -202,16 +208,16 @@ def test_a_broken_member_keeps_its_last_finite_weights() -> None:
     data = batches(6, torch.float64)
     saes, alone = make_members(VARIANTS[0], 2, torch.float64), make_members(VARIANTS[0], 2, torch.float64)
     stack = fused(saes, options, [1, 2])
-    train(stack, data[:3], hyper=HYPER[:2])
+    train(stack, data[:3], rows=NUMBERS[:2])
     before = saes[0].W_enc.detach().clone()
-    broken = [HYPER[0]._replace(sparsity_coeff=float("nan")), HYPER[1]]
+    broken = [{**NUMBERS[0], "sparsity_coeff": float("nan")}, NUMBERS[1]]
     stack.accumulate(data[3], broken)
     stack.apply(broken)
     found = stack.metrics()
-    train(stack, data[4:], hyper=HYPER[:2])
+    train(stack, data[4:], rows=NUMBERS[:2])
     assert [m["finite"] for m in found] == [0.0, 1.0]
     assert torch.equal(saes[0].W_enc, before)
-    train(fused(alone[1:], options, [2]), data, hyper=HYPER[1:2])
+    train(fused(alone[1:], options, [2]), data, rows=NUMBERS[1:2])
     assert_same_modules(saes[1:], alone[1:], 1e-12, 1e-14)
 
 
@@ -223,13 +229,13 @@ def test_two_ranks_sum_to_one() -> None:
         whole, left, right = (make_members(variant, 2, torch.float64) for _ in range(3))
         stacks = [fused(saes, options, [1, 2]) for saes in (whole, left, right)]
         for batch in data:
-            stacks[0].accumulate(batch, HYPER[:2])
-        stacks[1].accumulate(data[0], HYPER[:2])
-        stacks[2].accumulate(data[1], HYPER[:2])
-        for a, b in zip(stacks[1].sums(), stacks[2].sums(), strict=True):
+            stacks[0].accumulate(batch, NUMBERS[:2])
+        stacks[1].accumulate(data[0], NUMBERS[:2])
+        stacks[2].accumulate(data[1], NUMBERS[:2])
+        for a, b in zip(stacks[1].partial()["sum"], stacks[2].partial()["sum"], strict=True):
             a += b
-        stacks[0].apply(HYPER[:2])
-        stacks[1].apply(HYPER[:2])
+        stacks[0].apply(NUMBERS[:2])
+        stacks[1].apply(NUMBERS[:2])
         assert_same_modules(left, whole, 1e-10, 1e-12)
 
 
@@ -241,8 +247,8 @@ def test_weights_that_are_written_to_from_outside_are_seen(variant: dict[str, An
     stack = fused(first, options, [1, 2])
     for mine, theirs in zip(first, second, strict=True):
         mine.load_state_dict(theirs.state_dict())
-    train(stack, data, hyper=HYPER[:2])
-    train(fused(second, options, [1, 2]), data, hyper=HYPER[:2])
+    train(stack, data, rows=NUMBERS[:2])
+    train(fused(second, options, [1, 2]), data, rows=NUMBERS[:2])
     assert_same_modules(first, second, 0, 0)
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused_stacks import VARIANTS, assert_same_modules, make_members, name_of
+from test_fused_stacks import VARIANTS, assert_same_modules, make_members, name_of, numbers
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
-from saeopt.training.step.choose import make_stack
-from saeopt.training.step.contract import Example, Hyper, Place, Stack, StackOptions
+from saeopt.training.step.choose import make_stack, reference_stack
+from saeopt.training.step.contract import Example, Place, StackOptions
 from saeopt.training.step.gpu import graphs as graphs_module
-from saeopt.training.step.reference import AutogradStack
+from saeopt.training.step.stack import Stack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 D, SLOTS, T = 48, 64, 5
@@ -88,17 +88,17 @@ def train(stacks: list[Stack], data: list[list[list[Example]]], leaving: Leaving
     for window in range(len(data[0])):
         for number in leaving.get(window, []):
             stacks[number].remove(0)
-        hypers = [[Hyper(1e-3 * (1 + i), 0.1, 0.5, 1.0) for i in range(len(stack.saes))] for stack in stacks]
+        rates = [[numbers(1e-3 * (1 + i), 0.1, 0.5, 1.0) for i in range(len(stack.saes))] for stack in stacks]
         rows = [data[number % len(data)][window] for number in range(len(stacks))]
         if len(rows[0]) == 1:
-            for stack, batches, hyper in zip(stacks, rows, hypers, strict=True):
-                stack.step(batches[0], hyper)
+            for stack, batches, own in zip(stacks, rows, rates, strict=True):
+                stack.step(batches[0], own)
         else:
-            for stack, batches, hyper in zip(stacks, rows, hypers, strict=True):
+            for stack, batches, own in zip(stacks, rows, rates, strict=True):
                 for batch in batches:
-                    stack.accumulate(batch, hyper)
-            for stack, hyper in zip(stacks, hypers, strict=True):
-                stack.apply(hyper)
+                    stack.accumulate(batch, own)
+            for stack, own in zip(stacks, rates, strict=True):
+                stack.apply(own)
         if window % 5 == 4:
             found = [stack.metrics() for stack in stacks]
     return found
@@ -133,7 +133,7 @@ def test_graphs_change_no_bit(mixture: str, hooks: int, count: int, micro: int, 
         stacks = [make_stack(one, [7] * count, options, PerformanceConfig(graphs=setting)) for one in members]
         found[setting] = train(stacks, data, leaving)
         saes[setting] = [sae for one in members for sae in one]
-        captured = [bool(stack.graphs.captured) for stack in stacks]  # type: ignore[attr-defined]
+        captured = [bool(stack.graphs.captured) for stack in stacks]
         assert captured == [setting == "auto"] * total
     assert all(row["finite"] == 1.0 for rows in found["off"] for row in rows)
     assert found["auto"] == found["off"]
@@ -148,7 +148,7 @@ def test_stacks_in_turn_equal_the_reference(mixture: str, micro: int, poison: No
     leaving = {12: [0], 16: list(range(total))}
     options = StackOptions(DEAD_AFTER)
     one, other = members_of(mixture, 3, 3), members_of(mixture, 3, 3)
-    expected = train([AutogradStack(saes, [7] * 3, options) for saes in one], data, leaving)
+    expected = train([reference_stack(saes, [7] * 3, options) for saes in one], data, leaving)
     found = train([make_stack(saes, [7] * 3, options, PerformanceConfig()) for saes in other], data, leaving)
     for got, want in zip(found, expected, strict=True):
         for a, b in zip(got, want, strict=True):
@@ -163,9 +163,9 @@ def test_the_data_makes_latents_die_and_come_back(variant: dict[str, Any]) -> No
     stack = make_stack(saes, [7], StackOptions(DEAD_AFTER), PerformanceConfig())
     shares, places = [], set()
     for batches in data_of(0, 45, 1):
-        stack.step(batches[0], [Hyper(1e-3, 0.1, 0.5, 1.0)])
+        stack.step(batches[0], [numbers(1e-3, 0.1, 0.5, 1.0)])
         shares.append(stack.metrics()[0]["fraction_dead"])
-        places.add(stack.capacity)  # type: ignore[attr-defined]
+        places.add(stack.shape)
     assert any(b > a for a, b in pairwise(shares))
     assert any(b < a for a, b in pairwise(shares))
     assert len(places) > 1

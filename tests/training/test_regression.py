@@ -13,8 +13,8 @@ import torch
 
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae, sae_config_class
-from saeopt.training.step.contract import Example, Hyper, Place, StackOptions
-from saeopt.training.step.reference import AutogradStack
+from saeopt.training.step.choose import reference_stack
+from saeopt.training.step.contract import Example, Place, StackOptions
 
 EXPECTED: dict[str, tuple[float, ...]] = {  # recipe 1: loss, L0, FVU, gradient norm
     "relu": (1.24078082, 29.3342857, 0.0160578568, 1.03432745),
@@ -44,14 +44,14 @@ def train(sae_type: str, recipe: int) -> tuple[float, ...]:
     sae = get_sae(sae_type)(D, H, config, recipe=recipe, dtype=torch.float64)
     sae.measure(batch(-1))
     sae.initialise(batch(-1), torch.Generator().manual_seed(0))
-    stack = AutogradStack([sae], [7], StackOptions(dead_after_tokens=2000))
+    stack = reference_stack([sae], [7], StackOptions(dead_after_tokens=2000))
     for step in range(STEPS):
-        number = [Hyper(lr=3e-3, sparsity_coeff=0.1, beta=0.5, max_grad_norm=1.0)]
+        numbers = [{"lr": 3e-3, "sparsity_coeff": 0.1, "beta": 0.5, "max_grad_norm": 1.0}]
         if step == STEPS // 2:
             stack.metrics()
         x_Nd = batch(step)
-        stack.accumulate(Example(x_Nd, x_Nd, torch.arange(N) % 9 > 0, Place(step, 1, N)), number)
-        stack.apply(number)
+        stack.accumulate(Example(x_Nd, x_Nd, torch.arange(N) % 9 > 0, Place(step, 1, N)), numbers)
+        stack.apply(numbers)
     found = stack.metrics()[0]
     return tuple(found[key] for key in ("loss", "l0", "fvu", "grad_norm"))
 

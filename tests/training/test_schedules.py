@@ -6,7 +6,16 @@ import math
 
 import pytest
 
-from saeopt.training.schedules import beta, hyper, lr_factor
+from saeopt.saes.registry import get_sae
+from saeopt.training.controls import Controls, schedules
+from saeopt.training.pack import Member
+from saeopt.training.schedules import lr_factor
+
+
+def number(config, name, samples, total):
+    sae = get_sae(config.saes.sae_type)(4, 8, config.saes)
+    members = [Member("a", "hook", config, sae)]
+    return Controls(members, schedules(members, total)).numbers(samples)[0][name]
 
 
 def test_warmup_is_linear_from_zero(make_config):
@@ -44,18 +53,18 @@ def test_recipe_2_falls_over_the_last_fifth(make_config):
 def test_lambda_rises_over_the_first_twentieth_of_recipe_2(make_config):
     given = {"data.n_train_samples": 500, "saes.sparsity_coeff": 8}
     config = make_config(**given)
-    rising = [hyper(config, config.saes, n, 500).sparsity_coeff for n in (5, 20, 25, 500)]
+    rising = [number(config, "sparsity_coeff", n, 500) for n in (5, 20, 25, 500)]
     assert rising == pytest.approx([1.6, 6.4, 8, 8])
     told = make_config(**given, **{"saes.sparsity_warmup_samples": 100})
-    assert hyper(told, told.saes, 25, 500).sparsity_coeff == pytest.approx(2)
+    assert number(told, "sparsity_coeff", 25, 500) == pytest.approx(2)
     first = make_config(recipe=1, **given)
-    assert hyper(first, first.saes, 1, 500).sparsity_coeff == 8
+    assert number(first, "sparsity_coeff", 1, 500) == 8
 
 
 def test_a_share_of_an_unknown_length_is_nothing(make_config):
     config = make_config(**{"data.n_train_samples": None})
     assert [lr_factor(config, n, 500) for n in (450, 500)] == [1, 1]
-    assert hyper(config, config.saes, 1, 500).sparsity_coeff == config.saes.sparsity_coeff
+    assert number(config, "sparsity_coeff", 1, 500) == config.saes.sparsity_coeff
 
 
 def test_constant_stays(make_config):
@@ -73,11 +82,11 @@ def test_beta_waits_for_the_warmup_then_falls_exponentially(make_config, sae_typ
             "saes.beta_annealing": True,
         }
     )
-    assert beta(config, config.saes, 56, 256) == pytest.approx(0.8)
-    assert beta(config, config.saes, 156, 256) == pytest.approx(0.4)
-    assert beta(config, config.saes, 256, 256) == pytest.approx(0.2)
+    assert number(config, "beta", 56, 256) == pytest.approx(0.8)
+    assert number(config, "beta", 156, 256) == pytest.approx(0.4)
+    assert number(config, "beta", 256, 256) == pytest.approx(0.2)
 
 
 def test_no_clipping_is_an_infinite_norm(make_config):
     config = make_config(max_grad_norm=None)
-    assert hyper(config, config.saes, 1, 256).max_grad_norm == math.inf
+    assert number(config, "max_grad_norm", 1, 256) == math.inf

@@ -1,60 +1,115 @@
-"""Stacks: members of one architecture and shape that are stepped together."""
+"""Which way a stack steps: one row per architecture that has more than the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import log
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
-from saeopt.training.step.contract import Stack, StackOptions
+from saeopt.training.step import dense, forms
+from saeopt.training.step.contract import StackOptions
+from saeopt.training.step.cpu import dense_on_cpu
+from saeopt.training.step.forms import Form
+from saeopt.training.step.reference import one_by_one
+from saeopt.training.step.sparse import topk_on_cpu
+from saeopt.training.step.stack import Assembly, Stack, Watcher
+
+
+def _on_gpu(module: str, *own: Any) -> Callable[..., Assembly]:
+    """A module of `gpu`, imported where it is needed: it needs Triton."""
+
+    def make(*given: Any) -> Assembly:
+        made: Assembly = import_module(f"saeopt.training.step.gpu.{module}").assembly(*own, *given)
+        return made
+
+    return make
+
+
+class Fast(NamedTuple):
+    """An architecture's fast steps and what they cost.
+
+    `form`: the numbers that never change, also whether the decoder's rows are free, of norm 1, or directions.
+    `cpu` makes an :class:`Assembly` from form, members and options, `gpu` from the config's performance section
+    besides. `cpu_bytes`: bytes per token and latent of the reference step, of which the fused one has a chunk at a
+    time. `gpu_bytes`: per token, latent and member of the fused step: behind the code's gradient, and beside the
+    weights' own. `keeps_code`: up to this width the GPU's step never writes its code. `rounds`: whether the CPU's
+    step heeds `mixed_precision`.
+    """
+
+    form: Callable[[SAE], Form]
+    cpu: Callable[[Form, Sequence[SAE], StackOptions], Assembly]
+    gpu: Callable[[Form, Sequence[SAE], StackOptions, PerformanceConfig], Assembly]
+    cpu_bytes: float
+    gpu_bytes: tuple[float, float]
+    keeps_code: int = 0
+    rounds: bool = True
+
+
+def _dense(architecture: dense.Architecture) -> tuple[Any, Any]:
+    return partial(dense_on_cpu, architecture), _on_gpu("dense", architecture)
+
+
+FAST = {
+    "relu": Fast(forms.plain, _dense(dense.RELU)[0], _on_gpu("relu"), 16.0, (4.0, 4.0), keeps_code=dense.NARROW),
+    "gated": Fast(forms.gated, *_dense(dense.GATED), 32.0, (10.0, 4.0)),
+    "hard_concrete": Fast(forms.hard_concrete, *_dense(dense.HARD_CONCRETE), 48.0, (12.0, 6.0)),
+    "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
+    "topk": Fast(forms.plain, topk_on_cpu, _on_gpu("topk"), 20.0, (2.0, 2.0), rounds=False),
+}
 
 
 def make_stack(
-    saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions, performance: PerformanceConfig
+    saes: Sequence[SAE],
+    seeds: Sequence[int],
+    options: StackOptions,
+    performance: PerformanceConfig,
+    watcher: Watcher | None = None,
 ) -> Stack:
     """The fastest stack that `performance` allows for these members.
 
-    They must be of one class and shape, at one hook point, with equal configs but for `stack_fields`. The
-    modules in `stack.saes` are the members from here on.
+    They must be of one class and shape, at one site, with equal configs but for `stack_fields`. The modules in
+    `stack.saes` are the members from here on.
     """
-    from saeopt.training.step.reference import AutogradStack
-    from saeopt.training.step.sparse import SparseStack
-    from saeopt.training.step.stack import FusedStack
-
     reason = _why_not_fused(saes, options)
     if reason is not None and performance.stack != "reference":
         _notice(f"the fused step is not used: {reason}")
     if performance.stack == "reference" or reason is not None:
-        return AutogradStack(saes, seeds, options)
+        return reference_stack(saes, seeds, options, watcher)
+    row = FAST[saes[0].config.sae_type]
     if saes[0].W_enc.is_cuda:
-        from saeopt.training.step.gpu.dense import GpuStack
-        from saeopt.training.step.gpu.relu import GpuReluStack
-        from saeopt.training.step.gpu.topk import GpuSparseStack
+        assembly = row.gpu(row.form(saes[0]), saes, options, performance)
+    else:
+        if "on" in (performance.compile, performance.graphs):
+            _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
+        if not row.rounds and options.autocast is not None:
+            _notice(
+                f"'mixed_precision' has no effect on {saes[0].config.sae_type}'s fused step on the CPU"
+                " (performance.stack: reference has it)"
+            )
+        assembly = row.cpu(row.form(saes[0]), saes, options)
+    return Stack(saes, seeds, options, assembly, watcher)
 
-        own = {"relu": GpuReluStack, "topk": GpuSparseStack}
-        return own.get(saes[0].config.sae_type, GpuStack)(saes, seeds, options, performance)
-    if "on" in (performance.compile, performance.graphs):
-        _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
-    if saes[0].config.sae_type == "topk" and options.autocast is not None:
-        _notice("'mixed_precision' has no effect on topk's fused step on the CPU (performance.stack: reference has it)")
-    on_cpu = SparseStack if saes[0].config.sae_type == "topk" else FusedStack
-    return on_cpu(saes, seeds, options, performance)
+
+def reference_stack(
+    saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions, watcher: Watcher | None = None
+) -> Stack:
+    """Plain autograd, any architecture and device."""
+    return Stack(saes, seeds, options, one_by_one(saes, options), watcher)
 
 
 def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
-    """Why these members take the autograd step, or None."""
-    import torch
-
-    from saeopt.training.step.sparse import SparseStack
-    from saeopt.training.step.stack import FusedStack
-
+    """Why these members take the reference step, or None."""
     first = saes[0]
     sae_type = first.config.sae_type
-    if sae_type not in FusedStack.architectures | SparseStack.architectures or type(first) is not get_sae(sae_type):
+    if sae_type not in FAST or type(first) is not get_sae(sae_type):
         return f"'{sae_type}' has none"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"

@@ -1,32 +1,28 @@
-"""The contract of a stack: M members of one architecture and shape at one hook point, stepped together.
+"""The contract of a step: M members of one architecture and shape at one site, stepped together.
 
-A stack owns the tensors; the members' SAE modules are views of them, so evaluation and checkpoints read
-the modules and need no copy-out. All per-member numbers live on the device: nothing here synchronises but
-:meth:`Stack.metrics` and :meth:`Stack.state`.
+A :class:`~saeopt.training.step.stack.Stack` is put together from a storage (who owns the tensors), a pass (gradients
+of one micro-batch), an optimiser and the books. Only the pass and the optimiser depend on architecture and device.
 
-Shape suffixes: M members, N tokens, d model width, h dictionary width.
+Shape suffixes: M members, N tokens, d width read, e width written, h dictionary width.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from saeopt.saes.base import SAE
-
-
-class Hyper(NamedTuple):
-    """One member's numbers for one optimiser step; `max_grad_norm` is inf where nothing is clipped."""
-
-    lr: float
-    sparsity_coeff: float
-    beta: float
-    max_grad_norm: float
+Store = dict[str, Tensor]
+Numbers = Mapping[str, float | Tensor]
+"""One member's numbers for one window, by name: `lr`, `max_grad_norm` (inf where nothing is clipped) and those that its
+architecture declares. What a control keeps on the device is a tensor without dimensions."""
+TALLY = "tally."
+"""Prefix of the architectures' own tallies among a window's statistics."""
+EXTRA = "extra."
+"""Prefix of state that not every kind of stack has: a checkpoint may go on on another device, or with another stack."""
 
 
 @dataclass(frozen=True)
@@ -60,64 +56,55 @@ class StackOptions:
     adam_eps: float = 1e-8
     autocast: torch.dtype | None = None
     """Dtype of the matrix products (bfloat16, float16), or None for the weights' own."""
+    ranks: int = 1
+    """Processes that share a window's samples."""
 
 
-EXTRA = "extra."
-"""Prefix of state that not every kind of stack has: a checkpoint may go on on another device, or with another stack."""
+class Parts(NamedTuple):
+    """What a micro-batch or a window gives, summed over its kept tokens, in any unit of the gradients.
+
+    `grads`: by what the pass and its optimiser call them. `window`: `totals` (M, 4): Σ loss terms, Σ‖ŷ − y‖², Σ
+    sparsity term, non-zeros; `fired` (M, h); `y` ((M,) e + 2): Σy, Σ‖y‖², number of kept tokens; tallies (M, …).
+    """
+
+    grads: Store
+    window: Store
 
 
-def check_names(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+class Pass(Protocol):
+    """Gradients of one micro-batch: what differs between architectures and devices."""
+
+    def before(self, example: Example, *, first: bool) -> Hashable:
+        """What comes before a micro-batch and outside of graphs; gives what shapes depend on besides the example's."""
+        return None
+
+    def gradients(self, example: Example, *, first: bool) -> Parts:
+        """Forward and backward. A pass may add to the parts that it gave before, unless this is a window's first."""
+        ...
+
+    def settle(self, parts: Parts) -> Tensor:
+        """Finish a whole window's gradients in place; gives each member's loss that has a denominator of its own."""
+        return torch.zeros_like(parts.window["totals"][:, 0])
+
+    def state(self, member: int) -> Store:
+        """What the pass needs besides weights and moments to go on with the same bits (`EXTRA`)."""
+        return {}
+
+    def load_state(self, member: int, state: Store) -> None:
+        """Inverse of :meth:`state`; called after everything else was loaded."""
+        return
+
+
+class Optimiser(Protocol):
+    """A whole window's gradients to new weights."""
+
+    def finish(self, parts: Parts, aux_M: Tensor) -> Tensor:
+        """Clip, step, restore constraints, and have it noted in the books; gives who went (M)."""
+        ...
+
+
+def check_names(own: Store, state: Store) -> None:
     """Refuse state of another architecture; extras may be missing or too much."""
     differ = sorted(name for name in own.keys() ^ state.keys() if not name.startswith(EXTRA))
     if differ:
         raise ValueError(f"state holds {differ} too much or too little")
-
-
-class Stack(ABC):
-    """Members stepped together. One window: `accumulate` per micro-batch, reduce `sums()` over ranks, `apply`.
-
-    A window of one micro-batch on one rank: `step`.
-    """
-
-    def __init__(self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions) -> None:
-        self.saes, self.seeds, self.options = list(saes), list(seeds), options
-
-    def step(self, example: Example, hyper: Sequence[Hyper]) -> None:
-        """A whole window of one micro-batch on one rank."""
-        self.accumulate(example, hyper)
-        self.apply(hyper)
-
-    @abstractmethod
-    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
-        """Forward and backward of one micro-batch; adds to the window's sums."""
-
-    @abstractmethod
-    def sums(self) -> list[Tensor]:
-        """The window's sums on this rank (gradients, token count, firing counts), to be all-reduced in place."""
-
-    @abstractmethod
-    def apply(self, hyper: Sequence[Hyper]) -> None:
-        """End of the window: divide by the token count, clip, Adam, constraints, dead counters; clears the sums.
-
-        A member whose loss or gradient is not finite is left as it was, now and in every later window.
-        """
-
-    @abstractmethod
-    def metrics(self) -> list[dict[str, float]]:
-        """Means per member since the last call (a synchronisation).
-
-        Keys: loss, mse, sparsity, aux (where there is one), l0, fvu, fraction_dead, grad_norm,
-        finite (1.0 or 0.0).
-        """
-
-    @abstractmethod
-    def state(self, member: int) -> dict[str, Tensor]:
-        """What member needs besides its weights to go on exactly: moments, step count, flags, pending metrics."""
-
-    @abstractmethod
-    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`state`."""
-
-    @abstractmethod
-    def remove(self, member: int) -> None:
-        """Drop a member; the others go on as if it had never been there."""

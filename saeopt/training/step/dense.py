@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saeopt.saes.base import SAE
 from saeopt.saes.noise import hashed_uniform
+from saeopt.training.step.forms import Form
 
 NARROW = 128
 """Up to this d a relu stack on a GPU never writes its code (`kernels.narrow`): above, the tiles outgrow the registers,
@@ -26,37 +26,9 @@ ALONE = 2**25
 another: each fills the card by itself, and what lies between the products needs room for one of them only."""
 
 
-class Form(NamedTuple):
-    """The numbers that all members of a stack share (hashable: compiled code is specialised on them)."""
-
-    mse: float
-    aux: float
-    penalty: float
-    unit: bool
-    magnitude: str
-    limits: tuple[float, float]
-    seed_aux: bool
-    frozen_aux: bool
-
-    @classmethod
-    def of(cls, sae: SAE) -> Form:
-        """From a module's config; `legacy_scaling` divides terms by d as the module does."""
-        config: Any = sae.config
-        share = 1 / sae.d if sae.legacy_scaling else 1.0
-        return cls(
-            mse=config.mse_coeff * share,
-            aux=getattr(config, "aux_coeff", 0.0) * share,
-            penalty=1.0 if config.sae_type == "gated" else share,
-            unit=sae.unit_rows,
-            magnitude=getattr(config, "magnitude_activation", "relu"),
-            limits=getattr(config, "hard_concrete_stretch_limits", (-0.1, 1.1)),
-            seed_aux=getattr(config, "aux_form", "gated") == "seed",
-            frozen_aux=getattr(sae, "frozen_aux", True),
-        )
-
-
 class Given(NamedTuple):
-    """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length).
+    """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length),
+    `numbers` the architecture's own of this window (M).
 
     Gate noise comes as `u_MNh` or as the `keys_2MN` that it is computed from (`saeopt.saes.noise`).
     """
@@ -68,8 +40,7 @@ class Given(NamedTuple):
     keep_N: Tensor | None
     u_MNh: Tensor | None
     keys_2MN: Tensor | None
-    sparsity_M: Tensor
-    beta_M: Tensor
+    numbers: dict[str, Tensor]
 
     def member(self, i: int) -> Given:
         """What the pass of one member alone reads."""
@@ -80,8 +51,7 @@ class Given(NamedTuple):
             norm_Mh=self.norm_Mh[row],
             u_MNh=None if self.u_MNh is None else self.u_MNh[row],
             keys_2MN=None if self.keys_2MN is None else self.keys_2MN[:, row],
-            sparsity_M=self.sparsity_M[row],
-            beta_M=self.beta_M[row],
+            numbers={name: tensor[row] for name, tensor in self.numbers.items()},
         )
 
 
@@ -122,18 +92,25 @@ class Back(NamedTuple):
     fired_Mh: Tensor
 
 
+class Architecture(NamedTuple):
+    """The two elementwise stages in which architectures differ."""
+
+    codes: Callable[[Form, Given, list[Tensor]], list[Tensor]]
+    back: Callable[[Form, Given, list[Tensor], list[Tensor], list[Tensor]], Back]
+    back_needs_pre: bool = True
+
+
 def plainly(function: Callable[..., Any], *arguments: Any) -> Any:
     """A stage run as it is."""
     return function(*arguments)
 
 
-def run(sae_type: str, form: Form, given: Given, call: Callable[..., Any] = plainly) -> Found:
+def run(architecture: Architecture, form: Form, given: Given, call: Callable[..., Any] = plainly) -> Found:
     """One micro-batch. Each stage between two products goes through `call`, which may compile it.
 
     Stages hand over only what is in the dtype of the products: what lies in between is computed again in the
     backward stage, which costs less than to write it down.
     """
-    architecture = ARCHITECTURES[sae_type]
     names = ["W_enc", "W_gate"] if "W_gate" in given.low else ["W_enc"]
     centred_MNd = call(centre, given)
     pres = [torch.bmm(centred_MNd, given.low[name].mT) for name in names]
@@ -194,7 +171,7 @@ def relu_codes(form: Form, given: Given, pres: list[Tensor]) -> list[Tensor]:
 def relu_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor], g_codes: list[Tensor]) -> Back:
     """∂π = 1[f > 0] (∂f + λ‖W_dec‖)."""
     dtype = given.norm_Mh.dtype
-    penalty_M = given.sparsity_M * form.penalty
+    penalty_M = given.numbers["sparsity_coeff"] * form.penalty
     push_Mh = penalty_M.unsqueeze(-1) * given.norm_Mh
     f_MNh = codes[0]
     g_pre = torch.where(f_MNh > 0, g_codes[0].to(dtype) + column(push_Mh), 0.0)
@@ -206,7 +183,7 @@ def relu_sums(
     form: Form, given: Given, g_pre: Tensor, g_b_enc: Tensor, per_latent_Mh: Tensor, fired_Mh: Tensor
 ) -> Back:
     """What follows from sums over tokens."""
-    penalty_M = given.sparsity_M * form.penalty
+    penalty_M = given.numbers["sparsity_coeff"] * form.penalty
     sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
     pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
     return Back([g_pre], {"b_enc": g_b_enc}, [g_b_enc], pull_Mh, sparsity_M, fired_Mh)
@@ -233,7 +210,7 @@ def gated_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor]
     shared_MNh, gain_M1h, gate_MNh, inner_MNh = gated_parts(form, given, pres)
     dtype = shared_MNh.dtype
     open_MNh = gate_MNh > 0
-    penalty_M = given.sparsity_M * form.penalty
+    penalty_M = given.numbers["sparsity_coeff"] * form.penalty
     push_MNh = masked(column(penalty_M.unsqueeze(-1) * given.norm_Mh).expand_as(shared_MNh), given.keep_N)
     g_inner = g_codes[0].to(dtype) * open_MNh * activation_slope(form.magnitude, inner_MNh)
     g_gate = (g_codes[1].to(dtype) + push_MNh) * open_MNh
@@ -324,20 +301,10 @@ def gated_hard_concrete_back(
     return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
 
 
-class Architecture(NamedTuple):
-    """The two elementwise stages in which architectures differ."""
-
-    codes: Callable[[Form, Given, list[Tensor]], list[Tensor]]
-    back: Callable[[Form, Given, list[Tensor], list[Tensor], list[Tensor]], Back]
-    back_needs_pre: bool = True
-
-
-ARCHITECTURES = {
-    "relu": Architecture(relu_codes, relu_back, back_needs_pre=False),
-    "gated": Architecture(gated_codes, gated_back),
-    "hard_concrete": Architecture(hard_concrete_codes, hard_concrete_back),
-    "gated_hard_concrete": Architecture(gated_hard_concrete_codes, gated_hard_concrete_back),
-}
+RELU = Architecture(relu_codes, relu_back, back_needs_pre=False)
+GATED = Architecture(gated_codes, gated_back)
+HARD_CONCRETE = Architecture(hard_concrete_codes, hard_concrete_back)
+GATED_HARD_CONCRETE = Architecture(gated_hard_concrete_codes, gated_hard_concrete_back)
 
 
 # ---- pieces
@@ -379,7 +346,7 @@ def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor,
         assert given.keys_2MN is not None
         u_MNh = hashed_uniform(given.keys_2MN, log_alpha_MNh.shape[-1]).to(log_alpha_MNh.dtype)
     low, high = form.limits
-    inverse_beta_M11 = 1 / given.beta_M[:, None, None]
+    inverse_beta_M11 = 1 / given.numbers["beta"][:, None, None]
     s_MNh = torch.sigmoid((torch.log(u_MNh / (1 - u_MNh)) + log_alpha_MNh) * inverse_beta_M11)
     stretched = s_MNh * (high - low) + low
     inside = (stretched >= 0) & (stretched <= 1)
@@ -390,7 +357,7 @@ def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor,
 def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of λ Σ P(z ≠ 0) on log α, and that term per member."""
     shift = math.log(-form.limits[0] / form.limits[1])
-    p_MNh = torch.sigmoid(log_alpha_MNh - given.beta_M[:, None, None] * shift)
-    penalty_M = given.sparsity_M * form.penalty
+    p_MNh = torch.sigmoid(log_alpha_MNh - given.numbers["beta"][:, None, None] * shift)
+    penalty_M = given.numbers["sparsity_coeff"] * form.penalty
     g_MNh = masked(penalty_M[:, None, None] * p_MNh * (1 - p_MNh), given.keep_N)
     return g_MNh, penalty_M * masked(p_MNh, given.keep_N).sum(1).sum(-1)  # tokens first, as all other sums

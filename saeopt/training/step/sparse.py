@@ -7,17 +7,26 @@ rows, which `embedding_bag` computes without writing the products down.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from saeopt.saes.base import Ratio
-from saeopt.training.step.contract import Example, Hyper
-from saeopt.training.step.stack import FusedStack
-from saeopt.training.step.storage import Store
+from saeopt.saes.base import SAE, Ratio
+from saeopt.saes.topk import TopKSAE
+from saeopt.training.step.books import Books, kept, zeros
+from saeopt.training.step.contract import Example, Optimiser, Parts, Pass, StackOptions, Store
+from saeopt.training.step.cpu import InPlace
+from saeopt.training.step.forms import Form
+from saeopt.training.step.numbers import Table
+from saeopt.training.step.optimiser import CpuOptimiser
+from saeopt.training.step.stack import Assembly
+from saeopt.training.step.storage import VECTORS, Packed
+
+AUX = "aux."
 
 _GROUP = 16
 _SELECT_ELEMENTS = 2**18
@@ -82,53 +91,70 @@ class ByLatent:
         return embedding_bag(self.tokens, rows_Nd, self.offsets_h, per_sample_weights=weights, mode="sum")
 
 
-class SparseStack(FusedStack):
-    """topk members on the CPU."""
+class SparsePass(Pass):
+    """topk members on the CPU. The auxiliary loss's gradients lie beside the others under `AUX`."""
 
-    architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
+    def __init__(self, storage: Packed, dead_after: int) -> None:
+        self.storage, self.dead_after = storage, dead_after
+        self.members = [sae for sae in storage.saes if isinstance(sae, TopKSAE)]
+        self.sums = InPlace(storage, self._aux)
+        self.share, self.has_variance = self.members[0].aux_share, "variance" in storage.buffers
 
-    def _prepare(self) -> None:
-        self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
-        self.aux_share: float = self.saes[0].aux_share  # type: ignore[assignment]
-        self.aux_grads: Store = {}
-        super()._prepare()
-        self.window["ratio"] = self._zeros(len(self.saes), self.d + 2)  # parts of `Ratio`
+    def _aux(self) -> Parts:
+        """The auxiliary loss's gradients, which have a denominator of their own, and the parts of its `Ratio`."""
+        storage = self.storage
+        ratio = zeros(len(self.members), storage.d + 2, device=storage.device)
+        return Parts({AUX + n: torch.zeros_like(tensor) for n, tensor in storage.weights.items()}, {"ratio": ratio})
 
-    def _accumulate_member(
-        self, member: int, example: Example, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
-    ) -> None:
-        weights = {name: tensor[member] for name, tensor in self.packed.weights.items()}
-        b_enc_h, b_dec_d = (self.packed.vector(self.packed.weights, n)[member] for n in ("b_enc", "b_dec"))
-        dead_h = self.packed.buffers["tokens_since_fired"][member] >= self.options.dead_after_tokens
+    def before(self, example: Example, *, first: bool) -> None:
+        """As the contract says."""
+        self.storage.refresh_changed()
+
+    def gradients(self, example: Example, *, first: bool) -> Parts:
+        """As the contract says."""
+        parts, x_Nd, keep_N = self.sums.start(example, first=first)
+        for member in range(len(self.members)):
+            self._member(parts, member, x_Nd, keep_N)
+        return parts
+
+    def _member(self, parts: Parts, member: int, x_Nd: Tensor, keep_N: Tensor | None) -> None:
+        storage, window = self.storage, parts.window
+        weights = {name: tensor[member] for name, tensor in storage.weights.items()}
+        b_enc_h, b_dec_d = (storage.vector(storage.weights, n)[member] for n in ("b_enc", "b_dec"))
+        dead_h = storage.since_Mh[member] >= self.dead_after
         centred_Nd = x_Nd - b_dec_d
         code, dead = self._select(member, centred_Nd, weights["W_enc"], b_enc_h, dead_h.nonzero().squeeze(-1), keep_N)
         error_Nd = weighted_rows(code, weights["W_dec"]).add_(b_dec_d).sub_(x_Nd)
         if keep_N is not None:
             error_Nd.mul_(keep_N.unsqueeze(-1))
-        grads = {name: tensor[member] for name, tensor in self.grads.items()}
-        self._add_gradients(grads, weights, code, error_Nd * (2 * self.form.mse), centred_Nd, decoder_bias=True)
+        mse, grads = storage.form.mse, {name: parts.grads[name][member] for name in weights}
+        self._add_gradients(grads, weights, code, error_Nd * (2 * mse), centred_Nd, decoder_bias=True)
         squared, fired = error_Nd.square().sum(), code.values_Nk > 0
-        totals = torch.stack([self.form.mse * squared, squared, torch.zeros_like(squared), fired.sum().to(self.dtype)])
-        self.window["totals"][member] += totals
-        self.window["fired"][member].index_add_(0, code.index_Nk.reshape(-1), fired.reshape(-1).double())
-        ratio = self.window["ratio"][member]
+        totals = torch.stack([mse * squared, squared, torch.zeros_like(squared), fired.sum().to(storage.dtype)])
+        window["totals"][member] += totals
+        window["fired"][member].index_add_(0, code.index_Nk.reshape(-1), fired.reshape(-1).double())
+        ratio = window["ratio"][member]
         ratio[1] += squared.double()
         ratio[2:] -= error_Nd.sum(0, dtype=torch.float64)
         if dead is not None:
-            self._accumulate_aux(member, weights, dead, error_Nd, centred_Nd, keep_N)
+            weight = self.share * (float(storage.buffers["variance"][member]) if self.has_variance else 1.0)
+            left_Nd = error_Nd.neg().sub_(weighted_rows(dead, weights["W_dec"]))
+            ratio[0] += weight * left_Nd.square().sum().double()
+            grads = {name: parts.grads[AUX + name][member] for name in weights}
+            self._add_gradients(grads, weights, dead, left_Nd * (-2 * weight), centred_Nd, decoder_bias=False)
 
     def _select(
         self, member: int, centred_Nd: Tensor, W_enc_hd: Tensor, b_enc_h: Tensor, dead: Tensor, keep_N: Tensor | None
     ) -> tuple[Code, Code | None]:
         """The code and the code of the dead latents (None where there are none), chunk by chunk."""
-        config: Any = self.saes[member].config
+        sae = self.members[member]
         codes, dead_codes = [], []
-        step = max(64, _SELECT_ELEMENTS // self.h)
+        step = max(64, _SELECT_ELEMENTS // self.storage.h)
         for at in range(0, len(centred_Nd), step):
             pre_Nh = torch.addmm(b_enc_h, centred_Nd[at : at + step], W_enc_hd.T)
-            found = [largest(pre_Nh, config.k)]
+            found = [largest(pre_Nh, sae.config.k)]
             if len(dead):
-                of_dead = largest(pre_Nh[:, dead], min(self.aux_k, len(dead)))
+                of_dead = largest(pre_Nh[:, dead], min(sae.aux_k, len(dead)))
                 found.append(Code(of_dead.values_Nk, dead[of_dead.index_Nk]))
             if keep_N is not None:
                 for code in found:
@@ -142,47 +168,36 @@ class SparseStack(FusedStack):
         self, grads: Store, weights: Store, code: Code, g_Nd: Tensor, centred_Nd: Tensor, *, decoder_bias: bool
     ) -> None:
         """Gradients of Σ over tokens with ∂/∂x̂ = g."""
+        storage = self.storage
         g_code_Nk = pulled_back(code, g_Nd, weights["W_dec"])
-        by_latent = ByLatent(code, self.h)
+        by_latent = ByLatent(code, storage.h)
         grads["W_dec"] += by_latent(code.values_Nk, g_Nd)
         grads["W_enc"] += by_latent(g_code_Nk, centred_Nd)
-        g_b_enc_h = torch.zeros(self.h, dtype=self.dtype).index_add_(0, code.index_Nk.view(-1), g_code_Nk.view(-1))
-        grads["vectors"][self.packed.slices["b_enc"]] += g_b_enc_h
-        g_b_dec = grads["vectors"][self.packed.slices["b_dec"]]
+        g_b_enc_h = torch.zeros(storage.h, dtype=storage.dtype)
+        g_b_enc_h.index_add_(0, code.index_Nk.view(-1), g_code_Nk.view(-1))
+        grads[VECTORS][storage.slices["b_enc"]] += g_b_enc_h
+        g_b_dec = grads[VECTORS][storage.slices["b_dec"]]
         g_b_dec -= g_b_enc_h @ weights["W_enc"]
         if decoder_bias:
             g_b_dec += g_Nd.sum(0)
 
-    def _accumulate_aux(
-        self, member: int, weights: Store, dead: Code, error_Nd: Tensor, centred_Nd: Tensor, keep_N: Tensor | None
-    ) -> None:
-        weight = self.aux_share * (float(self.packed.buffers["variance"][member]) if self.saes[0].recipe > 1 else 1.0)
-        left_Nd = error_Nd.neg().sub_(weighted_rows(dead, weights["W_dec"]))
-        self.window["ratio"][member, 0] += weight * left_Nd.square().sum().double()
-        self._start_aux()
-        grads = {name: tensor[member] for name, tensor in self.aux_grads.items()}
-        self._add_gradients(grads, weights, dead, left_Nd * (-2 * weight), centred_Nd, decoder_bias=False)
-
-    def _start_aux(self) -> None:
-        if not self.aux_grads:
-            self.aux_grads = {name: torch.zeros_like(tensor) for name, tensor in self.packed.weights.items()}
-
-    def sums(self) -> list[Tensor]:
-        self._start_aux()
-        return [*self.aux_grads.values(), *super().sums()]
-
-    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
-        """The auxiliary loss has a denominator of its own, known now: its gradients join the others times n / it."""
-        values = []
-        for member in range(len(self.saes)):
-            parts = window["ratio"][member]
-            over = Ratio(parts[0], parts[1], parts[2:]).inverse_denominator(n)
-            values.append(parts[0] * over)
-            for name, tensor in self.aux_grads.items():
-                grads[name][member].add_(tensor[member] * (over * n).to(self.dtype))
+    def settle(self, parts: Parts) -> Tensor:
+        """The auxiliary loss's denominator is known now: its gradients join the others times n / it."""
+        (grads, window), values = parts, []
+        n = kept(window).clamp_min(1)
+        for member, ratio in enumerate(window["ratio"]):
+            over = Ratio(ratio[0], ratio[1], ratio[2:]).inverse_denominator(n)
+            values.append(ratio[0] * over)
+            for name in self.storage.weights:
+                grads[name][member].add_(grads[AUX + name][member] * (over * n).to(self.storage.dtype))
         return torch.stack(values)
 
-    def _clear(self) -> None:
-        super()._clear()
-        for tensor in self.aux_grads.values():
-            tensor.zero_()
+
+def topk_on_cpu(form: Form, saes: Sequence[SAE], options: StackOptions) -> Assembly:
+    """topk members."""
+    storage = Packed(saes, form, saes[0].W_enc.dtype)
+
+    def build(table: Table, books: Books, seeds: Sequence[int]) -> tuple[Pass, Optimiser]:
+        return SparsePass(storage, options.dead_after_tokens), CpuOptimiser(storage, table, books)
+
+    return Assembly("cpu", storage, build)

@@ -1,273 +1,249 @@
-"""What all fused stacks share: window sums, accumulation, metrics, state, and members that leave.
+"""A stack: members of one architecture and shape at one site, stepped together.
 
-Shape suffixes: M members, N tokens, d model width, h dictionary width. On the CPU members and chunks of tokens are
-computed one after another, so that what lies between two products stays in the cache; on a GPU all at once.
+It is put together from a storage, a pass, an optimiser, the books and, on a GPU, graphs and sums at fixed addresses.
+All per-member numbers live on the device: nothing here synchronises but :meth:`Stack.metrics` and what reads a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from saeopt.config.run import PerformanceConfig
-from saeopt.saes.base import SAE
-from saeopt.saes.noise import uniform
-from saeopt.training.step import optimiser as adam
-from saeopt.training.step.contract import Example, Hyper, Stack, StackOptions, check_names
-from saeopt.training.step.dense import ARCHITECTURES, Form, Found, Given, run
-from saeopt.training.step.storage import VECTORS, Packed, Store
+from saeopt.saes.base import SAE, Reduction
+from saeopt.training.step.books import Books, kept
+from saeopt.training.step.contract import (
+    TALLY,
+    Example,
+    Numbers,
+    Optimiser,
+    Parts,
+    Pass,
+    StackOptions,
+    Store,
+    check_names,
+)
+from saeopt.training.step.gpu.graphs import Graphs
+from saeopt.training.step.numbers import Table
+from saeopt.training.step.tally import Sums, to_reduce
 
-PULL = "pull"
-_CHUNK_ELEMENTS = 2**20
-_PENDING = {"n": (), "steps": (), "means": (6,), "grad_norm": ()}
+NUMBERS = ("lr", "max_grad_norm")
+"""What every architecture has."""
 
 
-class FusedStack(Stack):
-    """Members stepped by hand-written passes over packed tensors; float32 or float64 weights on the CPU."""
+class Storage(Protocol):
+    """Who owns the members' weights, moments and buffers."""
 
-    architectures: ClassVar[frozenset[str]] = frozenset(ARCHITECTURES)
+    @property
+    def since_Mh(self) -> Tensor:
+        """Tokens since each latent fired."""
+
+    def state(self, member: int) -> Store:
+        """What a member needs besides its module's tensors."""
+
+    def loading(self, member: int) -> None:
+        """A member's weights were written to, its state is about to be."""
+
+    def loaded(self, member: int) -> None:
+        """A member's state was written to."""
+
+    def remove(self, member: int) -> None:
+        """A member leaves with tensors of its own."""
+
+
+class Watcher(Protocol):
+    """Who learns of a window and may set numbers of the next one: the members' controls."""
+
+    names: Sequence[str]
+    """Numbers that it needs on the device besides the architecture's."""
+
+    def observe(self, window: Mapping[str, Tensor], went_M: Tensor) -> None:
+        """A window has ended; part of the graph."""
+
+    def state(self, member: int) -> Store:
+        """What it keeps of a member."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A way to step: the storage of the members, and how the rest is made, again when a member has left.
+
+    Args:
+        graphs: whether windows are replayed as CUDA graphs.
+        fixed_sums: whether windows of several micro-batches are added up by the stack, at fixed addresses; else the
+            pass does so in place.
+    """
+
+    name: str
+    storage: Storage
+    build: Callable[[Table, Books, Sequence[int]], tuple[Pass, Optimiser]]
+    graphs: bool = False
+    fixed_sums: bool = False
+
+
+class Stack:
+    """One window: `accumulate` per micro-batch, reduce :meth:`partial` over ranks, `apply`.
+
+    A window of one micro-batch on one rank: `step`. The modules in `saes` are the members from here on.
+    """
 
     def __init__(
-        self, saes: Sequence[SAE], seeds: Sequence[int], options: StackOptions, performance: PerformanceConfig
+        self,
+        saes: Sequence[SAE],
+        seeds: Sequence[int],
+        options: StackOptions,
+        assembly: Assembly,
+        watcher: Watcher | None = None,
     ) -> None:
-        super().__init__(saes, seeds, options)
-        first = saes[0]
-        self.performance, self.form = performance, Form.of(first)
-        self.sae_type: str = first.config.sae_type
-        self.d, self.h, self.dtype, self.device = first.d, first.h, first.W_enc.dtype, first.W_enc.device
-        self.low_dtype = options.autocast or self.dtype
-        self.directions = self.sae_type == "hard_concrete"
-        self.packed = Packed(self.saes)
-        size = len(self.saes)
-        self.pending = {name: self._zeros(size, *shape) for name, shape in _PENDING.items()}
-        self.flags = {
-            "step": self._zeros(size),
-            "finite": torch.ones(size, dtype=torch.bool, device=self.device),
-            "loss_scale": torch.ones(size, dtype=torch.float32, device=self.device),
-            "good_steps": self._zeros(size),
-        }
-        self._prepare()
+        self.saes, self.seeds, self.options = list(saes), list(seeds), options
+        self.assembly, self.storage, self.watcher = assembly, assembly.storage, watcher
+        self.tallies = saes[0].tallies
+        self.books, self.graphs = Books(saes, options), Graphs(assembly.graphs)
+        self._put_together()
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=torch.float64, device=self.device)
-
-    def _prepare(self) -> None:
+    def _put_together(self) -> None:
         """Everything that depends on the number of members and holds nothing over a window's end."""
-        size = len(self.saes)
-        self.low = {
-            name: tensor if self._shares(name) else torch.empty_like(tensor, dtype=self.low_dtype)
-            for name, tensor in self.packed.weights.items()
-            if name != VECTORS
-        }
-        self.norm_Mh = torch.ones(size, self.h, dtype=self.dtype, device=self.device)
-        self.window: Store = {
-            "totals": self._zeros(size, 4),
-            "fired": torch.zeros(size, self.h, dtype=torch.float64, device=self.device),
-            "x": self._zeros(self.d + 2),  # Σx, Σ‖x‖², number of kept tokens
-        }
-        self.grads: Store = {}
-        self._seen = [-1] * size
-        self._refresh()
+        first = self.saes[0]
+        more = self.watcher.names if self.watcher is not None else ()
+        names = dict.fromkeys([*NUMBERS, *first.numbers, *more])
+        self.table = Table(names, len(self.saes), first.W_enc.device)
+        self.passes, self.optimiser = self.assembly.build(self.table, self.books, self.seeds)
+        self.graphs.clear()
+        self.micro_batches = 0
+        self.sums = tuple(Sums(first.W_enc.dtype, self.tallies) for _ in Parts._fields)
+        self.shape: Hashable = None
+        self.parts: dict[Hashable, Parts] = {}
+        """The window's sums, by what their shapes depend on."""
 
-    def _shares(self, name: str) -> bool:
-        return self.low_dtype == self.dtype and not (self.directions and name == "W_dec")
-
-    def _refresh(self, rows: slice = slice(None)) -> None:
-        """Copies of some members' weights that the passes read, from the weights."""
-        self._seen[rows] = [self.packed.version(i) for i in range(len(self.saes))[rows]]
-        W_dec = self.packed.weights["W_dec"][rows]
-        if self.directions or not self.form.unit:
-            torch.linalg.vector_norm(W_dec, dim=-1, out=self.norm_Mh[rows])
-        for name, copy in self.low.items():
-            if self.directions and name == "W_dec":
-                copy[rows] = W_dec * self._row_factor()[rows].unsqueeze(-1)
-            elif not self._shares(name):
-                copy[rows] = self.packed.weights[name][rows]
-
-    def _refresh_changed(self) -> None:
-        """What was written to from outside."""
-        for i, seen in enumerate(self._seen):
-            if self.packed.version(i) != seen:
-                self._refresh(slice(i, i + 1))
-
-    def _row_factor(self) -> Tensor:
-        """hard_concrete decodes with rows of norm `row_norm`: W_dec times this."""
-        return self.packed.buffers["row_norm"].unsqueeze(-1) / self.norm_Mh.clamp_min(1e-12)
-
-    # ---- a micro-batch
+    # ---- a window
     @torch.no_grad()
-    def accumulate(self, example: Example, hyper: Sequence[Hyper]) -> None:
-        self._refresh_changed()
-        x_Nd = example.x_Nd.to(self.dtype) * self.packed.buffers["scale"][0]
-        keep_N = None if example.keep_N is None else example.keep_N.to(self.dtype)
-        self._measure_x(x_Nd, keep_N)
-        if not self.grads:
-            self._start_grads()
-        for member, numbers in enumerate(hyper):
-            if "beta" in self.packed.buffers:
-                self.packed.buffers["beta"][member] = numbers.beta
-            self._accumulate_member(member, example, x_Nd, keep_N, numbers)
+    def step(self, example: Example, numbers: Sequence[Numbers]) -> None:
+        """A whole window of one micro-batch on one rank."""
+        key = self._before(example, numbers)
 
-    def _measure_x(self, x_Nd: Tensor, keep_N: Tensor | None) -> None:
-        kept_Nd = x_Nd if keep_N is None else x_Nd * keep_N.unsqueeze(-1)
-        window_x = self.window["x"]
-        window_x[: self.d] += kept_Nd.sum(0)
-        window_x[self.d] += kept_Nd.square().sum()
-        window_x[self.d + 1] += len(x_Nd) if keep_N is None else keep_N.sum()
+        def whole(*given: Tensor | None) -> None:
+            self._finish(self.passes.gradients(_with(example, given), first=True))
 
-    def _start_grads(self) -> None:
-        self.grads = {name: torch.zeros_like(tensor) for name, tensor in self.packed.weights.items()}
-        if not (self.form.unit or self.directions or self.sae_type == "topk"):
-            self.grads[PULL] = torch.zeros_like(self.norm_Mh)
-
-    def _accumulate_member(
-        self, member: int, example: Example, x_Nd: Tensor, keep_N: Tensor | None, numbers: Hyper
-    ) -> None:
-        row = slice(member, member + 1)
-        low = {name: tensor[row] for name, tensor in self.low.items()}
-        vectors = {n: self.packed.vector(self.packed.weights, n)[row] for n in self.packed.slices}
-        sparsity = torch.full((1,), numbers.sparsity_coeff, dtype=self.dtype)
-        beta = torch.full((1,), numbers.beta, dtype=self.dtype)
-        u_Nh = self._noise(member, example)
-        step = max(64, _CHUNK_ELEMENTS // self.h)
-        for at in range(0, len(x_Nd), step):
-            rows = slice(at, at + step)
-            keep = None if keep_N is None else keep_N[rows]
-            u_MNh = None if u_Nh is None else u_Nh[rows].unsqueeze(0)
-            given = Given(low, vectors, self.norm_Mh[row], x_Nd[rows], keep, u_MNh, None, sparsity, beta)
-            self._add(member, run(self.sae_type, self.form, given))
-
-    def _noise(self, member: int, example: Example) -> Tensor | None:
-        if not self.saes[member].needs_noise:
-            return None
-        place = example.place
-        where = (place.first_slot, place.n_slots, place.tokens_per_slot)
-        return uniform(self.seeds[member], *where, self.h, self.device).to(self.dtype)
-
-    def _add(self, member: int, found: Found) -> None:
-        for name, left_MNh, right_MNd in found.products:
-            # sums are in the weights' precision, whatever that of the products (`mixed_precision: bf16`)
-            self.grads[name][member].addmm_(left_MNh[0].T.to(self.dtype), right_MNd[0].to(self.dtype))
-        for name, vector_Mx in found.vectors.items():
-            self.packed.vector(self.grads, name)[member] += vector_Mx[0]
-        if found.pull_Mh is not None:
-            self.grads[PULL][member] += found.pull_Mh[0]
-        self.window["totals"][member] += found.totals_M4[0]
-        self.window["fired"][member] += found.fired_Mh[0]
-
-    # ---- the end of a window
-    def sums(self) -> list[Tensor]:
-        if not self.grads:
-            self._start_grads()
-        return [*self.grads.values(), *self.window.values()]
+        self.graphs(("step", *key), whole, *_inputs(example))
+        self.micro_batches = 0
 
     @torch.no_grad()
-    def apply(self, hyper: Sequence[Hyper]) -> None:
-        n = self.window["x"][self.d + 1].clamp_min(1)
-        aux_M = self._settle(self.grads, self.window, n)
-        norms = torch.stack([self._apply_member(i, numbers, n) for i, numbers in enumerate(hyper)])
-        self._count(n, aux_M, norms)
-        self._clear()
+    def accumulate(self, example: Example, numbers: Sequence[Numbers]) -> None:
+        """Forward and backward of one micro-batch; adds to the window's sums."""
+        key, first = self._before(example, numbers), self.micro_batches == 0
 
-    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
-        """Finish the window's gradient sums; gives each member's auxiliary ratio."""
-        return torch.zeros_like(self.flags["step"])
+        def add_up(*given: Tensor | None) -> None:
+            self._add_up(self.passes.gradients(_with(example, given), first=first), first)
 
-    def _apply_member(self, member: int, numbers: Hyper, n: Tensor) -> Tensor:
-        """One member's step on the CPU, where a decision on the host costs nothing; gives its gradient norm."""
-        grads = {name: tensor[member] for name, tensor in self.grads.items()}
-        W_dec = self.packed.weights["W_dec"][member]
-        adam.settle_decoder(grads, W_dec, self._row_factor()[member] if self.directions else None, unit=self.form.unit)
-        grads.pop(PULL, None)
-        norm = torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt() / n
-        healthy = torch.isfinite(norm) & torch.isfinite(self.window["totals"][member]).all()
-        go = bool(healthy & self.flags["finite"][member])
-        self.flags["finite"][member] = go
-        if go:
-            clip = min(1.0, numbers.max_grad_norm / (float(norm) + 1e-6))
-            for gradient in grads.values():
-                gradient.mul_(clip / float(n))
-            weights, m, v = (
-                {name: store[name][member] for name in grads}
-                for store in (self.packed.weights, self.packed.m, self.packed.v)
-            )
-            adam.step_on_cpu(weights, m, v, grads, float(self.flags["step"][member]), numbers.lr, self.options)
-            self.flags["step"][member] += 1
-            if self.form.unit:
-                W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-        return norm
+        self.micro_batches += 1
+        self.graphs(("accumulate", first, *key), add_up, *_inputs(example))
 
-    def _count(self, n: Tensor, aux_M: Tensor, norm_M: Tensor) -> None:
-        window, pending = self.window, self.pending
-        since_Mh = self.packed.buffers["tokens_since_fired"]
-        since_Mh.add_(n.to(since_Mh.dtype)).masked_fill_(window["fired"] > 0, 0)
-        loss_M, mse_M, sparsity_M, nonzero_M = window["totals"].unbind(-1)
-        spread = window["x"][self.d] - window["x"][: self.d].square().sum() / n
-        pending["n"] += window["x"][self.d + 1]
-        pending["steps"] += 1
-        pending["means"] += torch.stack(
-            [loss_M + aux_M * n, mse_M, sparsity_M, aux_M * n, nonzero_M, spread.expand_as(loss_M)], -1
-        )
-        pending["grad_norm"] += norm_M
+    @torch.no_grad()
+    def apply(self, numbers: Sequence[Numbers]) -> None:
+        """End of the window: divide by the token count, clip, Adam, constraints, dead counters, controls.
 
-    def _clear(self) -> None:
-        for tensor in (*self.grads.values(), *self.window.values()):
-            tensor.zero_()
-        self._refresh()
+        A member whose loss, gradient or step is not finite is left as it was, now and in every later window.
+        """
+        self.table.set(numbers, self.table.first_slot)
+        self.graphs(("apply", self.shape), lambda: self._finish(self.parts[self.shape]))
+        self.micro_batches = 0
+
+    def partial(self) -> dict[Reduction, list[Tensor]]:
+        """The window's sums and extremes on this rank, to be reduced over the ranks in place."""
+        return to_reduce(self.parts[self.shape], self.tallies)
+
+    def _before(self, example: Example, numbers: Sequence[Numbers]) -> tuple[Hashable, ...]:
+        """What happens outside of graphs; gives what a graph of this micro-batch depends on."""
+        first = self.micro_batches == 0
+        shape = self.passes.before(example, first=first)
+        self.shape = shape if first else self.shape
+        self.table.set(numbers, example.place.first_slot if self.saes[0].needs_noise else 0)
+        given = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in _inputs(example))
+        return (*given, example.place.n_slots, self.shape)
+
+    def _add_up(self, parts: Parts, first: bool) -> None:
+        if not self.assembly.fixed_sums:
+            self.parts[self.shape] = parts
+            return
+        moved = [sums.make_room(part) for sums, part in zip(self.sums, parts, strict=True)]
+        if any(moved):  # never while a graph is captured: its warm calls have made room
+            self.graphs.clear()
+            self.parts.clear()
+        self.parts[self.shape] = Parts(*(s.put(part, first=first) for s, part in zip(self.sums, parts, strict=True)))
+
+    def _finish(self, parts: Parts) -> None:
+        aux_M = self.passes.settle(parts)
+        went_M = self.optimiser.finish(parts, aux_M)
+        n = kept(parts.window).clamp_min(1)
+        tallies = {name: parts.window[TALLY + name] for name in self.tallies}
+        if type(self.saes[0]).after_window is not SAE.after_window:
+            for member, sae in enumerate(self.saes):
+                own = {name: tensor[member] for name, tensor in tallies.items()}
+                unless_broken(sae, went_M[member], own, n if n.dim() == 0 else n[member])
+        if self.watcher is not None:
+            loss_M, mse_M, sparsity_M, nonzero_M = (parts.window["totals"] / n.view(-1, 1)).unbind(-1)
+            means = {"loss": loss_M + aux_M, "mse": mse_M, "sparsity": sparsity_M, "l0": nonzero_M}
+            more = {name: self.table.column(name) for name in self.watcher.names}
+            self.watcher.observe({"n": n.expand_as(aux_M), **means, **more, **tallies}, went_M)
 
     # ---- outside the step
     def metrics(self) -> list[dict[str, float]]:
-        dead_Mh = self.packed.buffers["tokens_since_fired"] >= self.options.dead_after_tokens
-        rows = [*self.pending["means"].unbind(-1), self.pending["n"], self.pending["steps"]]
-        rows += [self.pending["grad_norm"], dead_Mh.double().mean(-1), self.flags["finite"].double()]
-        found = [self._named(numbers) for numbers in torch.stack(rows, -1).tolist()]  # the one synchronisation
-        for tensor in self.pending.values():
-            tensor.zero_()
-        return found
+        """Means per member since the last call (a synchronisation).
 
-    def _named(self, numbers: list[float]) -> dict[str, float]:
-        n, steps = max(numbers[6], 1.0), max(numbers[7], 1.0)
-        loss, mse, sparsity, aux, l0, spread = (number / n for number in numbers[:6])
-        named = {
-            "loss": loss,
-            "mse": mse,
-            "sparsity": sparsity,
-            "l0": l0,
-            "fvu": mse / spread if spread > 0 else float("nan"),
-            "fraction_dead": numbers[9],
-            "grad_norm": numbers[8] / steps,
-            "finite": numbers[10],
-        }
-        if self.saes[0].needs_dead:
-            named["aux"] = aux
-        return named
+        Keys: loss, mse, sparsity, aux (where there is one), l0, fvu, fraction_dead, grad_norm,
+        finite (1.0 or 0.0).
+        """
+        return self.books.metrics(self.storage.since_Mh)
 
-    def state(self, member: int) -> dict[str, Tensor]:
-        packed = self.packed
-        moments = {
-            f"{kind}.{name}": packed.member_view(store, name, member)
-            for name in packed.shapes
-            for kind, store in (("m", packed.m), ("v", packed.v))
-        }
-        pending = {f"pending.{name}": tensor[member] for name, tensor in self.pending.items()}
-        return {**moments, **pending, **{name: tensor[member] for name, tensor in self.flags.items()}}
+    def state(self, member: int) -> Store:
+        """What a member needs besides its module to go on exactly: moments, step count, flags, pending metrics."""
+        return self._own_state(member) | self.passes.state(member)
 
-    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
-        own = self.state(member)
+    def _own_state(self, member: int) -> Store:
+        own = self.storage.state(member) | self.books.state(member)
+        return own | (self.watcher.state(member) if self.watcher is not None else {})
+
+    def load_state(self, member: int, state: Store) -> None:
+        """Inverse of :meth:`state`."""
+        own = self._own_state(member)
         check_names(own, state)
-        self._refresh(slice(member, member + 1))
+        self.storage.loading(member)
         for name in own.keys() & state.keys():
             own[name].copy_(state[name])
+        self.storage.loaded(member)
+        self.passes.load_state(member, state)
 
     def remove(self, member: int) -> None:
-        self.packed.remove(self.saes, member)
-        keep = [i for i in range(len(self.saes)) if i != member]
-        for store in (self.pending, self.flags):
-            for name in store:
-                store[name] = store[name][keep]
+        """Drop a member; the others go on as if it had never been there."""
+        self.storage.remove(member)
+        self.books.remove(member)
         del self.saes[member], self.seeds[member]
         if self.saes:
-            self._prepare()
+            self._put_together()
+
+
+def _inputs(example: Example) -> tuple[Tensor | None, ...]:
+    return example.x_Nd, None if example.y_Ne is example.x_Nd else example.y_Ne, example.keep_N
+
+
+def _with(example: Example, given: tuple[Tensor | None, ...]) -> Example:
+    """The example in other tensors: those that a graph reads."""
+    x_Nd, y_Ne, keep_N = given
+    assert x_Nd is not None
+    return Example(x_Nd, x_Nd if y_Ne is None else y_Ne, keep_N, example.place)
+
+
+def unless_broken(sae: SAE, went: Tensor, tallies: Store, n: Tensor) -> None:
+    """`after_window`, whose effect is undone where the window was broken; buffers keep their memory."""
+    buffers = dict(sae.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    sae.after_window(tallies, n)
+    for name, buffer in buffers.items():
+        after = sae.get_buffer(name)
+        buffer.copy_(torch.where(went, after, before[name]))
+        if after is not buffer:
+            owner, _, leaf = name.rpartition(".")
+            setattr(sae.get_submodule(owner), leaf, buffer)

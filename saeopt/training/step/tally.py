@@ -1,22 +1,46 @@
-"""A window's sums at fixed addresses, for windows of several micro-batches or ranks."""
+"""A window's sums, for windows of several micro-batches or ranks."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from saeopt.training.step.storage import Store
+from saeopt.saes.base import Reduction
+from saeopt.training.step.contract import TALLY, Parts, Store
+
+
+def how(name: str, tallies: Mapping[str, Reduction]) -> Reduction:
+    """How a window's statistic joins that of another micro-batch or rank."""
+    return tallies[name.removeprefix(TALLY)] if name.startswith(TALLY) else "sum"
+
+
+def join(into: Tensor, other: Tensor, by: Reduction) -> None:
+    """In place."""
+    if by == "sum":
+        into.add_(other)
+    else:
+        (torch.minimum if by == "min" else torch.maximum)(into, other.to(into.dtype), out=into)
+
+
+def to_reduce(parts: Parts, tallies: Mapping[str, Reduction]) -> dict[Reduction, list[Tensor]]:
+    """What ranks put together in place, and how. Indices are the same on all of them."""
+    found: dict[Reduction, list[Tensor]] = {"sum": [t for t in parts.grads.values() if t.is_floating_point()]}
+    for name, tensor in parts.window.items():
+        found.setdefault(how(name, tallies), []).append(tensor)
+    return found
 
 
 class Sums:
-    """Named sums in the dtype of the weights (float64 stays), which graphs may write to and read.
+    """Named sums at fixed addresses, in the dtype of the weights (float64 stays), which graphs may write to and read.
 
     A tensor's shape may change from window to window (the places for dead latents): it lies at the beginning of
     memory that only ever grows.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, tallies: Mapping[str, Reduction]) -> None:
+        self.dtype, self.tallies = dtype, tallies
         self.memory: dict[str, Tensor] = {}
 
     def make_room(self, parts: Store) -> bool:
@@ -42,5 +66,5 @@ class Sums:
             if first:
                 view.copy_(parts[name])
             elif parts[name].is_floating_point():
-                view.add_(parts[name])
+                join(view, parts[name], how(name, self.tallies))
         return views

@@ -5,29 +5,33 @@ Shape suffixes as in `dense`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from saeopt.training.step.dense import NARROW, Back, Form, Found, Given, centre, errors, last_sums, relu_sums
-from saeopt.training.step.gpu.dense import GpuStack, product
+from saeopt.config.run import PerformanceConfig
+from saeopt.saes.base import SAE
+from saeopt.training.step.contract import StackOptions, Store
+from saeopt.training.step.dense import NARROW, Back, Found, Given, centre, errors, last_sums, relu_sums
+from saeopt.training.step.forms import Form
+from saeopt.training.step.gpu.dense import Call, around, caller, product
 from saeopt.training.step.kernels import narrow as kernels_narrow
 from saeopt.training.step.kernels import relu as kernels_relu
-from saeopt.training.step.storage import Store
+from saeopt.training.step.stack import Assembly
+from saeopt.training.step.storage import Packed
 
 
-class GpuReluStack(GpuStack):
-    """relu members on a CUDA device."""
+class ReluCore:
+    """In narrow models without the code in memory."""
 
-    @property
-    def narrow(self) -> bool:
-        """Whether the code stays out of memory."""
-        return self.d <= NARROW and self.low_dtype == torch.bfloat16
+    def __init__(self, form: Form, d: int, low_dtype: torch.dtype, call: Call) -> None:
+        self.form, self.call = form, call
+        self.writes_code = d > NARROW or low_dtype != torch.bfloat16
 
-    def _alone(self, tokens: int) -> bool:
-        return super()._alone(tokens) and not self.narrow
-
-    def _pass(self, given: Given, out: Store | None = None) -> tuple[Store, Found]:
-        return self._narrow(given) if self.narrow else self._wide(given, out)
+    def __call__(self, given: Given, out: Store | None) -> tuple[Store, Found]:
+        """As the contract says."""
+        return self._wide(given, out) if self.writes_code else self._narrow(given)
 
     def _wide(self, given: Given, out: Store | None) -> tuple[Store, Found]:
         """`dense.run` with bias and relu at the end of the first product, and the gradient behind relu in its place.
@@ -36,17 +40,17 @@ class GpuReluStack(GpuStack):
         other here; they drop out with their error, and in the backward kernel.
         """
         low, form = given.low, self.form
-        centred, b_enc, push_Mh = self._call(before_wide, form, given)
-        f = torch.empty(len(push_Mh), len(given.x_Nd), self.h, dtype=self.low_dtype, device=self.device)
+        centred, b_enc, push_Mh = self.call(before_wide, form, given)
+        f = torch.empty(len(push_Mh), len(given.x_Nd), push_Mh.shape[1], dtype=centred.dtype, device=centred.device)
         for member, f_Nh in enumerate(f):
             torch._addmm_activation(b_enc[member], centred[member], low["W_enc"][member].mT, out=f_Nh)
         decoded = torch.bmm(f, low["W_dec"])
-        (g_error,), g_b_dec, squared_M, loss_M = self._call(errors, form, given, [decoded])
+        (g_error,), g_b_dec, squared_M, loss_M = self.call(errors, form, given, [decoded])
         del decoded
         g_pre = torch.bmm(g_error, low["W_dec"].mT)
         parts_3SMh = kernels_relu.backward(f, g_pre, given.keep_N, push_Mh)
-        back: Back = self._call(wide_sums, form, given, g_pre, parts_3SMh)
-        g_b_dec, totals_M4 = self._call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
+        back: Back = self.call(wide_sums, form, given, g_pre, parts_3SMh)
+        g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
         grads = {"W_dec": product(f, g_error, out, "W_dec"), "W_enc": product(g_pre, centred, out, "W_enc")}
         return grads, Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
 
@@ -54,23 +58,23 @@ class GpuReluStack(GpuStack):
         """`dense.run` without the code in memory."""
         low, form, keep_N = given.low, self.form, given.keep_N
         b_enc, b_dec = given.vectors["b_enc"].contiguous(), given.vectors["b_dec"].contiguous()
-        centred = self._call(centre, given)
+        centred = self.call(centre, given)
         g_error, squares_MN = kernels_narrow.forward(
             given.x_Nd, centred, keep_N, low["W_enc"], low["W_dec"], b_enc, b_dec, form.mse
         )
-        push_Mh, g_b_dec, squared_M, loss_M = self._call(narrow_sums, form, given, g_error, squares_MN)
+        push_Mh, g_b_dec, squared_M, loss_M = self.call(narrow_sums, form, given, g_error, squares_MN)
         g_enc, g_dec, sums_3Mh = kernels_narrow.backward(
             centred, g_error, keep_N, low["W_enc"], low["W_dec"], b_enc, push_Mh
         )
-        back: Back = self._call(relu_sums, form, given, g_error, *sums_3Mh)
-        g_b_dec, totals_M4 = self._call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
+        back: Back = self.call(relu_sums, form, given, g_error, *sums_3Mh)
+        g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
         found = Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
         return {"W_dec": g_dec, "W_enc": g_enc}, found
 
 
 def push(form: Form, given: Given) -> Tensor:
     """λ‖W_dec‖, what the penalty adds to the gradient of a latent that fires."""
-    return (given.sparsity_M * form.penalty).unsqueeze(-1) * given.norm_Mh
+    return (given.numbers["sparsity_coeff"] * form.penalty).unsqueeze(-1) * given.norm_Mh
 
 
 def before_wide(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,3 +92,10 @@ def narrow_sums(form: Form, given: Given, g_error: Tensor, squares_MN: Tensor) -
     """:func:`push`, Σ over tokens of the error's gradient, ‖error‖² and the reconstruction's loss per member."""
     squared_M = squares_MN.sum(1)
     return push(form, given), g_error.sum(1, dtype=given.norm_Mh.dtype), squared_M, form.mse * squared_M
+
+
+def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:
+    """relu members."""
+    storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
+    call = caller(performance.compile != "off")
+    return around(ReluCore(form, storage.d, storage.low_dtype, call), storage, performance, options, call)

@@ -7,64 +7,82 @@ so many windows an upper bound of the latents that can be dead soon is sent, and
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from saeopt.config.run import PerformanceConfig
 from saeopt.host.devices import side_stream
-from saeopt.training.step.contract import EXTRA
-from saeopt.training.step.gpu.dense import GpuStack, x_sums
+from saeopt.saes.base import SAE
+from saeopt.saes.topk import TopKSAE
+from saeopt.training.step.books import Books, kept
+from saeopt.training.step.contract import EXTRA, Example, Optimiser, Parts, Pass, StackOptions, Store
+from saeopt.training.step.forms import Form
+from saeopt.training.step.gpu.dense import Call, caller, x_sums
+from saeopt.training.step.gpu.optimiser import GpuOptimiser
 from saeopt.training.step.kernels import select as kernels_select
 from saeopt.training.step.kernels import topk as kernels_topk
-from saeopt.training.step.storage import VECTORS, Store
+from saeopt.training.step.numbers import Table
+from saeopt.training.step.stack import Assembly
+from saeopt.training.step.storage import VECTORS, Packed
 
 _PERIOD = 32
 AUX = "aux."
 _LOOKOUT = EXTRA + "lookout"
 
 
-class GpuSparseStack(GpuStack):
+class GpuTopkPass(Pass):
     """topk members on a CUDA device."""
 
-    architectures: ClassVar[frozenset[str]] = frozenset({"topk"})
-
-    def _prepare(self) -> None:
-        ks = [sae.config.k for sae in self.saes]  # type: ignore[attr-defined]
-        self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=self.device)
-        self.aux_k: int = self.saes[0].aux_k  # type: ignore[assignment]
-        self.aux_share: float = self.saes[0].aux_share  # type: ignore[assignment]
-        ones_M = torch.ones(len(ks), device=self.device)
-        self.variance_M = self.packed.buffers.get("variance", ones_M)  # read in place: a checkpoint may be loaded
-        self.windows = self.rows_per_window = self.capacity = 0
+    def __init__(self, storage: Packed, options: StackOptions, call: Call) -> None:
+        self.storage, self.options, self.call = storage, options, call
+        self.members = [sae for sae in storage.saes if isinstance(sae, TopKSAE)]
+        first, ks = self.members[0], [sae.config.k for sae in self.members]
+        self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=storage.device)
+        self.aux_k, self.aux_share = first.aux_k, first.aux_share
+        ones_M = torch.ones(len(ks), device=storage.device)
+        self.variance_M = storage.buffers.get("variance", ones_M)  # read in place: a checkpoint may be loaded
+        self.windows = self.rows = self.rows_per_window = self.capacity = 0
         self.coming: tuple[Tensor, torch.cuda.Event] | None = None
-        self.side = side_stream("auxiliary loss", self.device)
+        self.side = side_stream("auxiliary loss", storage.device)
         self.loaded: dict[int, tuple[int, ...]] = {}
-        super()._prepare()
 
-    def _refresh(self, rows: slice = slice(None)) -> None:
-        super()._refresh(rows)
-        self.windows, self.coming = 0, None  # the counters may have been loaded: look again
+    def before(self, example: Example, *, first: bool) -> int:
+        """As the contract says: the places for dead latents are what shapes depend on."""
+        if self.storage.refresh_changed():
+            self._look_again()
+        if first:
+            self._count_rows()
+            self._look_for_dead()
+        self.rows += len(example.x_Nd)
+        return self.capacity
 
-    def state(self, member: int) -> dict[str, Tensor]:
-        """With the capacity, on which the last bits of the auxiliary products depend, and what sets the next one."""
+    def _count_rows(self) -> None:
+        self.rows_per_window, self.rows = max(self.rows_per_window, self.rows), 0
+
+    def _look_again(self) -> None:
+        """The counters may have been loaded."""
+        self.windows, self.coming = 0, None
+
+    def state(self, member: int) -> Store:
+        """The capacity, on which the last bits of the auxiliary products depend, and what sets the next one."""
         if self.coming is None:
-            return super().state(member)
-        lookout = (_world(), self.windows, self.rows_per_window, self.capacity, self._bound())
-        return super().state(member) | {_LOOKOUT: torch.tensor(lookout, device=self.device)}
+            return {}
+        self._count_rows()
+        lookout = (self.options.ranks, self.windows, self.rows_per_window, self.capacity, self._bound())
+        return {_LOOKOUT: torch.tensor(lookout, device=self.storage.device)}
 
-    def load_state(self, member: int, state: dict[str, Tensor]) -> None:
-        super().load_state(member, state)
+    def load_state(self, member: int, state: Store) -> None:
+        """As the contract says."""
+        self._look_again()
         self.loaded[member] = tuple(state[_LOOKOUT].tolist()) if _LOOKOUT in state else ()
         found = set(self.loaded.values())
-        first = self.loaded[member][:1]
-        if len(self.loaded) == len(self.saes) and len(found) == 1 and first == (_world(),):  # the same stack again
+        first, ranks = self.loaded[member][:1], (self.options.ranks,)
+        if len(self.loaded) == len(self.members) and len(found) == 1 and first == ranks:  # the same stack again
             _, self.windows, self.rows_per_window, self.capacity, bound = found.pop()
-            self._send(torch.tensor(bound, device=self.device))
-
-    def _places(self) -> int:
-        self._look_for_dead()
-        return self.capacity
+            self.rows = 0
+            self._send(torch.tensor(bound, device=self.storage.device))
 
     # ---- how many latents can be dead
     def _look_for_dead(self) -> None:
@@ -79,11 +97,12 @@ class GpuSparseStack(GpuStack):
 
     def _period(self) -> int:
         """Windows between two looks: fewer where latents count as dead soon, or all would be near it all the time."""
-        return max(1, min(_PERIOD, self.options.dead_after_tokens // (8 * max(1, self.rows_per_window * _world()))))
+        rows = max(1, self.rows_per_window * self.options.ranks)
+        return max(1, min(_PERIOD, self.options.dead_after_tokens // (8 * rows)))
 
     def _send_bound(self) -> None:
-        soon = (2 * self._period() + 1) * self.rows_per_window * _world()
-        self._send((self.packed.buffers["tokens_since_fired"] + soon >= self.options.dead_after_tokens).sum(-1).max())
+        soon = (2 * self._period() + 1) * self.rows_per_window * self.options.ranks
+        self._send((self.storage.since_Mh + soon >= self.options.dead_after_tokens).sum(-1).max())
 
     def _send(self, bound: Tensor) -> None:
         pinned = torch.empty((), dtype=bound.dtype, pin_memory=True)
@@ -101,15 +120,17 @@ class GpuSparseStack(GpuStack):
     def _read_bound(self) -> None:
         bound = self._bound()
         step = max(64, 2 ** max(0, bound.bit_length() - 3))
-        self.capacity = min(self.h, -(-bound // step) * step)
+        self.capacity = min(self.storage.h, -(-bound // step) * step)
 
     # ---- a micro-batch
-    def _gradients(self, x_Nd: Tensor, keep_N: Tensor | None, slots: int, tokens_per_slot: int) -> tuple[Store, Store]:
-        packed, low = self.packed, self.low
+    def gradients(self, example: Example, *, first: bool) -> Parts:
+        """As the contract says."""
+        packed, x_Nd, keep_N = self.storage, example.x_Nd, example.keep_N
+        low = packed.low
         b_enc, b_dec = (packed.vector(packed.weights, n).contiguous() for n in ("b_enc", "b_dec"))
-        scale, factor = packed.buffers["scale"], 2 * self.form.mse
-        keep = None if keep_N is None else keep_N.to(self.dtype)
-        centred, x_stats = self._call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
+        scale, factor = packed.buffers["scale"], 2 * packed.form.mse
+        keep = None if keep_N is None else keep_N.to(packed.dtype)
+        centred, x_stats = self.call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
         values, index = kernels_select.select(pre, b_enc, keep, self.k_M, self.k)
@@ -117,50 +138,52 @@ class GpuSparseStack(GpuStack):
         x_given = x_Nd.contiguous()
         error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
         aux = self._aux_gradients(dead, error, centred) if dead is not None else None
-        keys = self._call(kernels_topk.sort_keys, index, len(self.saes), self.h)
-        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(keys, values, dots, error, centred, self.h, factor)
-        first = list(packed.slices) == ["b_enc", "b_dec"]
-        g_vectors, totals, ratio = self._call(
-            small_sums, error, squares, g_bias, fired, low["W_enc"], self.form.mse, factor, first
+        keys = self.call(kernels_topk.sort_keys, index, len(self.members), self.storage.h)
+        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(keys, values, dots, error, centred, self.storage.h, factor)
+        encoder_first = list(packed.slices) == ["b_enc", "b_dec"]
+        g_vectors, totals, ratio = self.call(
+            small_sums, error, squares, g_bias, fired, low["W_enc"], packed.form.mse, factor, encoder_first
         )
         grads = {"W_dec": g_dec, "W_enc": g_enc, VECTORS: g_vectors}
-        window = {"totals": totals, "fired": fired, "x": x_stats, "ratio": ratio}
+        window = {"totals": totals, "fired": fired, "y": x_stats, "ratio": ratio}
         if aux is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.side)
+            torch.cuda.current_stream(self.storage.device).wait_stream(self.side)
             ratio[:, 0] = aux.pop("numerator")
             grads.update(aux)
-        return grads, window
+        return Parts(grads, window)
 
     # The auxiliary loss runs on a stream of its own beside the rest, and most of it finds units that the rest leaves
     # idle. Each part waits for what the main stream has done so far, so that memory which either stream gives back
     # is not written to while the other still reads it.
     def _dead_code(self, centred: Tensor, b_enc: Tensor, keep: Tensor | None) -> tuple[Tensor, ...]:
         """The auxiliary code (M, N, C), the dead latents' rows of both matrices, and which latents they are."""
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        self.side.wait_stream(torch.cuda.current_stream(self.storage.device))
         with torch.cuda.stream(self.side):
-            since_Mh = self.packed.buffers["tokens_since_fired"]
-            places = self._call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
-            W_enc, W_dec, bias = self._call(of_dead, self.low["W_enc"], self.low["W_dec"], b_enc, places)
+            since_Mh = self.storage.since_Mh
+            places = self.call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
+            W_enc, W_dec, bias = self.call(of_dead, self.storage.low["W_enc"], self.storage.low["W_dec"], b_enc, places)
             # a product of their own costs less than to pick them out of all pre-activations
             f = kernels_select.keep_largest(torch.bmm(centred, W_enc.mT), bias, keep, self.aux_k)
         return f, W_dec, W_enc, places
 
     def _aux_gradients(self, dead: tuple[Tensor, ...], error: Tensor, centred: Tensor) -> Store:
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
+        self.side.wait_stream(torch.cuda.current_stream(self.storage.device))
         f, W_dec, W_enc, places = dead
         with torch.cuda.stream(self.side):
-            found = self._call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
+            found = self.call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
         names = (AUX + "W_dec", AUX + "W_enc", AUX + "b_enc", AUX + "b_dec", "numerator")
         return dict(zip(names, found, strict=True)) | {AUX + "places": places}
 
     # ---- the end of a window
-    def _settle(self, grads: Store, window: Store, n: Tensor) -> Tensor:
+    def settle(self, parts: Parts) -> Tensor:
         """The auxiliary gradients join the others times n / denominator, now that the window's is known."""
-        ratio, slices = window["ratio"], self.packed.slices
+        (grads, window), slices = parts, self.storage.slices
+        ratio, n = window["ratio"], kept(window).clamp_min(1)
         if AUX + "places" not in grads:
-            return self._call(ratio_parts, ratio, n)[0]
+            value_M: Tensor = self.call(ratio_parts, ratio, n)[0]
+            return value_M
         small = (grads[VECTORS], grads[AUX + "b_enc"], grads[AUX + "b_dec"], grads[AUX + "places"])
-        value_M, factor_M = self._call(join_vectors, ratio, n, *small, slices["b_enc"], slices["b_dec"])
+        value_M, factor_M = self.call(join_vectors, ratio, n, *small, slices["b_enc"], slices["b_dec"])
         kernels_topk.add_rows(
             grads[AUX + "places"],
             factor_M,
@@ -170,10 +193,6 @@ class GpuSparseStack(GpuStack):
             grads[AUX + "W_enc"],
         )
         return value_M
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def join_vectors(
@@ -256,3 +275,15 @@ def aux_gradients(
     g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
     numerator = weight_M * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
     return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
+
+
+def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:
+    """topk members."""
+    storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
+    compiling = performance.compile != "off"
+
+    def build(table: Table, books: Books, seeds: Sequence[int]) -> tuple[Pass, Optimiser]:
+        optimiser = GpuOptimiser(storage, table, books, options, compiling=compiling)
+        return GpuTopkPass(storage, options, caller(compiling)), optimiser
+
+    return Assembly("gpu", storage, build, graphs=performance.graphs != "off", fixed_sums=True)

@@ -1,0 +1,60 @@
+"""The numbers of an architecture that never change, for the hand-written passes: from the modules' configs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from saeopt.saes.base import SAE
+from saeopt.saes.gated import GatedSAE
+from saeopt.saes.gated_hard_concrete import GatedHardConcreteSAE
+from saeopt.saes.hard_concrete import HardConcreteSAE
+
+
+class Form(NamedTuple):
+    """What all members of a stack share (hashable: compiled code is specialised on it).
+
+    `mse`, `aux`, `penalty`: coefficients, divided by d under `legacy_scaling` as the modules do. `unit`: decoder rows
+    are kept at norm 1; `directions`: only their direction is used.
+    """
+
+    mse: float
+    penalty: float
+    unit: bool
+    directions: bool = False
+    aux: float = 0.0
+    magnitude: str = "relu"
+    limits: tuple[float, float] = (-0.1, 1.1)
+    seed_aux: bool = False
+    frozen_aux: bool = True
+
+
+def _share(sae: SAE) -> float:
+    return 1 / sae.d if sae.legacy_scaling else 1.0
+
+
+def plain(sae: SAE) -> Form:
+    """relu and topk."""
+    return Form(sae.config.mse_coeff * _share(sae), _share(sae), sae.unit_rows)
+
+
+def gated(sae: SAE) -> Form:
+    """Its penalty is never divided."""
+    assert isinstance(sae, GatedSAE)
+    config, aux = sae.config, sae.config.aux_coeff * _share(sae)
+    return plain(sae)._replace(penalty=1.0, aux=aux, magnitude=config.magnitude_activation, frozen_aux=sae.frozen_aux)
+
+
+def hard_concrete(sae: SAE) -> Form:
+    """The decoder's rows are directions."""
+    assert isinstance(sae, HardConcreteSAE)
+    config = sae.config
+    limits = config.hard_concrete_stretch_limits
+    return plain(sae)._replace(directions=True, magnitude=config.magnitude_activation, limits=limits)
+
+
+def gated_hard_concrete(sae: SAE) -> Form:
+    """Its auxiliary term never teaches the decoder."""
+    assert isinstance(sae, GatedHardConcreteSAE)
+    config, aux = sae.config, sae.config.aux_coeff * _share(sae)
+    limits, seed_aux = config.hard_concrete_stretch_limits, config.aux_form == "seed"
+    return plain(sae)._replace(aux=aux, magnitude=config.magnitude_activation, limits=limits, seed_aux=seed_aux)
