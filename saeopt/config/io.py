@@ -169,8 +169,10 @@ STORED_NAME = "final_config.yaml"
 
 
 def stored(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping that saeopt itself wrote: it was under recipe 1 where it names none."""
-    return {"recipe": 1, **raw}
+    """A mapping that saeopt itself wrote: it was under recipe 1 where it names none, and `encoder_start` matched."""
+    saes = raw.get("saes")
+    own = {"saes": {"encoder_start": "matched", **saes}} if isinstance(saes, Mapping) else {}
+    return {"recipe": 1, **raw, **own}
 
 
 def read_run_yaml(path: str | Path) -> dict[str, Any]:

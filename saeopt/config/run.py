@@ -313,7 +313,7 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
 
 
 _RECIPE_1 = {"min_lr_factor": 0.1, "adam_betas": (0.9, 0.999)}
-_RECIPE_1_SAES = {"decoder_norm": "free", "sparsity_warmup_samples": 0}
+_RECIPE_1_SAES = {"decoder_norm": "free", "encoder_start": "matched", "sparsity_warmup_samples": 0}
 
 MEMBER_FIELDS = frozenset(
     [

@@ -36,6 +36,9 @@ class SAEConfig(StrictModel):
     `unit` for gated and topk, `free` for the others (recipe 1: `free`)."""
     init_decoder_orthogonal: bool = True
     """Orthonormal initial decoder (rows, or columns where h > d) instead of random unit rows."""
+    encoder_start: Literal["matched", "transpose"] | None = None
+    """matched: W_enc starts as c · W_decᵀ, with c such that ‖x̂‖ = ‖x‖ in the mean of the first batch; `transpose`: as
+    W_decᵀ, or c · W_decᵀ where c is below 1; null: `transpose` for topk, `matched` for the others (recipe 1: all)."""
     bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
     """What b_dec starts from, over the first batch."""
     normalize_activations: bool = True

@@ -111,12 +111,14 @@ class SAE(nn.Module):
     needs_dead: ClassVar[bool] = False
     default_decoder_norm: ClassVar[str] = "free"
     """What `decoder_norm: null` means under recipe 2."""
+    default_encoder_start: ClassVar[str] = "matched"
+    """What `encoder_start: null` means under recipe 2."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the parameters that hold one number per latent; all start at 0."""
     stack_fields: ClassVar[frozenset[str]] = frozenset(
         {
             *("name", "sae_positions", "per_hook", "pretrained_sae_paths"),
-            *("init_decoder_orthogonal", "bias_init", "normalize_activations"),
+            *("init_decoder_orthogonal", "encoder_start", "bias_init", "normalize_activations"),
             *("sparsity_coeff", "sparsity_warmup_samples", "initial_beta", "final_beta", "beta_annealing"),
         }
     )
@@ -139,6 +141,8 @@ class SAE(nn.Module):
         self.d, self.h, self.config, self.legacy_scaling, self.recipe = d, h, config, legacy_scaling, recipe
         default = "free" if recipe == 1 else self.default_decoder_norm
         self.unit_rows = (config.decoder_norm or default) == "unit"
+        start = "matched" if recipe == 1 else self.default_encoder_start
+        self.encoder_start = config.encoder_start or start
         self.dtype, self.device = dtype, device
         self.norm_limit = math.inf
         """Raw norm above which a token is left out at its hook point (`data.mask_norm_outliers`)."""

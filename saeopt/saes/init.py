@@ -23,7 +23,8 @@ _MATCH_TOLERANCE = 1e-4
 def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
     """Decoder rows of norm 1, W_enc = c · W_decᵀ with mean ‖x̂‖ = mean ‖x‖, biases 0, b_dec as `bias_init` says.
 
-    c is found through the architecture's own evaluation form, so that gates and k are accounted for.
+    c is found through the architecture's own evaluation form, so that gates and k are accounted for. With
+    `encoder_start: transpose` it is 1, or less where x̂ would be longer than x.
 
     Raises:
         ValueError: there is no token to start from.
@@ -37,7 +38,7 @@ def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator)
     sae.W_dec.copy_(W_dec_hd)
     sae.b_dec.copy_(initial_bias(x_Nd, sae.config.bias_init))
     sae.start_encoder(W_dec_hd.T, x_Nd)
-    match_norm(sae, x_Nd)
+    match_norm(sae, x_Nd, largest=1.0 if sae.encoder_start == "transpose" else math.inf)
 
 
 def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Float[Tensor, "h d"]:
@@ -83,8 +84,8 @@ def geometric_median(
     return median_d.to(x_Nd.dtype)
 
 
-def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"]) -> None:
-    """Scale W_enc by the c for which mean ‖x̂‖ = mean ‖x‖ (regula falsi).
+def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"], largest: float = math.inf) -> None:
+    """Scale W_enc by the c for which mean ‖x̂‖ = mean ‖x‖ (regula falsi), or by `largest`, whichever is less.
 
     Where ‖b_dec‖ alone exceeds mean ‖x‖ the distances from b_dec are matched. Where no c does it, W_enc stays.
     """
@@ -103,7 +104,7 @@ def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"]) -> None:
         return (x_hat_Nd - origin_d).double().norm(dim=-1).mean().item() - target
 
     c = _root(excess, floor - target, min(1.0, 2 * sae.d / sae.h), _MATCH_TOLERANCE * target) if target > 0 else 1.0
-    sae.W_enc.copy_(directions_dh * c)
+    sae.W_enc.copy_(directions_dh * min(c, largest))
 
 
 def _root(function: Callable[[float], float], at_zero: float, guess: float, tolerance: float) -> float:

@@ -39,15 +39,17 @@ class TopKSAE(SAE):
     among dead latents) W_dec, no bias; k_aux = min(number of dead latents, aux_k). 0 without dead latents, and
     0 / 0 counts as 0. V is measured once, with the scale, and kept in the buffer `variance`: in the paper both terms
     are shares of a variance, here the squared error is a sum over d (about V · FVU), and AuxK needs the same unit.
-    The decoder rows are kept at norm 1 and b_dec in π is the decoder's, both as in the paper. Deviations: the relu,
-    b_enc, V measured once and AuxK's denominator per window. Recipe 1: α AuxK, which is
-    about d times weaker and revives nothing, and free rows (`decoder_norm: free`). Under `legacy_scaling` the squared
+    The decoder rows are kept at norm 1, W_enc starts as their transpose and b_dec in π is the decoder's, all as in the
+    paper. Deviations: the relu, b_enc, V measured once, AuxK's denominator per window, and a smaller W_enc where x̂
+    would start longer than x. Recipe 1: α AuxK, which is about d times weaker and revives nothing, free rows
+    (`decoder_norm: free`), and W_enc of the size that makes x̂ as long as x. Under `legacy_scaling` the squared
     error and V are divided by d.
     """
 
     Config: ClassVar[type[SAEConfig]] = TopKConfig
     needs_dead: ClassVar[bool] = True
     default_decoder_norm: ClassVar[str] = "unit"
+    default_encoder_start: ClassVar[str] = "transpose"
     stack_fields: ClassVar[frozenset[str]] = SAE.stack_fields | {"k"}
     config: TopKConfig
     variance: Tensor

@@ -23,7 +23,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_reconstruction_starts_as_long_as_the_input(
     sae_type: str, fields: dict[str, Any], h: int, shift: float
 ) -> None:
-    sae = build(sae_type, fields, d=16, h=h)
+    sae = build(sae_type, {**fields, "encoder_start": "matched"}, d=16, h=h)
     x_Nd = torch.randn(500, 16, generator=generator()).double() + shift
     sae.initialise(x_Nd, generator())
     x_hat_Nd = sae.decode(sae.encode(x_Nd))
@@ -33,6 +33,16 @@ def test_reconstruction_starts_as_long_as_the_input(
     torch.testing.assert_close(sae.W_enc, c.mean() * sae.W_dec.T)
     for name in sae.latent_vectors:
         assert sae.get_parameter(name).count_nonzero() == 0
+
+
+@pytest.mark.parametrize(("k", "long"), [(1, False), (32, True)])
+def test_topks_encoder_starts_as_the_decoders_transpose_where_that_is_not_too_long(k: int, long: bool) -> None:
+    sae, matched = (build("topk", {"k": k, **own}, d=16, h=64) for own in ({}, {"encoder_start": "matched"}))
+    x_Nd = torch.randn(500, 16, generator=generator()).double() + 0.5
+    for each in (sae, matched):
+        each.initialise(x_Nd, generator())
+    torch.testing.assert_close(sae.W_enc, matched.W_enc if long else sae.W_dec.T)
+    assert (matched.W_enc.norm() < sae.W_dec.norm()) == long
 
 
 @every_variant
