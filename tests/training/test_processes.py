@@ -44,11 +44,12 @@ def write_job(path: Path, configs, **extra) -> str:
 
 @pytest.mark.slow
 def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config, tmp_path):
-    """Masked separators and outliers, clipping, gate noise, AuxK; float64, so that only summation order differs."""
+    """Masked separators and outliers, clipping, gate noise, AuxK, a running threshold; float64: only sums differ."""
     kinds = {
         "relu": {"saes.sae_type": "relu"},
         "noisy": {"saes.sae_type": "gated_hard_concrete", "max_grad_norm": 0.1},
         "topk": {"saes.sae_type": "topk", "saes.k": 4, "saes.dead_after_tokens": 64},
+        "threshold": {"saes.sae_type": "threshold_sae:ThresholdSAE"},  # by the window's tallies
     }
     sinks = {"data.mask_norm_outliers": 1.1}
     one = {name: make_config(**{**c, **sinks, "data.train_batch_size": 8}) for name, c in kinds.items()}
