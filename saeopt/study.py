@@ -284,7 +284,7 @@ def retry(
 
     They go on from their last checkpoint.
     """
-    from saeopt.trials import claims
+    from saeopt.trials import endings
     from saeopt.views.logs import find_trial
 
     store = _open(storage)
@@ -293,7 +293,7 @@ def retry(
         row, _ = find_trial(store, name, str(number))
         if row.state != "FAIL":
             raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}")
-    done = claims.retry(store, study_id, trials or None)
+    done = endings.retry(store, study_id, trials or None)
     _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
 
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import sqlalchemy as sa
-from optuna.distributions import BaseDistribution
 
 from saeopt.config import validate_run
 from saeopt.config.places import as_typed
@@ -21,10 +19,9 @@ from saeopt.search.samplers import n_designed
 from saeopt.search.sensible import check_space, check_study
 from saeopt.search.space import Cell, Space
 from saeopt.trials import internals as db
+from saeopt.trials import states
 from saeopt.trials.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
 from saeopt.trials.waiting import STREAM
-
-_Row = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] 
 
         def fill() -> None:
             with store.write() as connection:
-                db.insert_waiting(connection, study_id, 0, rows)
+                states.create(connection, study_id, 0, rows)
                 attrs = {SPEC_KEY: spec.to_json(), IDENTITY_KEY: new_identity()}
                 db.set_attrs(connection, db.study_attrs, study_id, attrs)
 
@@ -106,10 +103,10 @@ def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] 
     return Created(study_id, len(rows), True)
 
 
-def _rows(spec: StudySpec, cells: list[Cell], proposed: int) -> list[_Row]:
+def _rows(spec: StudySpec, cells: list[Cell], proposed: int) -> list[db.TrialToCome]:
     space = Space(spec)
     distributions = {p.name: p.distribution for p in space.parameters}
-    rows: list[_Row] = [
+    rows: list[db.TrialToCome] = [
         ({name: (value, distributions[name]) for name, value in cell.params.items()}, {STREAM: cell.stream})
         for cell in cells
     ]
@@ -127,8 +124,7 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
     study_id = store.study_id(spec.name)
     with store.read() as connection:
         text = db.get_attrs(connection, db.study_attrs, study_id, SPEC_KEY).get(SPEC_KEY)
-        statement = sa.select(sa.func.count()).select_from(db.trials).where(db.trials.c.study_id == study_id)
-        n_trials = int(connection.execute(statement).scalar_one())
+        n_trials = sum(db.counts(connection, study_id).values())
     if text is None:
         if n_trials:
             raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")

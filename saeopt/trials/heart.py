@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from saeopt.config.settings import redact
 from saeopt.config.study import StudySpec
 from saeopt.console import log
-from saeopt.trials import claims, presence
-from saeopt.trials.claims import Claim
+from saeopt.trials import claims, endings, presence
+from saeopt.trials import internals as db
+from saeopt.trials.clock import PackClock
 from saeopt.trials.presence import Presence
+from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, StudyGone, check_identity, is_transient
-from saeopt.views.eta import PackClock
 
 
 class Heart(threading.Thread):
@@ -125,7 +126,7 @@ class Heart(threading.Thread):
                 self.study_stopped.set()
             else:
                 self.study_stopped.clear()
-            alive = claims.running(connection, self.study_id)
+            alive = db.running(connection, self.study_id)
         self._reap({t: beat for t, beat in alive.items() if t not in ours})
         progress = self._progress
         self.me.quiet = None if progress is None else time.monotonic() - progress
@@ -145,6 +146,6 @@ class Heart(threading.Thread):
             return
         silent = {t: seen[t][0] for t in suspects if now - seen[t][1] >= self.spec.grace}
         limits = (self.spec.grace, self.spec.max_losses)
-        for trial_id in claims.reap(self.store, self.study_id, suspects, *limits, silent):
+        for trial_id in endings.reap(self.store, self.study_id, suspects, *limits, silent):
             log.warning("a worker was lost: its trial (key %d) is back in the queue", trial_id)
             self._seen.pop(trial_id, None)

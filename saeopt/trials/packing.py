@@ -14,11 +14,11 @@ from saeopt.files import LostRun
 from saeopt.runs.owner import Owner
 from saeopt.search import samplers
 from saeopt.search.space import Space
-from saeopt.trials import claims
+from saeopt.trials import claims, endings
 from saeopt.trials import internals as db
-from saeopt.trials.claims import Claim
 from saeopt.trials.heart import Heart
 from saeopt.trials.pruning import make_pruner, warmup_samples
+from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, persistently
 from saeopt.trials.waiting import CHECKPOINT
 
@@ -118,7 +118,7 @@ def _entered(heart: Heart, taken: Sequence[Claim]) -> list[tuple[Claim, Owner]]:
 
 def _give_back(heart: Heart, claim: Claim, owner: Owner, start: int | None = None, reason: str | None = None) -> None:
     owner.leave(heart.spec.run_dir(claim.number))
-    persistently(lambda: claims.release(heart.store, claim, start, reason=reason), "giving a trial back")
+    persistently(lambda: endings.release(heart.store, claim, start, reason=reason), "giving a trial back")
     heart.drop(claim)
 
 
@@ -139,9 +139,9 @@ def _assignment(
     except UserError as error:
         text = str(error)
         if spec.sampler.type == "grid":
-            persistently(lambda: claims.release(store, claim, reason=text), "giving a trial back")
+            persistently(lambda: endings.release(store, claim, reason=text), "giving a trial back")
             raise Refused(text, claim.number) from None
-        persistently(lambda: claims.fail(store, claim, text, retries=0), "telling a failure")
+        persistently(lambda: endings.fail(store, claim, text, retries=0), "telling a failure")
         return None
     run_dir = spec.run_dir(claim.number)
     start = start_of(run_dir, config)

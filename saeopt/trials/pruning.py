@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 import optuna
-import sqlalchemy as sa
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.trial import TrialState
 
 from saeopt.config.run import RunConfig
 from saeopt.config.study import EarlyStopping, StudySpec
@@ -113,17 +110,9 @@ class Stopper:
         return None
 
     def _read_finished(self) -> None:
-        t, a = db.trials, db.trial_attrs
-        statement = (
-            sa.select(t.c.trial_id, t.c.number, a.c.value_json)
-            .join(a, sa.and_(a.c.trial_id == t.c.trial_id, a.c.key == CURVE))
-            .where(t.c.study_id == self.study_id, t.c.state == TrialState.COMPLETE)
-        )
-        if self._finished:
-            statement = statement.where(t.c.trial_id.not_in(list(self._finished)))
         with self.store.read() as connection:
-            for trial_id, number, text in connection.execute(statement):
-                self._finished[trial_id] = (number, parse_curve(json.loads(text)))
+            for trial_id, number, curve in db.complete_with(connection, self.study_id, CURVE, self._finished):
+                self._finished[trial_id] = (number, parse_curve(curve))
 
 
 def parse_curve(stored: Mapping[str, Sequence[float]]) -> Curve:

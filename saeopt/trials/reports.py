@@ -21,8 +21,8 @@ from saeopt.search.objectives import Evaluation, expanded, objective_names, obje
 from saeopt.trials import claims, pruning
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME
-from saeopt.trials.claims import Claim
 from saeopt.trials.pruning import CURVE, Curve, Patience, Stopper
+from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, persistently
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import datetime as dt
 
-import sqlalchemy as sa
-from optuna.trial import TrialState
-
 from saeopt.config.study import StudySpec
 from saeopt.search.samplers import n_designed
 from saeopt.trials import internals as db
-from saeopt.trials import presence, queries
+from saeopt.trials import presence
+from saeopt.trials.internals import queries
 from saeopt.trials.storage import Store
 
 ADAPTIVE = frozenset(["tpe", "gp", "nsga2", "cmaes"])
@@ -37,7 +35,7 @@ def room(store: Store, study_id: int, spec: StudySpec, limit: int, *, auto: bool
     if limit < 2 or n_proposed(spec) <= 0:
         return limit
     with store.read() as connection:
-        known = _known(connection, study_id)
+        known = db.n_waiting_with_params(connection, study_id)
     said, now = queries.attributes(store.engine, study_id, presence.WORKER), store.now().replace(tzinfo=dt.UTC)
     alive = sum(worker.alive for worker in presence.workers(said, now.timestamp()))
     if known:  # the first results are everybody's: several workers share the trials that begin a study
@@ -57,11 +55,3 @@ def told(spec: StudySpec) -> str | None:
         f"{spec.sampler.type} proposes {proposed} of {spec.max_trials} trials in {n_rounds} rounds of up to {size}"
         f" (one worker): {proposed - blind} will have seen a result, {proposed - size} the result of another proposal"
     )
-
-
-def _known(connection: sa.Connection, study_id: int) -> int:
-    """Waiting trials whose values are known."""
-    t, p = db.trials, db.trial_params
-    has_values = sa.exists().where(p.c.trial_id == t.c.trial_id)
-    waiting = sa.and_(t.c.study_id == study_id, t.c.state == TrialState.WAITING, has_values)
-    return int(connection.execute(sa.select(sa.func.count()).select_from(t).where(waiting)).scalar() or 0)

@@ -231,19 +231,18 @@ class Store:
     def study_names(self) -> list[str]:
         """All studies, oldest first."""
         with self.read() as connection:
-            statement = sa.select(db.studies.c.study_name).order_by(db.studies.c.study_id)
-            return [str(name) for name in connection.execute(statement).scalars()]
+            return list(db.study_keys(connection))
 
     def study_id(self, name: str) -> int:
         """A study's key; :class:`UserError` if there is none of that name."""
         with self.read() as connection:
-            found = connection.execute(sa.select(db.studies.c.study_id).where(db.studies.c.study_name == name)).scalar()
-        if found is None:
+            keys = db.study_keys(connection)
+        if name not in keys:
             from saeopt.config.base import nearest
 
-            names = self.study_names()
+            names = list(keys)
             raise UserError(f"no study '{name}' in {self.shown}{nearest(name, names) if names else ' (it is empty)'}")
-        return int(found)
+        return keys[name]
 
     def spec(self, name: str) -> StudySpec:
         """The spec that the study holds."""

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import sqlalchemy as sa
-from optuna.trial import TrialState
 
 from saeopt.trials import internals as db
 
@@ -41,61 +36,53 @@ class Waiting:
         return self.trial_id != first.trial_id and not self.alone and self._kind == first._kind
 
 
-def first(connection: sa.Connection, study_id: int, limit: int) -> list[Waiting]:
+def first(connection: db.Connection, study_id: int, limit: int) -> list[Waiting]:
     """The first waiting trial and others that can join it, locked; in steps that need no join of attribute tables
     (PostgreSQL plans those badly until it has gathered statistics: 400 ms with a fresh thousand cells)."""
-    t = db.trials
-    queue = sa.select(t.c.trial_id, t.c.number).where(t.c.study_id == study_id, t.c.state == TrialState.WAITING)
-    head = _head(connection, queue)
+    head = _head(connection, study_id)
     if head is None:
         return []
     found, after = [head], -1
     while len(found) < limit and not head.alone:
-        rows = connection.execute(queue.where(t.c.number > after).order_by(t.c.number).limit(_CHUNK)).all()
+        rows = db.waiting_after(connection, study_id, after, _CHUNK)
         joining = [w for w in _described(connection, rows) if w.joins(head)][: limit - len(found)]
-        locking = sa.select(t.c.trial_id).where(t.c.trial_id.in_([w.trial_id for w in joining]))
-        free = connection.execute(locking.where(t.c.state == TrialState.WAITING).with_for_update(skip_locked=True))
-        locked = set(free.scalars())
+        locked = db.lock_waiting(connection, [w.trial_id for w in joining])
         found += [w for w in joining if w.trial_id in locked]
         if len(rows) < _CHUNK:
             break
-        after = rows[-1].number
+        after = rows[-1][1]
     return found
 
 
-def _head(connection: sa.Connection, queue: Any) -> Waiting | None:
+def _head(connection: db.Connection, study_id: int) -> Waiting | None:
     """The first trial that nobody has had trouble with, else the first; locked."""
-    t = db.trials
-    ordered = queue.order_by(t.c.number)
-    found = _described(connection, connection.execute(ordered.limit(1).with_for_update(skip_locked=True)).all())
-    if not found or not found[0].behind:
-        return found[0] if found else None
-    first, after = found[0], found[0].number
-    while rows := connection.execute(ordered.where(t.c.number > after).limit(_CHUNK)).all():
+    row = db.lock_first_waiting(connection, study_id)
+    if row is None:
+        return None
+    (first,) = _described(connection, [row])
+    if not first.behind:
+        return first
+    after = first.number
+    while rows := db.waiting_after(connection, study_id, after, _CHUNK):
         untouched = {w.trial_id: w for w in _described(connection, rows) if not w.behind}
-        locking = ordered.where(t.c.trial_id.in_(list(untouched))).limit(1).with_for_update(skip_locked=True)
-        if untouched and (locked := connection.execute(locking).first()):
-            return untouched[locked.trial_id]
-        after = rows[-1].number
+        if untouched and (locked := db.lock_first_waiting(connection, study_id, untouched)):
+            return untouched[locked[0]]
+        after = rows[-1][1]
     return first
 
 
-def _described(connection: sa.Connection, rows: Sequence[Any]) -> list[Waiting]:
-    a = db.trial_attrs
+def _described(connection: db.Connection, rows: Sequence[tuple[int, int]]) -> list[Waiting]:
     keys = [STREAM, CHECKPOINT, ALONE, BEHIND, TURN]
-    statement = sa.select(a.c.trial_id, a.c.key, a.c.value_json).where(
-        a.c.trial_id.in_([row.trial_id for row in rows]), a.c.key.in_(keys)
-    )
-    attrs = {(trial_id, key): json.loads(text) for trial_id, key, text in connection.execute(statement)}
+    attrs = db.attrs_of(connection, db.trial_attrs, [trial_id for trial_id, _ in rows], keys)
     return [
         Waiting(
-            row.trial_id,
-            row.number,
-            attrs.get((row.trial_id, STREAM)),
-            int(attrs.get((row.trial_id, CHECKPOINT), 0)),
-            bool(attrs.get((row.trial_id, ALONE))),
-            bool(attrs.get((row.trial_id, BEHIND))),
-            int(attrs.get((row.trial_id, TURN), 0)),
+            trial_id,
+            number,
+            attrs.get((trial_id, STREAM)),
+            int(attrs.get((trial_id, CHECKPOINT), 0)),
+            bool(attrs.get((trial_id, ALONE))),
+            bool(attrs.get((trial_id, BEHIND))),
+            int(attrs.get((trial_id, TURN), 0)),
         )
-        for row in rows
+        for trial_id, number in rows
     ]

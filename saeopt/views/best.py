@@ -19,8 +19,8 @@ from saeopt.files import atomic_write
 from saeopt.metrics import Shown, shown_in
 from saeopt.runs.weights import list_checkpoints
 from saeopt.search.pareto import L0_RANGES, Point, best_in_ranges
-from saeopt.trials import queries
 from saeopt.trials.attributes import RUN_DIR, not_found
+from saeopt.trials.internals import queries
 from saeopt.trials.storage import Store
 from saeopt.views.points import candidates, fronts, points_of, was_evaluated
 

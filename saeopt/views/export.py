@@ -11,8 +11,8 @@ from typing import Any
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, write_text
 from saeopt.search.objectives import objective_names
-from saeopt.trials import queries
 from saeopt.trials.attributes import REASON, RUN_DIR, evaluation_of
+from saeopt.trials.internals import queries
 from saeopt.trials.storage import Store
 
 

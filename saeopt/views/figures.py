@@ -13,7 +13,7 @@ import optuna
 from sqlalchemy import Engine
 
 from saeopt.search.pareto import Point
-from saeopt.trials import queries
+from saeopt.trials.internals import queries
 from saeopt.views.plots import COLOURS
 from saeopt.views.points import candidates, fronts
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from saeopt.files import parse_json
 from saeopt.metrics import in_order
-from saeopt.trials import queries
 from saeopt.trials.attributes import REASON, RUN_DIR, TRACEBACK, not_found
-from saeopt.trials.queries import TrialRow
+from saeopt.trials.internals import queries
+from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.storage import Store
 
 

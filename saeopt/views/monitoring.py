@@ -1,6 +1,6 @@
 """What a study shows of itself in optuna-dashboard: notes, readable attributes, pictures. Imports no torch.
 
-For each trial the worker calls `on_trial_start` after the claim, passes `evaluation_attributes(…)` to `claims.finish`,
+For each trial the worker calls `on_trial_start` after the claim, passes `evaluation_attributes(…)` to `endings.finish`,
 and calls `on_trial_end` just before it; `on_study_progress` after it. All three are decoration: what goes wrong in them
 is a warning and never costs a trial.
 """
@@ -24,7 +24,7 @@ from saeopt.files import write_bytes
 from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME, RUN_DIR, Evaluation
-from saeopt.trials.claims import Claim
+from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, StudyGone, check_identity
 from saeopt.views import notes
 from saeopt.views.points import study_points

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from optuna.trial import FrozenTrial
-from optuna_dashboard._note import note_str_key_prefix, note_ver_key
 
 from saeopt.config.settings import redact
 from saeopt.config.study import Dimension, StudySpec
@@ -24,10 +23,10 @@ def save(store: Store, study_id: int, trial_id: int | None, body: str) -> None:
     """Store a note of at most one piece. (The dashboard's `save_note` reads the notes of all trials at every call.)"""
     body = redact(body)
     body = body if len(body) <= LIMIT else body[: LIMIT - 2] + " …"
-    key = note_ver_key(trial_id)
+    text_key, key = db.note_keys(trial_id)
     with store.write() as connection:
         version = db.get_attrs(connection, db.study_attrs, study_id, key).get(key, 0)
-        values = {note_str_key_prefix(trial_id) + "0": body, key: version + 1}
+        values = {text_key: body, key: version + 1}
         db.set_attrs(connection, db.study_attrs, study_id, values)
 
 

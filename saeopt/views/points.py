@@ -9,9 +9,9 @@ from sqlalchemy import Engine
 from saeopt.config.study import StudySpec
 from saeopt.search.collapse import COLLAPSED, rule_of, why_collapsed
 from saeopt.search.pareto import Point, pareto_front
-from saeopt.trials import queries
 from saeopt.trials.attributes import REASON, evaluation_of
-from saeopt.trials.queries import TrialRow
+from saeopt.trials.internals import queries
+from saeopt.trials.internals.queries import TrialRow
 
 
 def was_evaluated(row: TrialRow) -> bool:

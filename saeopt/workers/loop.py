@@ -19,7 +19,7 @@ from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.host.pulse import listen
 from saeopt.search.space import Space
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
-from saeopt.trials import claims
+from saeopt.trials import claims, endings
 from saeopt.trials.allowed import check_allowed
 from saeopt.trials.attributes import mean_metric, number
 from saeopt.trials.heart import Heart
@@ -343,7 +343,7 @@ class Worker:
         last.daemon = True
         last.start()
         for claim in self.heart.held():
-            claims.release(self.store, claim)
+            endings.release(self.store, claim)
         os._exit(0)
 
 

@@ -12,12 +12,12 @@ from saeopt.errors import WorkerFault
 from saeopt.search.collapse import COLLAPSED, rule_of, violations, why_all_collapsed
 from saeopt.search.objectives import objective_names, objective_values
 from saeopt.training.plan import TrialResult
-from saeopt.trials import claims
+from saeopt.trials import endings
 from saeopt.trials.attributes import REASON, evaluation_attributes
-from saeopt.trials.claims import Claim
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, owner_of
 from saeopt.trials.reports import Progress
+from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, is_transient, persistently
 from saeopt.views import monitoring
 from saeopt.workers.faults import SAME_REASON, Failure, Faults, failure_of
@@ -58,7 +58,7 @@ class Outcomes:
             raise self.worker_fault(f"{SAME_REASON} different trials failed of the same: {reason}")
         self.heart.closing(claim)
         where = persistently(
-            lambda: claims.fail(self.store, claim, reason, failure.text, self.spec.retries), "telling a failure"
+            lambda: endings.fail(self.store, claim, reason, failure.text, self.spec.retries), "telling a failure"
         )
         log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
         self.part_with(claim)  # the last: its folder's log is closed to us then
@@ -68,7 +68,7 @@ class Outcomes:
         """The process that trained them ended by itself."""
         for claim in [a.claim for a in pack]:
             self.heart.closing(claim)
-            where = persistently(partial(claims.died, self.store, claim, reason), "telling a failure")
+            where = persistently(partial(endings.died, self.store, claim, reason), "telling a failure")
             if where == "failed":
                 self.heart.me.finished += 1
                 log.error("trial %d failed for good: %s", claim.number, reason)
@@ -81,7 +81,7 @@ class Outcomes:
         told, limit = f"{reason} (on {self.heart.me.worker})", self.spec.max_losses
         for claim in [a.claim for a in untold]:
             self.heart.closing(claim)
-            persistently(partial(claims.stalled, self.store, claim, told, limit), "giving a trial back")
+            persistently(partial(endings.stalled, self.store, claim, told, limit), "giving a trial back")
             self.part_with(claim)
 
     # ---- the end of a trial
@@ -125,7 +125,7 @@ class Outcomes:
         self.heart.closing(claim)
         final = self._last_values(assignment) if values is None else values
         told = persistently(
-            lambda: claims.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
+            lambda: endings.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
             f"telling trial {claim.number}",
             seconds,
         )
@@ -179,7 +179,7 @@ class Outcomes:
         """To the queue, with nothing counted against it."""
         self.heart.closing(claim)
         seconds = 5.0 if self.leaving() else 60.0
-        release = partial(claims.release, self.store, claim, samples, reason=reason)
+        release = partial(endings.release, self.store, claim, samples, reason=reason)
         try:
             persistently(release, "giving a trial back", seconds)
         except Exception as error:

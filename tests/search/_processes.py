@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from saeopt.config.study import StudySpec
-from saeopt.trials import claims
+from saeopt.trials import claims, endings
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store, persistently
 
@@ -31,6 +31,6 @@ def create_and_claim(url: str, spec_file: Path, out: Path, at: float, limit: int
         if not taken:
             break
         for claim in taken:
-            if persistently(lambda c=claim: claims.finish(store, c, "COMPLETE", [1.0, 0.5]), "telling", 60):
+            if persistently(lambda c=claim: endings.finish(store, c, "COMPLETE", [1.0, 0.5]), "telling", 60):
                 numbers.append(claim.number)
     out.write_text(" ".join(map(str, numbers)))

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from safetensors import safe_open
 
 from saeopt.config.study import StudySpec, study_spec
-from saeopt.trials import claims
+from saeopt.trials import claims, states
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
@@ -101,7 +101,7 @@ class Chaos:
             ).all()
             found = []
             for row in rows:
-                owner = db.get_attrs(connection, db.trial_attrs, row.trial_id, claims.CLAIM).get(claims.CLAIM)
+                owner = db.get_attrs(connection, db.trial_attrs, row.trial_id, states.CLAIM).get(states.CLAIM)
                 if owner and row.n:
                     found.append((int(owner["pid"]), int(row.number), int(row.n)))
         pids = {p.pid for p in self.alive}

@@ -19,7 +19,7 @@ from sqlalchemy import event
 
 from saeopt.errors import UserError
 from saeopt.search.space import Space
-from saeopt.trials import claims, presence
+from saeopt.trials import claims, endings, presence, states
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
 from saeopt.trials.heart import Heart
@@ -88,14 +88,14 @@ def test_a_claim_takes_the_first_waiting_trials_of_one_stream(store: Store) -> N
 def test_trials_at_different_checkpoints_do_not_share_a_pack(store: Store) -> None:
     study = make(store, 4)
     for claim, checkpoint in zip(claims.claim(store, study, 4, OWNER), (32, None, 32, None), strict=True):
-        assert claims.release(store, claim, checkpoint)
+        assert endings.release(store, claim, checkpoint)
     packs = [claims.claim(store, study, 4, OWNER) for _ in range(2)]
     assert [[(c.number, c.checkpoint) for c in pack] for pack in packs] == [[(0, 32), (2, 32)], [(1, 0), (3, 0)]]
 
 
-def lose(store: Store, study: int, claim: claims.Claim, max_losses: int = 10) -> None:
+def lose(store: Store, study: int, claim: states.Claim, max_losses: int = 10) -> None:
     time.sleep(0.02)
-    assert claims.reap(store, study, [claim.trial_id], grace=0.01, max_losses=max_losses) == [claim.trial_id]
+    assert endings.reap(store, study, [claim.trial_id], grace=0.01, max_losses=max_losses) == [claim.trial_id]
 
 
 def test_a_lost_trial_keeps_its_number_and_the_zombie_can_do_nothing(store: Store) -> None:
@@ -108,19 +108,19 @@ def test_a_lost_trial_keeps_its_number_and_the_zombie_can_do_nothing(store: Stor
     assert claims.beat(store, [zombie]) == set()
     assert not claims.report(store, zombie, 1, 0.5)
     assert not claims.checkpointed(store, zombie, 99)
-    assert not claims.release(store, zombie)
-    assert not claims.finish(store, zombie, "COMPLETE", [9.0, 9.0])
-    assert claims.fail(store, zombie, "late") == "waiting"
+    assert not endings.release(store, zombie)
+    assert not endings.finish(store, zombie, "COMPLETE", [9.0, 9.0])
+    assert endings.fail(store, zombie, "late") == "waiting"
     assert claims.beat(store, [heir]) == {heir.trial_id}
-    assert claims.finish(store, heir, "COMPLETE", [1.0, 0.5])
-    assert not claims.finish(store, heir, "COMPLETE", [2.0, 0.5])
+    assert endings.finish(store, heir, "COMPLETE", [1.0, 0.5])
+    assert not endings.finish(store, heir, "COMPLETE", [2.0, 0.5])
     assert store.study("s").trials[0].values == [1.0, 0.5]
 
 
 def test_a_living_trial_is_not_reaped(store: Store) -> None:
     study = make(store, 1)
     (claim,) = claims.claim(store, study, 1, OWNER)
-    assert claims.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
+    assert endings.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
     assert claims.counts(store, study)["RUNNING"] == 1
 
 
@@ -152,11 +152,11 @@ def test_a_failed_trial_is_tried_again_until_its_retries_are_used_up(store: Stor
     study = make(store, 1)
     for where in ("waiting", "waiting", "failed"):
         (claim,) = claims.claim(store, study, 1, OWNER)
-        assert claims.fail(store, claim, "ValueError: no", "Traceback …", retries=2) == where
+        assert endings.fail(store, claim, "ValueError: no", "Traceback …", retries=2) == where
     trial = store.study("s").trials[0]
     assert (trial.state.name, trial.user_attrs["reason"]) == ("FAIL", "ValueError: no")
     assert trial.user_attrs["traceback"] == "Traceback …"
-    assert claims.retry(store, study) == [0]
+    assert endings.retry(store, study) == [0]
     assert [c.number for c in claims.claim(store, study, 1, OWNER)] == [0]
 
 
@@ -164,7 +164,7 @@ def test_a_released_trial_counts_nothing(store: Store) -> None:
     study = make(store, 1)
     for _ in range(15):
         (claim,) = claims.claim(store, study, 1, OWNER)
-        assert claims.release(store, claim)
+        assert endings.release(store, claim)
     assert "saeopt:losses" not in store.study("s").trials[0].system_attrs
 
 
@@ -227,7 +227,7 @@ def test_a_database_that_restarts_loses_nothing(server: Server, caplog: pytest.L
     restarting.start()
     time.sleep(1.0)
     with caplog.at_level(logging.WARNING, "saeopt"):
-        assert persistently(lambda: claims.finish(store, claim, "COMPLETE", [1.0, 2.0]), "telling", 60)
+        assert persistently(lambda: endings.finish(store, claim, "COMPLETE", [1.0, 2.0]), "telling", 60)
     restarting.join()
     assert claims.counts(store, study)["COMPLETE"] == 1
     assert PASSWORD not in caplog.text
@@ -307,8 +307,8 @@ def test_a_claim_of_another_study_under_the_same_key_is_refused(store: Store) ->
         claims.claim(store, study, 1, OWNER, identity)
     assert claims.beat(store, [claim]) == set()
     assert not claims.report(store, claim, 1, 0.5)
-    assert not claims.finish(store, claim, "COMPLETE", [1.0, 0.5])
-    assert not claims.release(store, claim)
+    assert not endings.finish(store, claim, "COMPLETE", [1.0, 0.5])
+    assert not endings.release(store, claim)
 
 
 def test_a_study_of_an_older_version_is_given_an_identity_once(store: Store) -> None:
@@ -321,8 +321,8 @@ def test_a_study_of_an_older_version_is_given_an_identity_once(store: Store) -> 
 def test_trials_that_had_trouble_come_after_the_untouched_and_never_join_them(store: Store) -> None:
     study = make(store, 6)
     first = claims.claim(store, study, 2, OWNER)
-    assert claims.died(store, first[0], "killed") == "waiting"
-    assert claims.release(store, first[1], reason="the disk is full")
+    assert endings.died(store, first[0], "killed") == "waiting"
+    assert endings.release(store, first[1], reason="the disk is full")
     packs = [[c.number for c in claims.claim(store, study, 8, OWNER)] for _ in range(3)]
     assert packs == [[2, 3, 4, 5], [0], [1]]
 
@@ -334,19 +334,19 @@ def test_three_deaths_without_a_checkpoint_in_between_fail_a_trial_and_a_retry_f
         (claim,) = claims.claim(store, study, 1, OWNER)
         if samples:
             assert claims.checkpointed(store, claim, samples)
-        where.append(claims.died(store, claim, "its training process was ended by SIGSEGV"))
+        where.append(endings.died(store, claim, "its training process was ended by SIGSEGV"))
     assert where == ["waiting", "waiting", "failed"]
     assert "SIGSEGV (3 times" in store.study("s").trials[0].user_attrs["reason"]
-    assert claims.retry(store, study) == [0]
+    assert endings.retry(store, study) == [0]
     (claim,) = claims.claim(store, study, 1, OWNER)
-    assert claims.died(store, claim, "killed") == "waiting"
+    assert endings.died(store, claim, "killed") == "waiting"
 
 
 def test_a_trial_without_progress_counts_as_lost_and_says_why(store: Store) -> None:
     study = make(store, 1)
     for _ in range(2):
         (claim,) = claims.claim(store, study, 1, OWNER)
-        assert claims.stalled(store, claim, "no progress for 60 s", max_losses=2)
+        assert endings.stalled(store, claim, "no progress for 60 s", max_losses=2)
     (trial,) = store.study("s").trials
     assert trial.state.name == "FAIL"
     assert "no progress for 60 s" in trial.user_attrs["reason"]
@@ -358,10 +358,10 @@ def test_the_sign_of_a_dead_worker_whose_clock_ran_ahead_does_not_keep_its_trial
     ahead = dt.datetime.now(dt.UTC).replace(tzinfo=None, microsecond=0) + dt.timedelta(hours=1)
     with store.write() as connection:
         connection.execute(db.heartbeats.update().values(heartbeat=ahead))
-    assert claims.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
+    assert endings.reap(store, study, [claim.trial_id], grace=20, max_losses=10) == []
     moved = {claim.trial_id: ahead - dt.timedelta(seconds=1)}
-    assert claims.reap(store, study, [claim.trial_id], 20, 10, moved) == []
-    assert claims.reap(store, study, [claim.trial_id], 20, 10, {claim.trial_id: ahead}) == [claim.trial_id]
+    assert endings.reap(store, study, [claim.trial_id], 20, 10, moved) == []
+    assert endings.reap(store, study, [claim.trial_id], 20, 10, {claim.trial_id: ahead}) == [claim.trial_id]
 
 
 def test_a_heart_reaps_by_what_it_has_seen_itself(store: Store) -> None:

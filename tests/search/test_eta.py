@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from _stores import grid_spec
 
+from saeopt.trials.clock import PackClock
+from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
-from saeopt.trials.queries import TrialRow
-from saeopt.views.eta import PackClock, seconds_left
+from saeopt.views.eta import seconds_left
 from saeopt.views.status import Status
 
 TOTAL, STEP = 1000, 20

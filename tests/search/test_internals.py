@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from _stores import grid_spec
 
-from saeopt.trials import claims
+from saeopt.trials import claims, endings
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
@@ -45,7 +45,7 @@ def test_what_we_write_is_what_optuna_reads(store: Store) -> None:
     claims.report(store, claim, 8, 0.5)
     claims.report(store, claim, 16, float("nan"))
     limits = {"min_l0": -1.0, "max_fvu": 0.25}
-    claims.finish(store, claim, "COMPLETE", [1.5, float("inf")], constraints=limits, attrs={"a": {"b": 1}})
+    endings.finish(store, claim, "COMPLETE", [1.5, float("inf")], constraints=limits, attrs={"a": {"b": 1}})
     done, waiting = store.study("s").trials
     assert (done.state.name, done.values, done.params) == ("COMPLETE", [1.5, float("inf")], {"lr": 0.001})
     assert done.intermediate_values[8] == 0.5
@@ -67,6 +67,6 @@ def test_a_live_trial_is_proposed_to_and_a_heartbeat_row_is_kept(store: Store) -
     value = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
     assert db.frozen_trial(study, claim.trial_id).params == {"lr": value}
     with store.read() as connection:
-        assert claim.trial_id in claims.running(connection, study_id)
+        assert claim.trial_id in db.running(connection, study_id)
         assert db.params_of(connection, [claim.trial_id]) == {claim.trial_id: {"lr": value}}
         assert connection.execute(sa.select(db.heartbeats.c.trial_id)).scalars().all() == [claim.trial_id]

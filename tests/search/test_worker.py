@@ -19,7 +19,7 @@ from optuna_dashboard._app import create_app
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import UserError, WorkerFault
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
-from saeopt.trials import claims, presence
+from saeopt.trials import claims, endings, presence
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import evaluation_of
 from saeopt.trials.create import create_study
@@ -451,7 +451,7 @@ def test_samplers_do_not_read_the_queue(store: Store, tmp_path: Path) -> None:
     taken = claims.claim(store, study_id, 3, {"worker": "w"})
     blind = store.sampling_study("s")
     assert [t.number for t in blind.get_trials(deepcopy=False)] == [0, 1, 2]
-    claims.finish(store, taken[1], "COMPLETE", [1.0, 2.0])
+    endings.finish(store, taken[1], "COMPLETE", [1.0, 2.0])
     assert [t.state.name for t in blind.get_trials(deepcopy=False)] == ["RUNNING", "COMPLETE", "RUNNING"]
     assert blind.get_trials(deepcopy=False)[1].values == [1.0, 2.0]
 
@@ -604,7 +604,7 @@ def test_deaths_with_a_checkpoint_in_between_never_fail_a_trial(store: Store, tm
     for samples in range(8, 80, 8):
         (claim,) = claims.claim(store, study_id, 1, {"worker": "w"})
         assert claims.checkpointed(store, claim, samples)
-        assert claims.died(store, claim, "killed") == "waiting"
+        assert endings.died(store, claim, "killed") == "waiting"
 
 
 def test_a_deaf_training_goes_back_to_the_queue_with_its_reason(store: Store, tmp_path: Path) -> None:
@@ -638,9 +638,9 @@ def test_a_study_that_was_made_again_under_its_name_is_not_trained_with_the_old_
 def test_a_result_that_cannot_be_stored_fails_its_trial_alone(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = claims.finish
+    finish = endings.finish
 
-    def refuse(store: Store, claim: claims.Claim, *args: Any, **kwargs: Any) -> bool:
+    def refuse(store: Store, claim: states.Claim, *args: Any, **kwargs: Any) -> bool:
         if claim.number == 1:
             raise ValueError("not to be stored")
         return finish(store, claim, *args, **kwargs)

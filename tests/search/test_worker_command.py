@@ -20,7 +20,7 @@ from saeopt import worker
 from saeopt.config.settings import settings
 from saeopt.config.study import StudySpec, study_spec
 from saeopt.errors import WorkerFault
-from saeopt.trials import claims
+from saeopt.trials import claims, states
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import SPEC_KEY, Store
@@ -200,7 +200,7 @@ def test_each_device_has_a_process_and_they_die_with_their_parent(
     study_id = create_study(store, real_spec(tiny_model_dir, tiny_text, tmp_path, 400_000, 2)).study_id
     process = start("--study", "s", "--devices", "cpu,cpu", "--pack", "1")
     until(lambda: claims.counts(store, study_id)["RUNNING"] == 2, process)
-    pids = {t.system_attrs[claims.CLAIM]["pid"] for t in store.study("s").trials}
+    pids = {t.system_attrs[states.CLAIM]["pid"] for t in store.study("s").trials}
     assert len(pids | {process.pid}) == 3
     until(lambda: all(t.intermediate_values for t in store.study("s").trials), process)
     process.kill()

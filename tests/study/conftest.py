@@ -76,7 +76,7 @@ def cli(
 def finish(store_url: str) -> Callable[..., None]:
     """Claim the next trial of a study and end it: `finish("six", (l0, fvu))`, or with a failure's text."""
     from saeopt.search.objectives import objective_values
-    from saeopt.trials import claims
+    from saeopt.trials import claims, endings
     from saeopt.trials.attributes import evaluation_attributes
     from saeopt.trials.storage import Store
     from saeopt.views.monitoring import on_trial_end, on_trial_start
@@ -87,7 +87,7 @@ def finish(store_url: str) -> Callable[..., None]:
         claim = claims.claim(store, study_id, 1, {"worker": "test"})[0]
         on_trial_start(store, study_id, claim.trial_id, spec, "test")
         if isinstance(outcome, str):
-            claims.fail(store, claim, outcome, f"Traceback\n  {outcome}", retries=0)
+            endings.fail(store, claim, outcome, f"Traceback\n  {outcome}", retries=0)
             return
         folder = spec.run_dir(claim.number)
         folder.mkdir(parents=True)
@@ -102,7 +102,7 @@ def finish(store_url: str) -> Callable[..., None]:
         found = evaluation(*outcome)
         on_trial_end(store, study_id, claim.trial_id, spec, evaluation=found)
         attrs = evaluation_attributes(found)
-        assert claims.finish(store, claim, "COMPLETE", objective_values(spec, found), attrs=attrs)
+        assert endings.finish(store, claim, "COMPLETE", objective_values(spec, found), attrs=attrs)
         store.close()
 
     return end

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from saeopt.search.objectives import objective_values
-from saeopt.trials import claims, presence
+from saeopt.trials import claims, endings, presence
 from saeopt.trials.attributes import evaluation_attributes
 from saeopt.trials.presence import Presence
 from saeopt.trials.storage import Store
@@ -48,7 +48,7 @@ def study(cli: Cli, study_file: Path, store_url: str, tmp_path: Path, monkeypatc
         folder.mkdir(parents=True)
         for file in ("samples_500.safetensors", "samples_1000.safetensors", "final_config.yaml", "evaluation.json"):
             (folder / file).write_text(f"{file} of {claim.number}")
-        assert claims.finish(
+        assert endings.finish(
             store, claim, "COMPLETE", objective_values(spec, found), attrs=evaluation_attributes(found)
         )
     running = claims.claim(store, study_id, 1, {"worker": "test"})[0]

@@ -1,0 +1,73 @@
+"""The one place that knows Optuna's tables and private names; `tests/search/test_internals.py` fails when they move.
+
+Why at all: Optuna's own queue hands a waiting trial to two workers on SQLite, its retries make new trials, it cannot
+give a trial back, and a thousand cells take minutes through its public calls. The tables underneath are plain, and its
+schema is versioned. (What it would cost to do without: CONTRIBUTING.md, "Optuna's tables".)
+"""
+
+from sqlalchemy import Connection, Engine, Table
+
+from saeopt.trials.internals.queue import (
+    TrialToCome,
+    beats,
+    change_state,
+    complete_with,
+    counts,
+    first_beats,
+    first_trial,
+    in_state,
+    insert_trials,
+    lock_first_waiting,
+    lock_waiting,
+    n_waiting_with_params,
+    numbers_in_state,
+    running,
+    study_keys,
+    waiting_after,
+)
+from saeopt.trials.internals.tables import (
+    SUPPORTED,
+    QueueBlindStorage,
+    constraint_attrs,
+    frozen_trial,
+    heartbeats,
+    live_trial,
+    make_storage,
+    note_keys,
+    schema_is_there,
+    study_attrs,
+    study_id_of,
+    study_user_attrs,
+    trial_attrs,
+    trial_params,
+    trial_reports,
+    trial_user_attrs,
+    trial_values,
+    trials,
+)
+from saeopt.trials.internals.values import (
+    attrs_of,
+    clear_params,
+    db_now,
+    db_time,
+    drop_attrs,
+    get_attrs,
+    insert_missing,
+    other_params,
+    params_of,
+    set_attrs,
+    set_report,
+    set_values,
+    upsert,
+)
+
+__all__ = [
+    "SUPPORTED", "Connection", "Engine", "QueueBlindStorage", "Table", "TrialToCome", "attrs_of", "beats",
+    "change_state", "clear_params", "complete_with", "constraint_attrs", "counts", "db_now", "db_time",
+    "drop_attrs", "first_beats", "first_trial", "frozen_trial", "get_attrs", "heartbeats", "in_state",
+    "insert_missing", "insert_trials", "live_trial", "lock_first_waiting", "lock_waiting", "make_storage",
+    "n_waiting_with_params", "note_keys", "numbers_in_state", "other_params", "params_of", "running",
+    "schema_is_there", "set_attrs", "set_report", "set_values", "study_attrs", "study_id_of", "study_keys",
+    "study_user_attrs", "trial_attrs", "trial_params", "trial_reports", "trial_user_attrs", "trial_values",
+    "trials", "upsert", "waiting_after",
+]  # fmt: skip

@@ -1,0 +1,158 @@
+"""States, order and signs of life of trials: the statements behind the queue (`trials.states`, `trials.claims`)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.trial import TrialState
+
+from saeopt.trials.internals.tables import heartbeats, studies, trial_attrs, trial_params, trials
+from saeopt.trials.internals.values import upsert
+
+TrialToCome = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
+"""Parameter → (value, distribution), and system attributes."""
+_t = trials.c
+
+
+def change_state(
+    connection: sa.Connection, trial_ids: Iterable[int], of: TrialState, to: TrialState, **times: dt.datetime | None
+) -> set[int]:
+    """Those of the trials that were in state `of`, and are in state `to` now; one statement."""
+    statement = sa.update(trials).where(_t.trial_id.in_(list(trial_ids)), _t.state == of).values(state=to, **times)
+    return set(connection.execute(statement.returning(_t.trial_id)).scalars())
+
+
+def in_state(connection: sa.Connection, trial_ids: Iterable[int], state: TrialState, lock: bool) -> list[int]:
+    """Those of the trials that are in a state; with `lock` nobody changes them until the transaction ends."""
+    statement = sa.select(_t.trial_id).where(_t.trial_id.in_(list(trial_ids)), _t.state == state)
+    return list(connection.execute(statement.with_for_update() if lock else statement).scalars())
+
+
+def waiting_after(connection: sa.Connection, study_id: int, number: int, limit: int) -> list[tuple[int, int]]:
+    """(trial, number) of waiting trials in the order of their numbers, without a lock."""
+    statement = sa.select(_t.trial_id, _t.number).where(
+        _t.study_id == study_id, _t.state == TrialState.WAITING, _t.number > number
+    )
+    return [(i, n) for i, n in connection.execute(statement.order_by(_t.number).limit(limit))]
+
+
+def lock_first_waiting(
+    connection: sa.Connection, study_id: int, among: Iterable[int] | None = None
+) -> tuple[int, int] | None:
+    """(trial, number) of the first waiting trial that nobody has locked, locked now."""
+    statement = sa.select(_t.trial_id, _t.number).where(_t.study_id == study_id, _t.state == TrialState.WAITING)
+    if among is not None:
+        statement = statement.where(_t.trial_id.in_(list(among)))
+    found = connection.execute(statement.order_by(_t.number).limit(1).with_for_update(skip_locked=True)).first()
+    return None if found is None else (found.trial_id, found.number)
+
+
+def lock_waiting(connection: sa.Connection, trial_ids: Iterable[int]) -> set[int]:
+    """Those of the trials that wait and that nobody has locked, locked now."""
+    statement = sa.select(_t.trial_id).where(_t.trial_id.in_(list(trial_ids)), _t.state == TrialState.WAITING)
+    return set(connection.execute(statement.with_for_update(skip_locked=True)).scalars())
+
+
+def first_beats(connection: sa.Connection, trial_ids: Iterable[int], now: dt.datetime) -> None:
+    """A sign of life, also of trials that never gave one."""
+    rows = [{"trial_id": trial_id, "heartbeat": now} for trial_id in trial_ids]
+    upsert(connection, heartbeats, ("trial_id",), rows)
+
+
+def beats(connection: sa.Connection, trial_ids: Iterable[int], now: dt.datetime) -> None:
+    """A sign of life of trials that have given one before."""
+    known = heartbeats.c.trial_id.in_(list(trial_ids))
+    connection.execute(sa.update(heartbeats).where(known).values(heartbeat=now))
+
+
+def running(connection: sa.Connection, study_id: int) -> dict[int, dt.datetime]:
+    """Running trials and their last signs of life."""
+    statement = sa.select(_t.trial_id, heartbeats.c.heartbeat).join(heartbeats, heartbeats.c.trial_id == _t.trial_id)
+    found = connection.execute(statement.where(_t.study_id == study_id, _t.state == TrialState.RUNNING))
+    return {row.trial_id: row.heartbeat for row in found}
+
+
+def numbers_in_state(connection: sa.Connection, study_id: int, state: TrialState) -> dict[int, int]:
+    """Trial → number of the study's trials in a state, in the order of their numbers."""
+    statement = sa.select(_t.trial_id, _t.number).where(_t.study_id == study_id, _t.state == state).order_by(_t.number)
+    return {row.trial_id: row.number for row in connection.execute(statement)}
+
+
+def first_trial(connection: sa.Connection, study_id: int) -> int | None:
+    """The study's trial of the lowest number."""
+    statement = sa.select(_t.trial_id).where(_t.study_id == study_id).order_by(_t.number).limit(1)
+    return connection.execute(statement).scalar()
+
+
+def counts(connection: sa.Connection, study_id: int) -> dict[str, int]:
+    """State → trials of the study; zeros included."""
+    rows = connection.execute(sa.select(_t.state, sa.func.count()).where(_t.study_id == study_id).group_by(_t.state))
+    found = {state.name: int(n) for state, n in rows}
+    return {state.name: found.get(state.name, 0) for state in TrialState}
+
+
+def n_waiting_with_params(connection: sa.Connection, study_id: int) -> int:
+    """Waiting trials whose parameters are known."""
+    known = sa.exists().where(trial_params.c.trial_id == _t.trial_id)
+    statement = sa.select(sa.func.count()).select_from(trials)
+    found = connection.execute(statement.where(_t.study_id == study_id, _t.state == TrialState.WAITING, known))
+    return int(found.scalar() or 0)
+
+
+def complete_with(
+    connection: sa.Connection, study_id: int, key: str, without: Iterable[int] = ()
+) -> list[tuple[int, int, Any]]:
+    """(trial, number, value) of a system attribute of complete trials."""
+    value = trial_attrs.c.value_json
+    joined = sa.and_(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == key)
+    statement = sa.select(_t.trial_id, _t.number, value).join(trial_attrs, joined)
+    statement = statement.where(_t.study_id == study_id, _t.state == TrialState.COMPLETE)
+    if known := list(without):
+        statement = statement.where(_t.trial_id.not_in(known))
+    return [(trial_id, number, json.loads(text)) for trial_id, number, text in connection.execute(statement)]
+
+
+def study_keys(connection: sa.Connection) -> dict[str, int]:
+    """Name → key of all studies, oldest first."""
+    statement = sa.select(studies.c.study_name, studies.c.study_id).order_by(studies.c.study_id)
+    return {str(name): int(key) for name, key in connection.execute(statement)}
+
+
+def insert_trials(
+    connection: sa.Connection, study_id: int, first_number: int, cells: Sequence[TrialToCome], state: TrialState
+) -> None:
+    """Append trials in bulk."""
+    if not cells:
+        return
+    rows = [{"study_id": study_id, "number": first_number + i, "state": state} for i in range(len(cells))]
+    connection.execute(sa.insert(trials), rows)
+    found = connection.execute(
+        sa.select(trials.c.trial_id, trials.c.number).where(
+            trials.c.study_id == study_id, trials.c.number >= first_number
+        )
+    )
+    ids = {number: trial_id for trial_id, number in found}
+    params, attrs = [], []
+    texts: dict[int, str] = {}
+    for i, (cell, extra) in enumerate(cells):
+        trial_id = ids[first_number + i]
+        for name, (value, distribution) in cell.items():
+            text = texts.setdefault(id(distribution), distribution_to_json(distribution))
+            params.append(
+                {
+                    "trial_id": trial_id,
+                    "param_name": name,
+                    "param_value": distribution.to_internal_repr(value),
+                    "distribution_json": text,
+                }
+            )
+        attrs += [{"trial_id": trial_id, "key": k, "value_json": json.dumps(v)} for k, v in extra.items()]
+    if params:
+        connection.execute(sa.insert(trial_params), params)
+    if attrs:
+        connection.execute(sa.insert(trial_attrs), attrs)
