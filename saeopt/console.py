@@ -51,7 +51,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = _Lines()
     handler.addFilter(_Redacting())
     log.addHandler(handler)
-    log.setLevel(level if launched("RANK", 0) == 0 else logging.ERROR)
+    log.setLevel(level if launched().rank == 0 else logging.ERROR)
     log.propagate = False
     # five lines for each try at a hub that does not answer: what came of it is told in our own line
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -59,7 +59,9 @@ def is_device_fault(error: BaseException) -> bool:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Write one line to stderr and exit; of several ranks rank 0 speaks first."""
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    from saeopt.host.launcher import speaks_first
+
+    if not speaks_first():
         time.sleep(_OTHER_RANK_SECONDS)
     line = " ".join(message.split())
     sys.stderr.write("saeopt: error: " + (line if len(line) <= _LONGEST else line[:_LONGEST] + " …") + "\n")

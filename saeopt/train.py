@@ -65,7 +65,7 @@ def train(
     if dry_run:
         from saeopt.training.dry_run import print_dry_run
 
-        if launched("RANK", 0) == 0:
+        if launched().rank == 0:
             print_dry_run(run_config, device)
         return
     if run_dir is not None and _already_ended(run_dir):
@@ -84,7 +84,7 @@ def _already_ended(run_dir: Path) -> bool:
         return False
     reason = f" ({status['reason']})" if status.get("reason") else ""
     log.info("%s: this run has %s%s; there is nothing to resume", run_dir, status["status"], reason)
-    if RunFolder(run_dir).evaluation_path.exists() and launched("RANK", 0) == 0:
+    if RunFolder(run_dir).evaluation_path.exists() and launched().rank == 0:
         print_run(run_dir)
     return True
 
@@ -107,7 +107,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
         notices(config, resumed=not fresh)
         run_dir = new_folder(config, runtime) if run_dir is None else run_dir
         plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
-        if fresh and runtime.is_main:
+        if fresh and runtime.ranks.is_first:
             interrupt.unused = run_dir
         try:
             with out_of_memory(config, runtime):
@@ -127,7 +127,7 @@ def _close(plan: TrialPlan, result: TrialResult, runtime: Runtime) -> int:
     from saeopt.console import log
     from saeopt.views.report import print_run
 
-    if not runtime.is_main:
+    if not runtime.ranks.is_first:
         return int(result.status == "diverged")
     if result.status == "interrupted":
         log.info("interrupted after %s samples; go on with --resume %s", f"{result.samples:,}", plan.run_dir)

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 from saeopt.errors import UserError
 
 
-def launched(name: str, otherwise: int) -> int:
-    """A number that a launcher sets: `WORLD_SIZE`, `RANK`, ….
+class Launched(NamedTuple):
+    """This process's rank, how many were started, and how many of them on this machine."""
+
+    rank: int
+    size: int
+    here: int
+
+
+def launched() -> Launched:
+    """What a launcher has set. The one place where the environment is asked for ranks.
 
     Raises:
-        UserError: it is none.
+        UserError: something that must be a number is none.
     """
+    return Launched(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_WORLD_SIZE", 1))
+
+
+def _number(name: str, otherwise: int) -> int:
     text = os.environ.get(name, "").strip()
     if text and not text.isdecimal():
         raise UserError(f"{name}={text}: must be a number (a launcher of several processes sets this variable)")
     return int(text or otherwise)
 
 
+def speaks_first() -> bool:
+    """Whether this process tells what all of them find; never fails."""
+    return os.environ.get("RANK", "0").strip() in ("", "0")
+
+
 def check_alone(command: str, instead: str) -> None:
     """Refuse several processes for a command that is one: each would do, and write, the same."""
-    if (started := launched("WORLD_SIZE", 1)) > 1:
+    if (started := launched().size) > 1:
         raise UserError(f"{command} is one process, {started} were started (WORLD_SIZE): {instead}")
 
 

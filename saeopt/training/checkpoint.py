@@ -55,7 +55,7 @@ def save(
         "samples": samples,
         "cursor": cursor,
         "threads": torch.get_num_threads(),
-        "world": pack.runtime.world,
+        "world": pack.runtime.ranks.data.size,
         "stopped": {m.hook_point: m.reason for m in members if m.reason is not None},
         **({} if identity is None else {"identity": dict(identity)}),
     }

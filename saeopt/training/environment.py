@@ -61,7 +61,7 @@ def check_joined(world: int) -> None:
     Raises:
         UserError: saying how processes are launched on the CPU.
     """
-    started = launched("WORLD_SIZE", 1)
+    started = launched().size
     if started != world:
         joined = "each is alone" if world == 1 else f"{world} joined"
         raise UserError(
@@ -73,7 +73,7 @@ def check_joined(world: int) -> None:
 
 def check_gpus(visible: int) -> None:
     """Refuse more processes than GPUs: two on one would deadlock."""
-    here = launched("LOCAL_WORLD_SIZE", 1)
+    here = launched().here
     if 0 < visible < here:
         raise UserError(f"{here} processes were started, {visible} GPUs are visible: one process per GPU")
 

@@ -110,7 +110,7 @@ def check_processes(wanted: int | None) -> None:
 
     `accelerate launch --cpu --num_processes 2` starts one process without a word; its parent knows what was wanted.
     """
-    running = launched("WORLD_SIZE", 1)
+    running = launched().size
     wanted = wanted or _launched_processes()
     if wanted is not None and wanted != running:
         raise UserError(
@@ -148,7 +148,7 @@ def make_runtime(device: str) -> Runtime:
 
     if device == "auto":
         return Runtime()
-    if launched("WORLD_SIZE", 1) > 1 and device not in ("cpu", "cuda"):
+    if launched().size > 1 and device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: with several processes the launcher gives each its device")
     return Runtime(choose_device(device))
 
@@ -167,12 +167,12 @@ def notices(config: RunConfig, resumed: bool) -> None:
 def new_folder(config: RunConfig, runtime: Runtime) -> Path:
     """A folder of its own for a new run, the same on every rank."""
     made: Path | UserError | None = None
-    if runtime.is_main:
+    if runtime.ranks.is_first:
         try:
             made = RunFolder.create(config.save_dir, run_name(config)).path
         except OSError as error:
             made = UserError(f"'save_dir': {config.save_dir} cannot be written: {error.strerror}")
-    found = runtime.agree(made)
+    found = runtime.ranks.agree(made)
     if isinstance(found, UserError):
         raise found
     return Path(found)

@@ -77,13 +77,13 @@ class _Loop:
         self, trials: list[Trial], model: LanguageModel, tokens: TokenData, runtime: Runtime, observer: Observer
     ) -> None:
         self.trials, self.model, self.tokens = trials, model, tokens
-        self.runtime, self.observer = runtime, observer
+        self.runtime, self.ranks, self.observer = runtime, runtime.ranks, observer
         self.config = trials[0].plan.config
-        self.total = total_samples(self.config, tokens, runtime.world)
+        self.total = total_samples(self.config, tokens, runtime.ranks.data.size)
         check_schedules([trial.plan for trial in trials], self.total)
         if not any(m.sae_config.retrain_saes for t in trials for m in t.members):
             self.total = 0
-        self.window = self.config.effective_batch * runtime.world
+        self.window = self.config.effective_batch * runtime.ranks.data.size
         self.last_save: int | None = None
         self.identity = {"tokens": tokens.identity(), "model": model.identity}
         self.samples, cursor, states = self._restore()
@@ -116,8 +116,8 @@ class _Loop:
         self.last_save = first.samples if first and not fresh else None
         for trial in self.trials:
             if found := restored.get(trial.plan.name):
-                trial.ended = self.runtime.agree(
-                    trial.ended_before(found, self.total, self._evaluates) if self.runtime.is_main else None
+                trial.ended = self.ranks.agree(
+                    trial.ended_before(found, self.total, self._evaluates) if self.ranks.is_first else None
                 )
         states = {name: found.states for name, found in restored.items()}
         return (first.samples, first.cursor, states) if first else (0, {}, {})
@@ -127,7 +127,7 @@ class _Loop:
         return self.config.eval_every_n_samples is not None and self.config.data.n_eval_samples > 0
 
     def _restored(self, trial: Trial) -> checkpoint.Restored | None:
-        return checkpoint.restore(trial.folder, trial.members, self.runtime.world, self.identity)
+        return checkpoint.restore(trial.folder, trial.members, self.ranks.data.size, self.identity)
 
     def run(self) -> dict[str, TrialResult]:
         if self.samples < self.total and self.pack.groups:
@@ -136,8 +136,8 @@ class _Loop:
                 self.tokens,
                 self.pack.hook_points,
                 self.config,
-                rank=self.runtime.rank,
-                world=self.runtime.world,
+                rank=self.ranks.data.rank,
+                world=self.ranks.data.size,
                 start=self.samples,
                 end=self.total,
                 cursor=self.cursor,
@@ -156,7 +156,7 @@ class _Loop:
         return {t.plan.name: t.result for t in self.trials if t.result is not None}
 
     def _open(self, trial: Trial) -> None:
-        if self.runtime.is_main and trial.ended is None:
+        if self.ranks.is_first and trial.ended is None:
             if trial.plan.owner is None:
                 trial.owner = Owner(turn=time.time_ns())
                 trial.owner.take(trial.folder.path)
@@ -227,16 +227,16 @@ class _Loop:
         try:
             yield
         except LostRun as error:
-            if self.runtime.world > 1:
+            if self.ranks.data.size > 1:
                 raise
             self._abandon(trial, str(error))
 
     def _interrupted(self, windows: int) -> bool:
         interrupted = self.observer.should_interrupt()
-        if self.runtime.world > 1:
+        if self.ranks.data.size > 1:
             if windows < self._next_poll:
                 return False
-            interrupted, self._next_poll = self.runtime.agree((interrupted, windows + self._pause(windows)))
+            interrupted, self._next_poll = self.ranks.agree((interrupted, windows + self._pause(windows)))
         if not interrupted or self.samples >= self.total:
             return False
         self._save()
@@ -271,7 +271,7 @@ class _Loop:
                 self._drop(broken, reason)
             if not trial.active:
                 self._stop(trial, "diverged", trial.members[0].reason or "")
-            elif reason := self.runtime.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
+            elif reason := self.ranks.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason)
         self.observer.progress(self.samples, self.total, tokens_per_s)
 
@@ -281,7 +281,7 @@ class _Loop:
         for trial in running:
             metrics = found.get(trial.plan.name, {})
             self._write(trial, named(metrics))
-            if reason := self.runtime.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
+            if reason := self.ranks.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason, metrics)
 
     def _measure(self, trials: Sequence[Trial]) -> dict[str, Metrics]:
@@ -290,8 +290,9 @@ class _Loop:
             return {}
         data, ablation = self.config.data, self.config.ce_ablation
         saes = {(t.plan.name, m.hook_point): (m.hook_point, m.sae) for t in trials for m in t.members}
-        batches = islice(self.tokens.eval_batches(data.eval_batch_size), self.runtime.rank, None, self.runtime.world)
-        reduce = self.runtime.reduce if self.runtime.world > 1 else None
+        axis = self.ranks.data
+        batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, None, axis.size)
+        reduce = axis.reduce if axis.size > 1 else None
         rows = evaluate(
             saes, self.model, batches, data=data, ce_ablation=ablation, device=self.runtime.device, reduce=reduce
         )
@@ -304,7 +305,7 @@ class _Loop:
     def _write(self, trial: Trial, metrics: Metrics) -> None:
         if self.samples == self.start:  # a run that was killed between its last rows and its end
             metrics = {h: row for h, row in metrics.items() if (h, is_evaluation(row)) not in trial.written}
-        if not self.runtime.is_main or not metrics:
+        if not self.ranks.is_first or not metrics:
             return
         with self._writing(trial):
             trial.folder.append_metrics(
@@ -326,7 +327,7 @@ class _Loop:
     def _checkpoint(self, trial: Trial, ended: TrialResult | None = None) -> None:
         """Rank 0 writes; the others wait for it, and fail as it does."""
         failed: UserError | None = None
-        if self.runtime.is_main:
+        if self.ranks.is_first:
             try:
                 with self._writing(trial):
                     path = checkpoint.save(
@@ -335,7 +336,7 @@ class _Loop:
                     self.observer.on_checkpoint(trial.plan.name, self.samples, path)
             except UserError as error:
                 failed = error
-        if message := self.runtime.agree(None if failed is None else str(failed)):
+        if message := self.ranks.agree(None if failed is None else str(failed)):
             raise failed or UserError(message)
 
     # ---- the end of a trial
@@ -360,7 +361,7 @@ class _Loop:
         seen = Seen.all_of(self.tokens.eval_batches(self.config.data.eval_batch_size) if found else ())
         for other in together:
             metrics = found.get(other.plan.name, {})
-            if self.runtime.is_main and metrics:
+            if self.ranks.is_first and metrics:
                 told = conditions(other.plan.config, self.model, seen)
                 with self._writing(other):
                     write_json(other.folder.evaluation_path, with_conditions(metrics, told))
@@ -372,7 +373,7 @@ class _Loop:
         """The trial's last word, unless it has had one (its folder is another's)."""
         weights = trial.folder.weights_path(self.samples)
         result.checkpoint = weights if weights.exists() else None
-        if self.runtime.is_main and trial.result is None:
+        if self.ranks.is_first and trial.result is None:
             with self._writing(trial):
                 news = trial.folder.write_status(result.status, result.samples, result.reason)
                 if news and result.status != "interrupted":

@@ -83,7 +83,7 @@ class Pack:
             self.dead_after_tokens(first),
             first.config.adam_betas,
             autocast=self.runtime.autocast(first.config),
-            ranks=self.runtime.world,
+            ranks=self.runtime.ranks.data.size,
         )
         controls = Controls(members, controls_of(members, self.total))
         saes, seeds = [m.sae for m in members], [m.noise_seed for m in members]
@@ -126,15 +126,15 @@ class Pack:
 
     def step(self, batches: Iterator[Batch], samples_after: int) -> None:
         """Train one window, which ends at `samples_after`: one optimiser step for every member."""
-        if self.micro_batches == 1 and self.runtime.world == 1:
+        if self.micro_batches == 1 and self.runtime.ranks.data.size == 1:
             self._each_stack(next(batches), samples_after, whole=True)
             return
         for _ in range(self.micro_batches):
             self._each_stack(next(batches), samples_after, whole=False)
-        if self.runtime.world > 1:
+        if self.runtime.ranks.data.size > 1:
             for group in self.groups:
                 for how, tensors in group.stack.partial().items():
-                    self.runtime.reduce(tensors, how)
+                    self.runtime.ranks.data.reduce(tensors, how)
         for group in self.groups:
             with self._blamed(group):
                 group.stack.apply(group.controls.numbers(samples_after))

@@ -171,7 +171,7 @@ class RunObserver(Observer):
 @contextmanager
 def run_observer(interrupt: Interrupt) -> Iterator[RunObserver]:
     """An observer whose bar is drawn on stderr while the context lasts."""
-    with Bar(shown=launched("RANK", 0) == 0) as bar:
+    with Bar(shown=launched().rank == 0) as bar:
         yield RunObserver(interrupt, bar)
 
 

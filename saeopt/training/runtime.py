@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor
 
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
-from saeopt.saes.base import Reduction
 from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
+from saeopt.training.ranks import Axis, Ranks
 
-_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-_LARGE = 2**20
-"""Numbers from which a message of its own costs less than copying them into one with others."""
 _DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -30,7 +24,7 @@ def _join(on_cpu: bool) -> Accelerator:
     try:
         return Accelerator(cpu=on_cpu)
     except (ValueError, RuntimeError) as error:  # no address, or nobody there
-        if (started := launched("WORLD_SIZE", 1)) == 1:
+        if (started := launched().size) == 1:
             raise
         raise UserError(f"{started} processes were started (WORLD_SIZE), but they cannot join: {error}") from error
 
@@ -54,28 +48,14 @@ class Runtime:
         if not on_cpu and not parse_flag_from_env("ACCELERATE_USE_CPU"):
             check_gpus(torch.cuda.device_count())
         self.accelerator = _join(on_cpu)
-        check_joined(self.world)
+        self.ranks = Ranks(data=Axis(int(self.accelerator.process_index), int(self.accelerator.num_processes)))
+        check_joined(self.ranks.data.size)
         if wanted is not None and wanted.type == "cuda":
             wanted = torch.device("cuda", wanted.index or 0)
             torch.cuda.set_device(wanted)
         self.device: torch.device = wanted if wanted is not None else self.accelerator.device
         self.weights_dtype = weights_dtype
         self._kept: dict[str, tuple[object, Any]] = {}
-
-    @property
-    def rank(self) -> int:
-        """This process's rank."""
-        return int(self.accelerator.process_index)
-
-    @property
-    def world(self) -> int:
-        """Number of processes that train together."""
-        return int(self.accelerator.num_processes)
-
-    @property
-    def is_main(self) -> bool:
-        """True on rank 0, which alone writes files and talks to services."""
-        return bool(self.accelerator.is_main_process)
 
     def autocast(self, config: RunConfig) -> torch.dtype | None:
         """Dtype of the SAEs' matrix products: the config's, `accelerate launch`'s, or bf16 on a GPU."""
@@ -100,38 +80,7 @@ class Runtime:
             self._kept[kind] = (key, load())
         return self._kept[kind][1]
 
-    # ---- ranks
-    def reduce(self, tensors: Sequence[Tensor], how: Reduction = "sum") -> None:
-        """Reduce tensors over the ranks in place: large ones as they lie, the others in one message per dtype."""
-        if self.world == 1:
-            return
-        by = _REDUCTIONS[how]
-        large = [t for t in tensors if t.numel() >= _LARGE and t.is_contiguous()]
-        for tensor in large:
-            dist.all_reduce(tensor, by)
-        rest = [t for t in tensors if t.numel() < _LARGE or not t.is_contiguous()]
-        for dtype in sorted({t.dtype for t in rest}, key=str):
-            group = [t for t in rest if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in group])
-            dist.all_reduce(flat, by)
-            for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Give every rank rank 0's values."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's value on every rank, so that all of them take the same decision."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
-
     def leave(self) -> None:
         """Part from the other ranks at the end of all work; NCCL warns of a process that just ends."""
-        if self.world > 1:
+        if self.ranks.data.size > 1:
             self.accelerator.state.destroy_process_group()

@@ -132,7 +132,7 @@ def calibrate(
     if not members:
         return
     found = calibration(sorted({m.hook_point for m in members}), model, tokens, config)
-    limits = runtime.agree({hook: measured.norm_limit for hook, measured in found.items()})
+    limits = runtime.ranks.agree({hook: measured.norm_limit for hook, measured in found.items()})
     for member in members:
         member.sae.norm_limit = limits[member.hook_point]
         begin(member, found[member.hook_point].x_Nd, runtime)
@@ -151,7 +151,7 @@ def begin(member: Member, x_Nd: Tensor, runtime: Runtime) -> None:
     if not member.config.saes.pretrained_sae_paths:
         seed = derived_seed("initial weights", member.config.seed, member.hook_point)
         sae.initialise(x_Nd, torch.Generator().manual_seed(seed))
-    runtime.broadcast(list(sae.state_dict().values()))
+    runtime.ranks.data.broadcast(list(sae.state_dict().values()))
 
 
 def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
@@ -170,7 +170,7 @@ def measure_norm_limits(
     lacking = [m for m in members if config.data.mask_norm_outliers is not None and m.sae.norm_limit == math.inf]
     if lacking:
         found = calibration(sorted({m.hook_point for m in lacking}), model, tokens, config)
-        limits = runtime.agree({hook: measured.norm_limit for hook, measured in found.items()})
+        limits = runtime.ranks.agree({hook: measured.norm_limit for hook, measured in found.items()})
         for member in lacking:
             member.sae.norm_limit = limits[member.hook_point]
 

@@ -88,7 +88,7 @@ def test_a_worker_is_refused_under_a_launcher_and_alone_in_a_cluster(monkeypatch
         be_alone("a worker", "…")
     monkeypatch.delenv("LOCAL_RANK")
     be_alone("a worker", "…")
-    assert Runtime("cpu").is_main
+    assert Runtime("cpu").ranks.is_first
 
 
 def test_evaluate_is_refused_under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,13 +111,14 @@ def test_processes_that_cannot_join_are_told_in_one_line(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"])
 def test_a_launchers_number_that_is_none_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched(name, 7) == 7
+    field = {"RANK": "rank", "WORLD_SIZE": "size", "LOCAL_WORLD_SIZE": "here"}[name]
+    assert launched() == (0, 1, 1)
     monkeypatch.setenv(name, " 3 ")
-    assert launched(name, 7) == 3
+    assert getattr(launched(), field) == 3
     for wrong in ("two", "-1", "1.0"):
         monkeypatch.setenv(name, wrong)
         with pytest.raises(UserError, match=f"{name}={wrong}: must be a number"):
-            launched(name, 7)
+            launched()
 
 
 @pytest.mark.parametrize(

@@ -250,10 +250,10 @@ def test_ranks_with_slow_windows_agree_on_an_interrupt_in_time(monkeypatch, seco
     monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
     agreed = []
     observer = SimpleNamespace(should_interrupt=lambda: False)
-    runtime = SimpleNamespace(world=2, agree=lambda value: agreed.append(windows) or value)
+    together = SimpleNamespace(data=SimpleNamespace(size=2), agree=lambda value: agreed.append(windows) or value)
     config = SimpleNamespace(log_every_n_grad_steps=20)
     ranks = loop._Loop.__new__(loop._Loop)
-    vars(ranks).update(observer=observer, runtime=runtime, config=config, _next_poll=1, _polled=(0, 0.0))
+    vars(ranks).update(observer=observer, ranks=together, config=config, _next_poll=1, _polled=(0, 0.0))
     for windows in range(1, 25):
         clock[0] += seconds
         assert not ranks._interrupted(windows)
