@@ -140,7 +140,7 @@ def densities(sae: SAE, x_Nd: Tensor) -> tuple[float, float]:
     """The share of tokens on which the most frequent latent fires; the most frequent hundredth's share of firings."""
     fired_h = torch.zeros(sae.h, device=x_Nd.device)
     for rows in x_Nd[:8192].split(max(1, 2**26 // sae.h)):
-        fired_h += (sae.encode(rows.float() * sae.scale) != 0).sum(0)
+        fired_h += (sae.encode(rows) != 0).sum(0)
     top = fired_h.sort(descending=True).values
     share = top[: max(1, sae.h // 100)].sum() / top.sum().clamp_min(1)
     return (top[0] / min(len(x_Nd), 8192)).item(), share.item()

@@ -64,8 +64,8 @@ def reconstruct(
     block = max(1, CODE_BYTES.get(x_Nd.device.type, 2**26) // (4 * sae.h))
     for start in range(0, len(x_Nd), block):
         x_bd = x_Nd[start : start + block].to(sae.W_enc.dtype)
-        f_bh = sae.encode(x_bd * sae.scale)
-        x_hat_bd = sae.decode(f_bh) / sae.scale
+        f_bh = sae.encode(x_bd)
+        x_hat_bd = sae.decode(f_bh)
         out.append(x_hat_bd)
         if sums is not None:
             sums.update(x_bd, x_hat_bd, f_bh, None if keep_N is None else keep_N[start : start + block])

@@ -1,7 +1,8 @@
 """What every sparse autoencoder has: parameters, initialisation, normalisation, folding.
 
 Shape suffixes: N tokens, d model width, h dictionary width. Rows of W_dec are features.
-Everything but :meth:`SAE.forward` works on normalised activations x · scale.
+:meth:`SAE.encode`, :meth:`SAE.decode` and :meth:`SAE.forward` take and give raw activations; everything else, and so
+everything that an architecture defines, works on normalised activations x · scale.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def with_target(forward: Callable[..., Forward]) -> Callable[..., Forward]:
 
 
 class SAE(nn.Module):
-    """Base of all architectures: a subclass gives `encode`, `training_forward` and its extra parameters.
+    """Base of all architectures: a subclass gives `code`, `training_forward` and its extra parameters.
 
     Source of the common form: Anthropic, April 2024 update; Bricken et al. 2023.
     """
@@ -146,6 +147,9 @@ class SAE(nn.Module):
         self.dtype, self.device = dtype, device
         self.norm_limit = math.inf
         """Raw norm above which a token is left out at its hook point (`data.mask_norm_outliers`)."""
+        self.unit_lengths: Tensor | None
+        """h lengths that the code is multiplied by (:meth:`unit_decoder`)."""
+        self.register_buffer("unit_lengths", None, persistent=False)
         self.W_enc = self.parameter(d, h)
         self.W_dec = self.parameter(h, d)
         for name in self.latent_vectors:
@@ -164,8 +168,28 @@ class SAE(nn.Module):
         """A new parameter of zeros in the module's dtype and on its device."""
         return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
 
+    def __init_subclass__(cls, **given: object) -> None:
+        super().__init_subclass__(**given)
+        refuse_first_contract(cls)
+        if "training_forward" in vars(cls):
+            cls.training_forward = with_target(vars(cls)["training_forward"])  # type: ignore[method-assign]
+
+    # ---- what people call: raw activations in raw units
+    def encode(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N h"]:
+        """The evaluation code f of raw activations: the code that was trained, in normalised units."""
+        f_Nh = self.code(x_Nd.to(self.W_enc.dtype) * self.scale)
+        return f_Nh if self.unit_lengths is None else f_Nh * self.unit_lengths
+
+    def decode(self, f_Nh: Float[Tensor, "*N h"]) -> Float[Tensor, "*N d"]:
+        """Raw activations from a code."""
+        return self.reconstruct(f_Nh) / self.scale
+
+    def forward(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
+        """Reconstruction of raw activations in raw units."""
+        return self.decode(self.encode(x_Nd))
+
     # ---- what an architecture defines
-    def encode(self, x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N h"]:
+    def code(self, x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N h"]:
         """The evaluation code of normalised activations."""
         raise NotImplementedError
 
@@ -176,20 +200,11 @@ class SAE(nn.Module):
         """
         raise NotImplementedError
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "training_forward" in cls.__dict__:
-            cls.training_forward = with_target(cls.__dict__["training_forward"])  # type: ignore[method-assign]
-
-    # ---- common
-    def decode(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N d"]:
-        """f W_dec + b_dec."""
+    def reconstruct(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N d"]:
+        """Normalised activations from a code: f W_dec + b_dec."""
         return f_Nh @ self.W_dec + self.b_dec
 
-    def forward(self, x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
-        """Reconstruction of raw activations in raw units."""
-        return self.decode(self.encode(x_Nd * self.scale)) / self.scale
-
+    # ---- common
     @torch.no_grad()
     def initialise(self, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
         """Set the initial weights from normalised, unmasked activations and a CPU generator."""
@@ -244,12 +259,30 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> Self:
-        """A copy that takes raw activations: the scale is folded into the weights, the code is unchanged."""
+        """A copy with scale 1: the scale is folded into the weights (W_enc · s, W_dec / s), the code is unchanged."""
         other = copy.deepcopy(self)
         other.W_enc.mul_(self.scale)
         other.b_dec.div_(self.scale)
         other.W_dec.div_(self.scale)
         other.scale.fill_(1.0)
+        return other
+
+    def decoder_rows(self) -> Float[Tensor, "h d"]:
+        """The rows that :meth:`reconstruct` adds up."""
+        return self.W_dec
+
+    @torch.no_grad()
+    def unit_decoder(self) -> Self:
+        """The folded copy with decoder rows of norm 1 in raw units, its code longer by as much: for reading and export.
+
+        Exact for every architecture, since the code is made longer after gates and k have chosen; the lengths are no
+        part of the weights, so that this form is neither trained nor saved as it is.
+        """
+        other = self.folded()
+        rows_hd = other.decoder_rows()
+        length_h = rows_hd.norm(dim=-1).clamp_min(1e-12)
+        other.unit_lengths = length_h if self.unit_lengths is None else length_h * self.unit_lengths
+        other.W_dec.copy_(rows_hd / length_h.unsqueeze(-1))
         return other
 
     # ---- pieces shared by the losses
@@ -273,3 +306,22 @@ class SAE(nn.Module):
     def masked(f_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
         """The code with the rows of masked tokens set to 0."""
         return f_Nh if keep_N is None else f_Nh * keep_N.unsqueeze(-1)
+
+
+_NORMALISED = ("training_forward", "code", "reconstruct", "initialise", "measure", "start_encoder")
+_NOW_CALLED = {"encode": "code", "decode": "reconstruct"}
+
+
+def refuse_first_contract(cls: type[SAE]) -> None:
+    """Until `encode` and `decode` took raw activations, architectures defined and called them on normalised ones.
+
+    Raises:
+        TypeError: the class does; its numbers would silently be others.
+    """
+    for name, now in _NOW_CALLED.items():
+        if name in vars(cls):
+            raise TypeError(f"rename {cls.__name__}.{name} to '{now}': 'encode' and 'decode' take raw activations now")
+        for method in _NORMALISED:
+            if name in getattr(getattr(vars(cls).get(method), "__code__", None), "co_names", ()):
+                where = f"{cls.__name__}.{method}"
+                raise TypeError(f"in {where} call '{now}' instead of '{name}', which takes raw activations now")

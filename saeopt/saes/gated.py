@@ -59,7 +59,7 @@ class GatedSAE(SAE):
         """Whether the auxiliary term takes the decoder as it is."""
         return self.unit_rows or self.recipe == 1
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         """1[π_gate > 0] ⊙ magnitude."""
         return self.gate_and_code(x_Nd)[1]
 
@@ -74,7 +74,7 @@ class GatedSAE(SAE):
         """Terms `mse`, `sparsity` and `aux`."""
         gate_Nh, f_Nh = self.gate_and_code(x_Nd)
         f_Nh, open_Nh = self.masked(f_Nh, inputs.keep_N), self.masked(torch.relu(gate_Nh), inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        x_hat_Nd = self.reconstruct(f_Nh)
         W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if self.frozen_aux else (self.W_dec, self.b_dec)
         from_gate_Nd = open_Nh @ W_dec + b_dec
         return Forward(

@@ -44,7 +44,7 @@ class GatedHardConcreteSAE(NoisyGateSAE):
         magnitude = MAGNITUDES[self.config.magnitude_activation]
         return shared_Nh + self.b_gate, magnitude(self.r_mag.exp() * shared_Nh + self.b_mag)
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         """z ⊙ magnitude with the gate that `eval_gate` names."""
         log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
         return self.eval_gate(log_alpha_Nh) * magnitude_Nh
@@ -54,7 +54,7 @@ class GatedHardConcreteSAE(NoisyGateSAE):
         log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
         z_Nh = self.train_gate(log_alpha_Nh, inputs)
         f_Nh = self.masked(z_Nh * magnitude_Nh, inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        x_hat_Nd = self.reconstruct(f_Nh)
         aux_Nh = z_Nh * torch.relu(log_alpha_Nh) if self.config.aux_form == "gated" else z_Nh
         from_gate_Nd = aux_Nh @ self.W_dec.detach() + self.b_dec.detach()
         return Forward(

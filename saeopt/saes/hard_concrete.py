@@ -156,21 +156,24 @@ class HardConcreteSAE(NoisyGateSAE):
             return centred_Nd @ self.W_gate + self.b_gate, m_Nh
         return self.b_gate.expand_as(m_Nh), m_Nh
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         """z ⊙ m with the gate that `eval_gate` names."""
         log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
         return self.eval_gate(log_alpha_Nh) * m_Nh
 
-    def decode(self, f_Nh: Tensor) -> Tensor:
+    def reconstruct(self, f_Nh: Tensor) -> Tensor:
         """f times the decoder with every row at norm `row_norm` (1 until the scale is folded in), plus b_dec."""
-        rows_hd = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return f_Nh @ (rows_hd * self.row_norm) + self.b_dec
+        return f_Nh @ self.decoder_rows() + self.b_dec
+
+    def decoder_rows(self) -> Tensor:
+        """W_dec with every row at norm `row_norm`."""
+        return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12) * self.row_norm
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`."""
         log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
         f_Nh = self.masked(self.train_gate(log_alpha_Nh, inputs) * m_Nh, inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        x_hat_Nd = self.reconstruct(f_Nh)
         return Forward(
             x_hat_Nd,
             f_Nh,
@@ -187,4 +190,11 @@ class HardConcreteSAE(NoisyGateSAE):
         other.row_norm.div_(self.scale)
         if self.config.input_dependent_gates:
             other.W_gate.mul_(self.scale)
+        return other
+
+    @torch.no_grad()
+    def unit_decoder(self) -> Self:
+        """As in the base; here `row_norm` says how long the rows are."""
+        other = super().unit_decoder()
+        other.row_norm.fill_(1.0)
         return other

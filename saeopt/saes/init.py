@@ -100,7 +100,7 @@ def match_norm(sae: SAE, x_Nd: Float[Tensor, "N d"], largest: float = math.inf) 
 
     def excess(c: float) -> float:
         sae.W_enc.copy_(directions_dh * c)
-        x_hat_Nd = sae.decode(sae.encode(rows_Nd))
+        x_hat_Nd = sae.reconstruct(sae.code(rows_Nd))
         return (x_hat_Nd - origin_d).double().norm(dim=-1).mean().item() - target
 
     c = _root(excess, floor - target, min(1.0, 2 * sae.d / sae.h), _MATCH_TOLERANCE * target) if target > 0 else 1.0

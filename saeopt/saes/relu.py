@@ -24,14 +24,14 @@ class ReluSAE(SAE):
 
     Config: ClassVar[type[SAEConfig]] = ReluConfig
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         """relu(π)."""
         return torch.relu(self.pre_activation(x_Nd))
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`."""
-        f_Nh = self.masked(self.encode(x_Nd), inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        f_Nh = self.masked(self.code(x_Nd), inputs.keep_N)
+        x_hat_Nd = self.reconstruct(f_Nh)
         penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.d if self.legacy_scaling else 1)
         return Forward(
             x_hat_Nd,

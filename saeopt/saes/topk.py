@@ -72,7 +72,7 @@ class TopKSAE(SAE):
         """What multiplies V AuxK (recipe 1: AuxK)."""
         return self.config.aux_coeff / (self.d if self.legacy_scaling and self.recipe > 1 else 1)
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         """The k largest of relu(π)."""
         return keep_largest(torch.relu(self.pre_activation(x_Nd)), self.config.k)
 
@@ -80,7 +80,7 @@ class TopKSAE(SAE):
         """Term `mse`, ratio `aux` (where a mask of dead latents is given)."""
         acts_Nh = torch.relu(self.pre_activation(x_Nd))
         f_Nh = self.masked(keep_largest(acts_Nh, self.config.k), inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        x_hat_Nd = self.reconstruct(f_Nh)
         forward = Forward(
             x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N)}
         )

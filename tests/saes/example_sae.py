@@ -25,12 +25,12 @@ class LeakySAE(SAE):
     Config: ClassVar[type[SAEConfig]] = LeakyConfig
     config: LeakyConfig
 
-    def encode(self, x_Nd: Tensor) -> Tensor:
+    def code(self, x_Nd: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(self.pre_activation(x_Nd), self.config.slope)
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
-        f_Nh = self.masked(self.encode(x_Nd), inputs.keep_N)
-        x_hat_Nd = self.decode(f_Nh)
+        f_Nh = self.masked(self.code(x_Nd), inputs.keep_N)
+        x_hat_Nd = self.reconstruct(f_Nh)
         terms = {
             "mse": self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
             "sparsity": inputs.sparsity_coeff * f_Nh.abs().sum(),

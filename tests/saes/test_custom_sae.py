@@ -74,3 +74,17 @@ def test_a_forward_without_a_target_goes_on_working() -> None:
     terms = [sae.training_forward(x_Nd, given).terms, sae.training_forward(x_Nd, x_Nd, given).terms]
     assert terms[0].keys() == terms[1].keys() == {"mse", "sparsity", "more"}
     assert all(torch.equal(terms[0][name], terms[1][name]) for name in terms[0])
+
+
+def test_an_architecture_of_the_first_contract_is_told_what_to_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It encoded normalised activations; taken as it is, its numbers would silently be others."""
+    text = (Path(__file__).parent / "example_sae.py").read_text(encoding="utf-8")
+    (tmp_path / "older_sae.py").write_text(text.replace("def code", "def encode"))
+    (tmp_path / "half_renamed_sae.py").write_text(text.replace("self.reconstruct", "self.decode"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"rename LeakySAE\.encode to 'code'"):
+        get_sae("older_sae:LeakySAE")
+    with pytest.raises(UserError, match=r"in LeakySAE\.training_forward call 'reconstruct' instead of 'decode'"):
+        get_sae("half_renamed_sae:LeakySAE")

@@ -33,8 +33,10 @@ def test_saved_loaded_and_folded_sae_encodes_and_decodes_alike(
     loaded = type(sae)(sae.d, sae.h, sae.config, dtype=torch.float64)
     loaded.load_state_dict(load_file(tmp_path / "sae.safetensors"))
     assert torch.equal(loaded.tokens_since_fired, torch.arange(sae.h))
-    code, x_hat = sae.encode(x_raw_Nd * sae.scale), sae(x_raw_Nd)
-    assert torch.equal(loaded.encode(x_raw_Nd * loaded.scale), code)
+    code, x_hat = sae.encode(x_raw_Nd), sae(x_raw_Nd)
+    assert torch.equal(code, sae.code(x_raw_Nd * sae.scale))
+    assert torch.equal(sae.decode(code), x_hat)
+    assert torch.equal(loaded.encode(x_raw_Nd), code)
     assert torch.equal(loaded(x_raw_Nd), x_hat)
 
     before = copy.deepcopy(loaded.state_dict())
@@ -45,6 +47,26 @@ def test_saved_loaded_and_folded_sae_encodes_and_decodes_alike(
     torch.testing.assert_close(folded(x_raw_Nd), x_hat)
     torch.testing.assert_close(folded.folded()(x_raw_Nd), x_hat)
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
+@every_variant
+def test_the_unit_decoder_reconstructs_alike_from_rows_of_norm_1(sae_type: str, fields: dict[str, Any]) -> None:
+    sae, x_raw_Nd = build(sae_type, fields), 30 * activations()
+    sae.scale.fill_(0.037)
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 3, sae.h).unsqueeze(-1))
+    unit = sae.unit_decoder()
+    torch.testing.assert_close(unit.W_dec.norm(dim=-1), torch.ones(sae.h).double())
+    torch.testing.assert_close(unit(x_raw_Nd), sae(x_raw_Nd))
+    torch.testing.assert_close(unit.encode(x_raw_Nd) @ unit.W_dec + unit.b_dec, sae(x_raw_Nd))
+    assert torch.equal(unit.encode(x_raw_Nd) != 0, sae.encode(x_raw_Nd) != 0)
+    torch.testing.assert_close(unit.unit_decoder()(x_raw_Nd), sae(x_raw_Nd))
+
+
+@every_variant
+def test_activations_of_any_dtype_and_shape_are_taken(sae_type: str, fields: dict[str, Any]) -> None:
+    sae, x_raw_Nd = build(sae_type, fields), activations().float()
+    assert torch.equal(sae(x_raw_Nd.view(5, 8, 6)).flatten(0, 1), sae(x_raw_Nd.double()))
 
 
 @every_variant

@@ -109,7 +109,7 @@ def test_micro_batches_and_ranks_give_the_threshold_of_one_window() -> None:
 def test_the_first_window_gives_its_own_smallest_activation() -> None:
     (sae,) = members(ThresholdSAE, 1, dtype=torch.float64)
     (example,) = batches(1, torch.float64)
-    f_Nh = sae.encode(example.x_Nd * sae.scale)
+    f_Nh = sae.encode(example.x_Nd)
     run(reference_stack([sae], [1], OPTIONS), [example])
     torch.testing.assert_close(sae.threshold, f_Nh[f_Nh > 0].min().detach())
 
