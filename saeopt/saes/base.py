@@ -168,6 +168,11 @@ class SAE(nn.Module):
         """A new parameter of zeros in the module's dtype and on its device."""
         return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
 
+    @property
+    def selected(self) -> int:
+        """Latents kept per token where the code is a selection of so many; else 0."""
+        return 0
+
     def __init_subclass__(cls, **given: object) -> None:
         super().__init_subclass__(**given)
         refuse_first_contract(cls)

@@ -68,6 +68,11 @@ class TopKSAE(SAE):
             self.variance.fill_(x_Nd.double().var(0, correction=0).sum())
 
     @property
+    def selected(self) -> int:
+        """k."""
+        return self.config.k
+
+    @property
     def aux_share(self) -> float:
         """What multiplies V AuxK (recipe 1: AuxK)."""
         return self.config.aux_coeff / (self.d if self.legacy_scaling and self.recipe > 1 else 1)

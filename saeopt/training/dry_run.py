@@ -84,7 +84,7 @@ def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
         h = dictionary_width(section.dict_size_to_input_ratio, d)
         sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"))
         n_parameters = sum(p.numel() for p in sae.parameters())
-        found.append(MemberShape(hook, section.sae_type, d, h, n_parameters, getattr(section, "k", 0)))
+        found.append(MemberShape(hook, section.sae_type, d, h, n_parameters, sae.selected))
     return found
 
 

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
-from saeopt.training.step.dense import ALONE, NARROW
+from saeopt.training.step.choose import FAST
+from saeopt.training.step.cpu import CHUNK
+from saeopt.training.step.dense import ALONE
 
 _PER_PARAMETER, _PER_PARAMETER_GPU = 16, 14
 """Weight, two moments and gradient in float32; fused step on a GPU: those three, and the weight in bfloat16."""
@@ -18,11 +20,6 @@ _GRADIENT = 2
 """Fused step on a GPU: the gradient, in bfloat16, of the stack whose turn it is."""
 _PER_PARAMETER_ACCUMULATED = 4
 """A float32 sum of gradients where a window has several micro-batches."""
-_GPU_PER_CODE = {
-    "relu": (4.0, 4.0), "gated": (10.0, 4.0), "hard_concrete": (12.0, 6.0), "gated_hard_concrete": (10.0, 4.0),
-    "topk": (2.0, 2.0),
-}  # fmt: skip
-"""Bytes per token, latent and member of the fused step: behind the code's gradient, and beside the weights' own."""
 _GPU_PER_SELECTED = (48, 24)
 """Bytes per token and selected latent of the topk step, likewise: values, indices, what sorting takes."""
 _GPU_PER_DEAD = 8
@@ -33,12 +30,8 @@ _GPU_PER_WIDTH = 6
 """Bytes per token, input and member: x̄, the reconstruction, its error."""
 _GPU_LIBRARIES = 2 * 2**25
 """Workspaces of the matrix products, one per stream."""
-_CPU_PER_CODE = {"relu": 16.0, "topk": 20.0, "gated": 32.0, "hard_concrete": 48.0, "gated_hard_concrete": 48.0}
-"""Bytes per token and latent of the reference step, one member after another."""
 _OTHER = 48.0
-"""An architecture that is not known here."""
-_CPU_CHUNK = 2**20
-"""Elements (tokens x latents) that the fused step on the CPU has at a time."""
+"""Bytes per token and latent of an architecture that has no fast step (`step.choose.FAST` has those of the others)."""
 _LAYER_COPIES = 14
 """Arrays of tokens x d that one layer of the language model has at a time."""
 _ATTENTION_SCORE = 6
@@ -123,8 +116,9 @@ def gpu_step(members: list[MemberShape], tokens: int, product_bytes: int = 2) ->
 
 def _gpu_stack(members: list[MemberShape], tokens: int, product_bytes: int) -> int:
     first, k = members[0], max(m.k for m in members)
-    per_code = _GPU_PER_CODE.get(first.sae_type, (_OTHER, _OTHER))
-    if first.sae_type == "relu" and first.d <= NARROW and product_bytes == 2:
+    row = FAST.get(first.sae_type)
+    per_code = (_OTHER, _OTHER) if row is None else row.gpu_bytes
+    if row is not None and first.d <= row.keeps_code and product_bytes == 2:
         per_code = (0.0, 0.0)  # its kernels keep the code to themselves
     dead = _GPU_PER_DEAD * _DEAD_SHARE * first.h if k else 0.0
     dense = [(c * first.h + dead + _GPU_PER_WIDTH * first.d) * product_bytes / 2 for c in per_code]
@@ -139,9 +133,9 @@ def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int
     fused = config.performance.stack != "reference"
 
     def own(m: MemberShape) -> float:
-        known = m.sae_type in _CPU_PER_CODE
-        elements = min(tokens * m.h, _CPU_CHUNK) if fused and known else tokens * m.h
-        return _CPU_PER_CODE.get(m.sae_type, _OTHER) * elements + 16 * tokens * m.d
+        row = FAST.get(m.sae_type)
+        elements = min(tokens * m.h, CHUNK) if fused and row is not None else tokens * m.h
+        return (_OTHER if row is None else row.cpu_bytes) * elements + 16 * tokens * m.d
 
     return int(max(own(m) for m in members))
 
