@@ -97,7 +97,8 @@ def still_ours(connection: db.Connection, claims: Iterable[Claim], lock: bool = 
     with a claim as it was before.
     """
     claims = list(claims)
-    known = {c.study_id: identity_of(connection, c.study_id) for c in claims if c.identity is not None}
+    studies = {c.study_id for c in claims if c.identity is not None}
+    known = {study_id: identity_of(connection, study_id) for study_id in studies}
     tokens = {c.trial_id: c.token for c in claims if c.identity is None or known[c.study_id] == c.identity}
     running = db.in_state(connection, tokens, RUNNING, lock)
     marks = db.attrs_of(connection, db.trial_attrs, running, [CLAIM])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from _stores import grid_spec
 from optuna.trial import TrialState
+from sqlalchemy import event
 
 import saeopt.trials
 from saeopt.trials import claims, endings
@@ -94,6 +95,17 @@ def test_a_result_is_stored_as_a_whole_or_not_at_all(store: Store, monkeypatch: 
     trial = store.study("s").trials[0]
     assert (trial.state.name, trial.values, trial.user_attrs) == ("RUNNING", None, {})
     assert endings.finish(store, claim, "COMPLETE", [1.0, 2.0])
+
+
+def test_signs_of_life_of_a_pack_cost_as_many_statements_as_one(store: Store) -> None:
+    study = create_study(store, grid_spec(8)).study_id
+    pack, asked = claims.claim(store, study, 8, OWNER, store.identity(study)), []
+    event.listen(store.engine, "before_cursor_execute", lambda *seen: asked.append(seen[2]))
+    assert claims.beat(store, pack) == {c.trial_id for c in pack}
+    whole = len(asked)
+    claims.beat(store, pack[:1])
+    assert len(pack) == 8
+    assert whole == len(asked) - whole
 
 
 def test_every_promise_names_tests_that_exist() -> None:
