@@ -79,7 +79,7 @@ def create(
     from saeopt.search.space import Space
     from saeopt.training.loggers import check_sinks
     from saeopt.trials.create import create_study, planned_cells
-    from saeopt.trials.rounds import told
+    from saeopt.trials.rounds import proposals_text
     from saeopt.views.monitoring import on_study_created
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store
@@ -99,7 +99,7 @@ def create(
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    if about := told(spec):
+    if about := proposals_text(spec):
         _say(f"  {about}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")

@@ -51,7 +51,10 @@ def worker(
     idle_timeout: Annotated[
         float,
         typer.Option(
-            envvar="SAEOPT_IDLE_TIMEOUT", metavar="SECONDS", min=0, help="End when no trial is waiting for so long."
+            envvar="SAEOPT_IDLE_TIMEOUT",
+            metavar="SECONDS",
+            min=0,
+            help="End when no trial has waited for this long.",
         ),
     ] = 0.0,
     sequential: Annotated[
@@ -142,7 +145,7 @@ def work(
     interrupted: threading.Event,
     context: Any = None,
 ) -> int:
-    """One device's worker in this process; returns the number of trials told.
+    """One device's worker in this process; returns how many trials it has ended.
 
     Trials are trained in a child process (started through `context`, a multiprocessing context), with --sequential in
     this one.

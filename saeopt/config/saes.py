@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,8 @@ class SAEConfig(StrictModel):
 
     without_effect: ClassVar[frozenset[str]] = frozenset()
     """Fields that change nothing for an architecture: a study over them would train the same SAE again and again."""
+    only_with: ClassVar[Mapping[str, str]] = {}
+    """Field → the switch without which it changes nothing."""
 
     sae_type: Text
     """A registered architecture, or `package.module:Class`."""
@@ -51,6 +54,11 @@ class SAEConfig(StrictModel):
     """false keeps the pretrained SAEs as they are: the run only evaluates them."""
     per_hook: dict[Text, dict[str, Any]] = Field(default_factory=dict)
     """Fields of this section that differ at one hook point: `{hook point: {field: value}}`."""
+
+    def idle(self) -> dict[str, str]:
+        """Fields that change nothing with these values → the switch that each of them needs."""
+        values = self.model_dump(include=set(self.only_with.values()))
+        return {field: switch for field, switch in self.only_with.items() if not values[switch]}
 
     @field_validator("sae_positions", "pretrained_sae_paths", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from saeopt.errors import UserError
 
 def check_sense(config: RunConfig) -> None:
     """Raise :class:`UserError` for a field that has no effect because of another."""
-    saes = config.saes
-    if getattr(saes, "final_beta", None) is not None and not getattr(saes, "beta_annealing", True):
-        raise UserError("'saes.final_beta' has no effect without 'saes.beta_annealing: true'")
+    values = config.saes.model_dump()
+    for field, switch in config.saes.idle().items():
+        if values[field] is not None:
+            raise UserError(f"'saes.{field}' has no effect without 'saes.{switch}: true'")

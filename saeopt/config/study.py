@@ -130,7 +130,7 @@ class Collapse(StrictModel):
     max_fvu: Annotated[Float, Field(gt=0, le=1e9)] = 1.0
     """Collapsed at or above this fraction of variance unexplained."""
     patience: Positive = 2
-    """So many reports in a row must agree before the trial is stopped."""
+    """Number of reports in a row that must agree before the trial is stopped."""
     constraint: bool = True
     """Tell the sampler that collapsed trials are infeasible.
     They are pruned trials in any case: no front holds them."""
@@ -146,7 +146,7 @@ class EarlyStopping(StrictModel):
     n_startup_trials: Count = 5
     """Trials that must have finished before others are compared with them (median, pareto)."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
-    """asha and hyperband keep one in so many at every rung."""
+    """asha and hyperband: at every rung one trial of this number goes on."""
     margin: Factor = 0.1
     """pareto: relative distance by which a trial must be worse in every objective."""
     collapse: Collapse | None = Field(default_factory=Collapse)
@@ -175,14 +175,14 @@ class StudySpec(StrictModel):
     )
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
     max_trials: Positive | None = None
-    """Grid: keep the first so many cells. Otherwise: the number of trials."""
+    """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
     """Most trials that a worker trains together; auto: what fits, and for samplers that learn from results no more than
     leaves ten rounds of proposals."""
     retries: Count = 2
     """How often a failed trial is tried again."""
     max_losses: Positive = 10
-    """A trial fails when its worker was lost so often without a new checkpoint in between."""
+    """A trial fails when its worker was lost this number of times without a new checkpoint in between."""
     heartbeat: Annotated[Float, Field(ge=0.05, le=3600)] = 5.0
     """Seconds between the signs of life of a worker."""
     grace: Annotated[Float, Field(gt=0, le=86400)] = 20.0

@@ -7,6 +7,7 @@ s = σ((log u − log(1 − u) + log α) / β), z = clip(s (ζ − γ) + γ, 0, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -25,6 +26,8 @@ Temperature = Annotated[Float, Field(ge=1e-4, le=1e4)]
 
 class NoisyGateConfig(MagnitudeConfig):
     """Fields of both hard-concrete architectures."""
+
+    only_with: ClassVar[Mapping[str, str]] = {"final_beta": "beta_annealing"}
 
     initial_beta: Temperature = 0.5
     """β, the temperature of the gates (at the start, where it is annealed)."""

@@ -72,8 +72,8 @@ def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:
             reason = ""
             if section == "saes" and own in saes.without_effect:
                 reason = f"for {saes.sae_type}: add 'when: {{sae_type: […]}}' with the architectures for which it does"
-            elif field == "saes.final_beta" and not getattr(saes, "beta_annealing", True):
-                reason = "without 'saes.beta_annealing: true'"
+            elif section == "saes" and own in (idle := saes.idle()):
+                reason = f"without 'saes.{idle[own]}: true'"
             elif field == "min_lr_factor" and cell.config.schedule == "constant":
                 reason = "with 'lr_schedule: constant'"
             if reason:

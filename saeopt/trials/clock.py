@@ -11,12 +11,12 @@ _RECENT = 1 / 3
 """Share of the time so far that the speed is taken from: members that were stopped make a pack faster."""
 _FEWEST = 4
 """Reports that a speed is taken from at least."""
-_TELL_SECONDS = 1.0
-"""Telling a trial, its pictures included, before one was told here."""
+_STORE_SECONDS = 1.0
+"""Storing a result, with its pictures, before one was stored here."""
 
 
 def scaled(trials: int, of: int) -> float:
-    """Time of a pack of so many trials, as a share of another's."""
+    """Time of a pack of `trials`, as a share of the time of a pack of `of` trials."""
     return _FIXED + (1 - _FIXED) * trials / max(of, 1)
 
 
@@ -26,21 +26,21 @@ class PackClock:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._now = clock
         self.trials = 0
-        self._untold, self._total, self._ahead = 0, 0, 0.0
+        self._open, self._total, self._ahead = 0, 0, 0.0
         self._claimed = 0.0
         self._marks: list[tuple[float, int]] = []
-        self._tells: list[float] = []
-        """When training was over, and when each trial was told after that."""
+        self._stores: list[float] = []
+        """When training was over, and when each result was stored after that."""
         self._before: float | None = None
         self._lead: float | None = None
         self._evaluation: float | None = None
-        self._tell = _TELL_SECONDS
+        self._store = _STORE_SECONDS
 
     def claimed(self, trials: int) -> None:
-        """So many trials are about to be trained together."""
+        """This number of trials is about to be trained together."""
         self._before = None if self._before is None else self._before * scaled(trials, self.trials)
-        self.trials = self._untold = trials
-        self._total, self._ahead, self._marks, self._tells = 0, 0.0, [], []
+        self.trials = self._open = trials
+        self._total, self._ahead, self._marks, self._stores = 0, 0.0, [], []
         self._claimed = self._now()
 
     def begun(self, samples: int, total: int) -> None:
@@ -51,11 +51,11 @@ class PackClock:
             self._lead = lead if self._lead is None else min(self._lead, lead)  # the first one loads the model
 
     def evaluation_takes(self, samples: float) -> None:
-        """The evaluation at the end takes about as long as so many training samples."""
+        """The evaluation at the end takes about as long as this number of training samples."""
         self._ahead = samples
 
     def moved(self, samples: int) -> None:
-        """The pack has come so far."""
+        """The pack has reached this number of samples."""
         if not self._marks:
             return
         now = self._now()
@@ -64,26 +64,29 @@ class PackClock:
         n_recent = sum(m[0] >= since for m in self._marks[1:])
         self._marks[1:] = self._marks[1:][-max(n_recent, _FEWEST) :]
         if samples >= self._total:
-            self._tells = [now]
+            self._stores = [now]
 
-    def told(self) -> None:
-        """A trial has ended and was told: while others train, or after the evaluation of them all."""
-        self._untold -= 1
-        if self._tells:
-            self._tells.append(self._now())
+    def ended(self) -> None:
+        """The result of a trial is stored: while others train, or after the evaluation of them all."""
+        self._open -= 1
+        if self._stores:
+            self._stores.append(self._now())
 
     def over(self) -> None:
         """The pack has ended."""
-        if len(self._tells) > 1:
-            self._tell, self._evaluation = self._per_trial, max(0.0, self._tells[1] - self._tells[0] - self._per_trial)
-        self._before, self._claimed, self._untold = self.whole, self._now(), 0
-        self._marks, self._tells = [], []  # the next pack takes as long, until it says more
+        if len(self._stores) > 1:
+            self._store, self._evaluation = (
+                self._per_trial,
+                max(0.0, self._stores[1] - self._stores[0] - self._per_trial),
+            )
+        self._before, self._claimed, self._open = self.whole, self._now(), 0
+        self._marks, self._stores = [], []  # the next pack takes as long, until it says more
 
     @property
     def _per_trial(self) -> float:
-        """Seconds of telling a trial, its pictures included. The first one also loads what draws them."""
-        gaps = sorted(b - a for a, b in zip(self._tells[1:], self._tells[2:], strict=False))
-        return gaps[len(gaps) // 2] if gaps else self._tell
+        """Seconds of storing a result, with its pictures. The first one also loads what draws them."""
+        gaps = sorted(b - a for a, b in zip(self._stores[1:], self._stores[2:], strict=False))
+        return gaps[len(gaps) // 2] if gaps else self._store
 
     @property
     def _speed(self) -> float | None:
@@ -96,20 +99,20 @@ class PackClock:
 
     def _behind(self, speed: float, trials: int) -> float:
         evaluation = self._ahead / speed if self._evaluation is None else self._evaluation
-        if len(self._tells) == 1:  # it goes on: whatever was expected, it takes this long at least
-            evaluation = max(evaluation, self._now() - self._tells[0])
-        return evaluation + trials * self._tell
+        if len(self._stores) == 1:  # it goes on: whatever was expected, it takes this long at least
+            evaluation = max(evaluation, self._now() - self._stores[0])
+        return evaluation + trials * self._store
 
     @property
     def left(self) -> float | None:
-        """Seconds until the pack will have been told; None while nobody knows."""
+        """Seconds until all results of the pack are stored; None while nobody knows."""
         speed, now = self._speed, self._now()
         if speed is None:  # it has just begun: as the one before, if there was one
             return None if self._before is None else max(0.0, self._before - (now - self._claimed))
-        if len(self._tells) > 1:
-            return max(0.0, self._untold * self._per_trial - (now - self._tells[-1]))
+        if len(self._stores) > 1:
+            return max(0.0, self._open * self._per_trial - (now - self._stores[-1]))
         then, samples = self._marks[-1]
-        left = (self._total - samples) / speed + self._behind(speed, self._untold)
+        left = (self._total - samples) / speed + self._behind(speed, self._open)
         return max(0.0, left - (now - then))
 
     @property

@@ -45,11 +45,11 @@ class Heart(threading.Thread):
         self._wake.set()
 
     def closing(self, claim: Claim) -> None:
-        """The trial is being told or given back: go on beating, but its claim may end at any moment."""
+        """The trial is being ended or given back: go on beating, but its claim may end at any moment."""
         self._closing.add(claim.trial_id)
 
     def drop(self, claim: Claim) -> None:
-        """The trial has been told or given back."""
+        """The trial has ended or was given back."""
         with self._guard:
             self._closing.discard(claim.trial_id)
             if self._held.get(claim.trial_id) == claim:
@@ -57,7 +57,7 @@ class Heart(threading.Thread):
             self.me.trials = sorted(c.number for c in self._held.values())
 
     def training(self, trials: int) -> None:
-        """A pack of so many trials starts; 0: it has ended."""
+        """A pack of this number of trials starts; 0: it has ended."""
         self._progress = time.monotonic() if trials else None
         if trials:
             self.clock.claimed(trials)
@@ -134,8 +134,8 @@ class Heart(threading.Thread):
         presence.beat(self.store, self.study_id, self.me, self.identity)
 
     def _reap(self, others: dict[int, dt.datetime]) -> None:
-        """Reap what this worker itself has seen silent: over the whole grace, or over two heartbeats where the store's
-        clock says so too. Another's clock may be wrong: on SQLite it writes the signs."""
+        """Reap what this worker itself has seen silent: for the whole grace, or for two heartbeats where the sign is
+        also too old by the store's clock. That clock may be wrong: on SQLite it is that of the host that writes."""
         now = time.monotonic()
         seen = {
             t: self._seen[t] if self._seen.get(t, (None,))[0] == beat else (beat, now) for t, beat in others.items()

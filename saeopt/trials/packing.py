@@ -141,7 +141,7 @@ def _assignment(
         if spec.sampler.type == "grid":
             persistently(lambda: endings.release(store, claim, reason=text), "giving a trial back")
             raise Refused(text, claim.number) from None
-        persistently(lambda: endings.fail(store, claim, text, retries=0), "telling a failure")
+        persistently(lambda: endings.fail(store, claim, text, retries=0), "storing a failure")
         return None
     run_dir = spec.run_dir(claim.number)
     start = start_of(run_dir, config)

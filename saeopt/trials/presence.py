@@ -15,7 +15,7 @@ from saeopt.trials.storage import Store, check_identity
 
 WORKER = "saeopt:worker:"
 ALIVE_S = 30.0
-"""A worker that has said nothing for so long counts as gone."""
+"""A worker that has said nothing for this number of seconds counts as gone."""
 FORGET_S = 24 * 3600.0
 
 
@@ -39,13 +39,13 @@ class Presence:
     tokens_per_s: float = 0.0
     """Tokens of the stream; each is used by every trial of the pack."""
     finished: int = 0
-    """Trials told since its start."""
+    """Trials that it has ended since its start."""
     latest: dict[str, dict[str, float]] = field(default_factory=dict)
     """By the trial's number: samples and the newest training metrics, means over hook points."""
     pack: int = 0
     """Trials that were claimed together, some of which may have ended."""
     left: float | None = None
-    """Seconds until its pack will have been told, at the last sign; None where it does not know."""
+    """Seconds until all results of its pack are stored, at the last sign; None where it does not know."""
     whole: float | None = None
     """Seconds that such a pack takes from beginning to end."""
     quiet: float | None = None

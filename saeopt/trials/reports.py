@@ -67,7 +67,7 @@ class Reports(threading.Thread):
         self.join(timeout=2)
 
     def flush(self, seconds: float) -> None:
-        """Wait until all that was handed in has been sent, at most so long."""
+        """Wait until all that was handed in has been sent, for at most `seconds`."""
         end = time.monotonic() + seconds
         while self._queue.unfinished_tasks and time.monotonic() < end and self.is_alive():
             time.sleep(0.002)

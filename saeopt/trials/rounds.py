@@ -43,7 +43,7 @@ def room(store: Store, study_id: int, spec: StudySpec, limit: int, *, auto: bool
     return min(limit, round_size(spec, alive)) if auto else limit
 
 
-def told(spec: StudySpec) -> str | None:
+def proposals_text(spec: StudySpec) -> str | None:
     """What `create` says about the proposals of an adaptive sampler; None for any other."""
     proposed, first = n_proposed(spec), n_designed(spec)
     if proposed <= 0:

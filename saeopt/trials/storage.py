@@ -103,9 +103,9 @@ def patience() -> float:
 
 
 def persistently(action: Callable[[], T], what: str, seconds: float | None = None) -> T:
-    """Run `action` until it succeeds, over so many seconds of a store that cannot be reached (None: `patience()`)."""
+    """Run `action` until it succeeds, while the store cannot be reached for up to `seconds` (None: `patience()`)."""
 
-    def told(state: tenacity.RetryCallState) -> None:
+    def warn_once(state: tenacity.RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
             cause = redact(" ".join(str(state.outcome.exception()).split())[:200])
             log.warning("the store cannot be reached (%s); trying again: %s", what, cause)
@@ -114,7 +114,7 @@ def persistently(action: Callable[[], T], what: str, seconds: float | None = Non
         retry=tenacity.retry_if_exception(is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=3),
         stop=tenacity.stop_after_delay(patience() if seconds is None else seconds),
-        before_sleep=told,
+        before_sleep=warn_once,
         reraise=True,
     )
     return retrying(action)

@@ -46,7 +46,7 @@ def harmless(function: Callable[_P, None]) -> Callable[_P, None]:
         try:
             function(*args, **kwargs)
         except StudyGone:
-            return  # its worker finds out and says so
+            return  # its worker notices it and logs it
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             log.warning("monitoring: %s: %s: %s", function.__name__, type(error).__name__, text)
@@ -95,7 +95,7 @@ def on_trial_end(
     claim: Claim | None = None,
     evaluation: Evaluation | None = None,
 ) -> None:
-    """Training curves as an artifact, the note with the results. Before the tell: a told trial takes no artifacts."""
+    """Training curves as an artifact, the note with the results. Before the end: an ended trial takes no artifacts."""
     from saeopt.files import read_metrics
     from saeopt.views.plots import CURVES, training_curves
 

@@ -200,7 +200,7 @@ def _workers(status: Status) -> RenderableType | None:
     table = _table()
     table.add_column("worker", overflow="fold")
     table.add_column("trials")
-    for name in ("progress", "tokens/s", "told", "sign", "moved"):  # seconds since its last sign, its last progress
+    for name in ("progress", "tokens/s", "ended", "sign", "moved"):  # seconds since its last sign, its last progress
         table.add_column(name, justify="right")
     for w in status.alive[:_ROWS]:
         share = f"{w.samples / w.total:.0%}" if w.total else "–"

@@ -1,1 +1,1 @@
-"""The worker: claims of packs, the process that trains them, and what each trial is told."""
+"""The worker: claims of packs, the process that trains them, and how each trial ends."""

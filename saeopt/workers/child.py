@@ -1,7 +1,7 @@
 """The process in which a worker's trials are trained: what breaks it breaks nothing else.
 
 It talks with the worker through one pipe. The worker says `train`, `fit`, `probe` (answered by `done` or `failed`),
-`interrupt`, `lost` and `answer`; the child says what an observer is told. When the worker is gone, so is the child.
+`interrupt`, `lost` and `answer`; the child says what an observer hears. When the worker is gone, so is the child.
 """
 
 from __future__ import annotations

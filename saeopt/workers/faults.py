@@ -59,8 +59,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, TrainingFailed):
         return error.failure
     text = "".join(traceback.format_exception(error))
-    told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    reason = (told.splitlines() or [""])[0][:300]
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    reason = (said.splitlines() or [""])[0][:300]
     if is_out_of_memory(error):
         return Failure("memory", reason, text)
     if _is_host_fault(error):

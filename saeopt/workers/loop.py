@@ -1,4 +1,4 @@
-"""What a worker does: claim a pack, train it, tell each trial; lose nothing whatever breaks."""
+"""What a worker does: claim a pack, train it, store each result; lose nothing whatever breaks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from saeopt.config.run import RunConfig
@@ -18,10 +17,9 @@ from saeopt.console import log
 from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.host.pulse import listen
 from saeopt.search.space import Space
-from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials import claims, endings
 from saeopt.trials.allowed import check_allowed
-from saeopt.trials.attributes import mean_metric, number
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, Refused, acquire
 from saeopt.trials.presence import Presence
@@ -40,11 +38,10 @@ from saeopt.workers.faults import (  # fmt: skip
 from saeopt.workers.folder import same_start, start_of
 from saeopt.workers.outcomes import Outcomes
 from saeopt.workers.trial_log import trial_logs
+from saeopt.workers.watcher import Watcher
 
 __all__ = ["Options", "Worker", "start_of"]
 
-_TELL_SECONDS = 5.0
-"""How long the others of a pack wait while a trial that has ended is told."""
 LEAVE_SECONDS = 9.0
 """A scheduler kills ten seconds after its signal: what has not been given back by then is given back at once."""
 _HOST_PAUSE = 30.0
@@ -96,14 +93,14 @@ class Worker:
         self.me = Presence(label, host, options.device, pid, time.time())
         self.heart = Heart(store, self.study_id, self.spec, self.me, self.identity)
         self.reports = Reports(store, self.study_id, self.spec)
-        self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self._leaving)
+        self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
         self._ask_limit, self._probe = limit, probe
         self._limit: int | None = None
         self._ended = threading.Event()
         listen(self.heart.pulse)
 
     def run(self) -> int:
-        """Until the study is done, `max_trials` are told, or a signal comes; returns the number of trials told.
+        """Until the study is done, `max_trials` have ended, or a signal comes; returns how many trials it has ended.
 
         Raises:
             WorkerFault: nothing can be trained here, and it is not the trials' fault.
@@ -129,9 +126,9 @@ class Worker:
             self._ended.set()
         if self.heart.study_gone.is_set():
             log.warning("study %s was deleted, or made again as another one: this worker ends", self.spec.name)
-        told = self.me.finished
-        log.info("this worker told %d trial%s of study %s", told, "s"[: told != 1], self.spec.name)
-        return told
+        ended = self.me.finished
+        log.info("this worker ended %d trial%s of study %s", ended, "s"[: ended != 1], self.spec.name)
+        return ended
 
     # ---- the queue
     def _loop(self) -> None:
@@ -182,7 +179,7 @@ class Worker:
 
     def _check(self, config: RunConfig, architecture: bool) -> None:
         try:
-            self._probe(config, architecture, _Watcher(self, {}))
+            self._probe(config, architecture, self._watcher([]))
         except (TrainingLeft, StudyGone):
             return
         except TrainingDied as error:
@@ -209,7 +206,7 @@ class Worker:
         log.error("not the trials' fault, they are back in the queue: %s", reason)
         self.outcomes.fault(reason, trials, host=True)
         self.interrupted.wait(_HOST_PAUSE)
-        if not self._leaving():
+        if not self.leaving():
             self._check_host()
 
     def _room(self) -> int:
@@ -231,9 +228,12 @@ class Worker:
         return {"worker": self.me.worker, "host": self.me.host, "device": self.me.device, "pid": self.me.pid}
 
     # ---- a pack
+    def _watcher(self, pack: Sequence[Assignment]) -> Observer:
+        return Watcher(self.heart, self.reports, self.outcomes, self.leaving, pack)
+
     def _train_pack(self, pack: list[Assignment]) -> None:
         """Train together; what fails together is tried apart, so that one trial's fault is no other's."""
-        if self._leaving():
+        if self.leaving():
             for assignment in pack:
                 self.outcomes.give_back(assignment.claim)
             return
@@ -260,8 +260,8 @@ class Worker:
         except Exception as error:
             self._after_error(pack, error)
             return
-        for assignment in self.outcomes.untold(pack):
-            self.outcomes.tell_safely(assignment, results[assignment.name])
+        for assignment in self.outcomes.pending(pack):
+            self.outcomes.store_safely(assignment, results[assignment.name])
 
     def _train(self, pack: list[Assignment]) -> dict[str, TrialResult]:
         self.me.latest = {}
@@ -273,10 +273,10 @@ class Worker:
             )
         self.heart.training(len(pack))
         try:
-            return self.train(plans, _Watcher(self, {a.name: a for a in pack}))
+            return self.train(plans, self._watcher(pack))
         finally:
             self.heart.training(0)
-            self.reports.flush(3.0 if self._leaving() else patience())
+            self.reports.flush(3.0 if self.leaving() else patience())
 
     def _after_error(self, pack: list[Assignment], error: Exception) -> None:
         failure = failure_of(error)
@@ -286,7 +286,7 @@ class Worker:
         error.__traceback__ = None  # its frames hold the pack's tensors
         free_memory()
         together = len(pack) > 1
-        pack = self.outcomes.untold(pack)
+        pack = self.outcomes.pending(pack)
         if not pack:
             log.error("%s, after all trials of the pack had ended", failure.reason)
         elif failure.kind == "host":
@@ -313,8 +313,8 @@ class Worker:
 
     def _after_death(self, pack: list[Assignment], reason: str) -> None:
         """The training process ended by itself: counted where a fresh one shows that this host can train."""
-        pack = self.outcomes.untold(pack)
-        if self._leaving():
+        pack = self.outcomes.pending(pack)
+        if self.leaving():
             self.outcomes.give_all_back(pack)
             return
         log.error("%s: trials %s", reason, ", ".join(a.name for a in pack))
@@ -331,7 +331,8 @@ class Worker:
         return replace(assignment, start=start)
 
     # ---- leaving
-    def _leaving(self) -> bool:
+    def leaving(self) -> bool:
+        """Whether it gives its trials back and ends."""
         return self.interrupted.is_set() or self.heart.study_stopped.is_set() or self.heart.study_gone.is_set()
 
     def _leave_in_time(self) -> None:
@@ -345,57 +346,3 @@ class Worker:
         for claim in self.heart.held():
             endings.release(self.store, claim)
         os._exit(0)
-
-
-class _Watcher(Observer):
-    """Passes on what a pack says; tells a trial as soon as it has ended."""
-
-    def __init__(self, worker: Worker, pack: dict[str, Assignment]) -> None:
-        self.worker, self.pack = worker, pack
-
-    def on_start(self, name: str, samples: int, total: int) -> None:
-        self.worker.heart.clock.begun(samples, total)
-        self.worker.reports.started(self.worker.outcomes.progress[name], samples, total)
-
-    def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
-        means = {key: mean_metric(metrics, key) for key in ("l0", "fvu")}
-        newest = {key: short for key, value in means.items() if (short := number(value)) is not None}
-        me = self.worker.me
-        me.latest = {**me.latest, name: {"samples": samples, **newest}}  # a new one: the heart's thread reads it
-        return self._measured(name, samples, metrics, evaluated=False)
-
-    def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
-        return self._measured(name, samples, metrics, evaluated=True)
-
-    def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
-        progress = self.worker.outcomes.progress[name]
-        return self.worker.reports.measured(progress, samples, metrics, evaluated=evaluated)
-
-    def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
-        self.worker.reports.checkpointed(self.pack[name].claim, samples)
-
-    def on_end(self, name: str, result: TrialResult) -> None:
-        worker = self.worker
-        if result.status == "interrupted" or worker._leaving():
-            return
-        worker.reports.flush(_TELL_SECONDS)
-        try:
-            worker.outcomes.tell_safely(self.pack[name], result, _TELL_SECONDS)
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            log.info("trial %s is told with the rest of its pack: the store cannot be reached", name)
-
-    def lost(self, name: str) -> bool:
-        return self.worker.heart.has_lost(self.pack[name].claim)
-
-    def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
-        me = self.worker.me
-        me.samples, me.total, me.tokens_per_s = samples, total, tokens_per_s
-        self.worker.heart.clock.moved(samples)
-
-    def evaluation_takes(self, samples: float) -> None:
-        self.worker.heart.clock.evaluation_takes(samples)
-
-    def should_interrupt(self) -> bool:
-        return self.worker._leaving()

@@ -1,4 +1,4 @@
-"""How a trial leaves its worker: told, failed, given back; and when failures are the worker's own."""
+"""How a trial leaves its worker: ended, failed, given back; and when failures are the worker's own."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from saeopt.workers.faults import SAME_REASON, Failure, Faults, failure_of
 
 
 class Outcomes:
-    """Tells the store what became of the trials of a pack."""
+    """Stores what became of the trials of a pack."""
 
     def __init__(self, store: Store, study_id: int, spec: StudySpec, heart: Heart, leaving: Callable[[], bool]) -> None:
         self.store, self.study_id, self.spec, self.heart, self.leaving = store, study_id, spec, heart, leaving
         self.faults = Faults()
         self.progress: dict[str, Progress] = {}
-        self._told: set[str] = set()
+        self._stored: set[str] = set()
 
     def begin(self, progress: dict[str, Progress]) -> None:
         """A pack starts."""
-        self.progress, self._told = progress, set()
+        self.progress, self._stored = progress, set()
 
-    def untold(self, pack: Sequence[Assignment]) -> list[Assignment]:
+    def pending(self, pack: Sequence[Assignment]) -> list[Assignment]:
         """Those that did not end before the rest of their pack."""
-        return [a for a in pack if a.name not in self._told]
+        return [a for a in pack if a.name not in self._stored]
 
     # ---- whose fault
     def worker_fault(self, reason: str) -> WorkerFault:
@@ -58,7 +58,7 @@ class Outcomes:
             raise self.worker_fault(f"{SAME_REASON} different trials failed of the same: {reason}")
         self.heart.closing(claim)
         where = persistently(
-            lambda: endings.fail(self.store, claim, reason, failure.text, self.spec.retries), "telling a failure"
+            lambda: endings.fail(self.store, claim, reason, failure.text, self.spec.retries), "storing a failure"
         )
         log.error("trial %d failed (%s): %s", claim.number, "tried again" if where == "waiting" else "for good", reason)
         self.part_with(claim)  # the last: its folder's log is closed to us then
@@ -68,7 +68,7 @@ class Outcomes:
         """The process that trained them ended by itself."""
         for claim in [a.claim for a in pack]:
             self.heart.closing(claim)
-            where = persistently(partial(endings.died, self.store, claim, reason), "telling a failure")
+            where = persistently(partial(endings.died, self.store, claim, reason), "storing a failure")
             if where == "failed":
                 self.heart.me.finished += 1
                 log.error("trial %d failed for good: %s", claim.number, reason)
@@ -76,31 +76,31 @@ class Outcomes:
 
     def stalled(self, pack: Sequence[Assignment], reason: str) -> None:
         """They made no progress for long."""
-        untold = self.untold(pack)
-        log.error("%s: trials %s go back to the queue", reason, ", ".join(a.name for a in untold))
-        told, limit = f"{reason} (on {self.heart.me.worker})", self.spec.max_losses
-        for claim in [a.claim for a in untold]:
+        pending = self.pending(pack)
+        log.error("%s: trials %s go back to the queue", reason, ", ".join(a.name for a in pending))
+        why, limit = f"{reason} (on {self.heart.me.worker})", self.spec.max_losses
+        for claim in [a.claim for a in pending]:
             self.heart.closing(claim)
-            persistently(partial(endings.stalled, self.store, claim, told, limit), "giving a trial back")
+            persistently(partial(endings.stalled, self.store, claim, why, limit), "giving a trial back")
             self.part_with(claim)
 
     # ---- the end of a trial
-    def tell_safely(self, assignment: Assignment, result: TrialResult, seconds: float | None = None) -> None:
-        """Tell a result; one that cannot be stored is its trial's failure, not the worker's.
+    def store_safely(self, assignment: Assignment, result: TrialResult, seconds: float | None = None) -> None:
+        """Store a result; one that cannot be stored is its trial's failure, not the worker's.
 
         Raises:
-            SQLAlchemyError: the store could not be reached for so many seconds.
+            SQLAlchemyError: the store could not be reached for `seconds`.
         """
         try:
-            self._tell(assignment, result, seconds)
+            self._store(assignment, result, seconds)
         except Exception as error:
             if is_transient(error):
                 raise
             self.fail(assignment, failure_of(error))
-        self._told.add(assignment.name)
-        self.heart.clock.told()
+        self._stored.add(assignment.name)
+        self.heart.clock.ended()
 
-    def _tell(self, assignment: Assignment, result: TrialResult, seconds: float | None) -> None:
+    def _store(self, assignment: Assignment, result: TrialResult, seconds: float | None) -> None:
         claim, spec = assignment.claim, self.spec
         if result.status == "interrupted":
             self.give_back(claim, result.samples)
@@ -124,13 +124,13 @@ class Outcomes:
         state: Literal["COMPLETE", "PRUNED"] = "PRUNED" if values is None else "COMPLETE"
         self.heart.closing(claim)
         final = self._last_values(assignment) if values is None else values
-        told = persistently(
+        stored = persistently(
             lambda: endings.finish(self.store, claim, state, final, constraints=limits, attrs=attrs),
-            f"telling trial {claim.number}",
+            f"storing the result of trial {claim.number}",
             seconds,
         )
-        self.heart.me.finished += told
-        if told:
+        self.heart.me.finished += stored
+        if stored:
             self.faults.clear()
             named = zip(objective_names(spec), values or [], strict=False)
             shown = "" if values is None else " (" + ", ".join(f"{name} {v:.4g}" for name, v in named) + ")"
@@ -171,8 +171,8 @@ class Outcomes:
         return {**found, "stopped": 1.0 if hopeless else 1e-3} if found or len(self.spec.objectives) > 1 else found
 
     def give_all_back(self, pack: Sequence[Assignment], reason: str | None = None) -> None:
-        """All that have not been told."""
-        for assignment in self.untold(pack):
+        """All whose results are not stored."""
+        for assignment in self.pending(pack):
             self.give_back(assignment.claim, reason=reason)
 
     def give_back(self, claim: Claim, samples: int | None = None, reason: str | None = None) -> None:

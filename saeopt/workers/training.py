@@ -22,7 +22,8 @@ from saeopt.workers.faults import TrainingDied, TrainingFailed, TrainingLeft, Tr
 
 CACHE_VARIABLE = "SAEOPT_ACTIVATION_CACHE"
 STALL_SECONDS, STALL_WINDOWS = 1800.0, 50.0
-"""Without a limit in the study: so long, or so many times the longest pause seen; four times that while loading."""
+"""Without a limit in the study: this number of seconds, or this many times the longest pause seen, whichever is more;
+four times that while loading."""
 _POLL_SECONDS = 0.2
 
 
@@ -116,7 +117,7 @@ class ChildTraining:
             raise self._died() from None
 
     def _wait(self, talk: _Talk) -> bool:
-        """A little, for the child to say something; meanwhile it is told what has changed, or ended."""
+        """A little, for the child to say something; meanwhile it hears what has changed, or is ended."""
         said = self._heard(_POLL_SECONDS)
         if talk.observer.should_interrupt() and not talk.interrupted:
             if not talk.begun:  # it may be loading for minutes: nothing is lost
@@ -153,11 +154,11 @@ class ChildTraining:
             log.log(*said)
         else:
             talk.begun |= kind == "start"
-            told: dict[str, Callable[..., None]] = {
+            hears: dict[str, Callable[..., None]] = {
                 "start": observer.on_start, "checkpoint": observer.on_checkpoint, "end": observer.on_end,
                 "progress": observer.progress, "evaluation": observer.evaluation_takes,
             }  # fmt: skip
-            told[kind](*said)
+            hears[kind](*said)
 
     def _send(self, kind: str, content: Any = None) -> None:
         assert self._pipe is not None

@@ -63,7 +63,7 @@ class Simulated:
             for _ in shares:
                 now += self.tell
                 yield now
-                self.pack.told()
+                self.pack.ended()
             self.pack.over()
             self.load = min(self.load, 1.0)  # the model stays
             self.me.trials = []

@@ -12,7 +12,7 @@ from saeopt.config.study import StudySpec
 from saeopt.trials import claims, presence
 from saeopt.trials.create import create_study
 from saeopt.trials.presence import Presence
-from saeopt.trials.rounds import n_proposed, room, round_size, told
+from saeopt.trials.rounds import n_proposed, proposals_text, room, round_size
 from saeopt.trials.storage import Store
 
 
@@ -28,21 +28,21 @@ def test_only_samplers_that_learn_from_results_have_rounds() -> None:
         assert [round_size(spec(sampler), workers) for workers in (1, 2, 4, 100)] == [10, 5, 2, 1]
     for sampler in ("random", "qmc"):
         assert n_proposed(spec(sampler)) == 0
-        assert told(spec(sampler)) is None
+        assert proposals_text(spec(sampler)) is None
     assert n_proposed(grid_spec(12)) == 0
-    assert told(spec(max_trials=5)) is None
+    assert proposals_text(spec(max_trials=5)) is None
 
 
 def test_what_create_says_about_proposals() -> None:
     first, rounds = "tpe proposes 14 of 24 trials in ", " rounds of up to "
-    assert told(spec(max_trials=24)) == (
+    assert proposals_text(spec(max_trials=24)) == (
         f"{first}14{rounds}1 (one worker): 14 will have seen a result, 13 the result of another proposal"
     )
-    assert told(spec(max_trials=24, pack=24)) == (
+    assert proposals_text(spec(max_trials=24, pack=24)) == (
         f"{first}1{rounds}14 (one worker): 14 will have seen a result, 0 the result of another proposal"
     )
     assert "24 of 24 trials in 3 rounds of up to 8 (one worker): 16 will have seen a result, 16" in str(
-        told(spec(max_trials=24, pack=8, startup=0))
+        proposals_text(spec(max_trials=24, pack=8, startup=0))
     )
 
 

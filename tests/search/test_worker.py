@@ -645,7 +645,7 @@ def test_a_result_that_cannot_be_stored_fails_its_trial_alone(
             raise ValueError("not to be stored")
         return finish(store, claim, *args, **kwargs)
 
-    monkeypatch.setattr(claims, "finish", refuse)
+    monkeypatch.setattr(endings, "finish", refuse)
     start(store, spec_in(tmp_path, 3, retries=0), Trainer()).run()
     assert states(store) == ["COMPLETE", "FAIL", "COMPLETE"]
 

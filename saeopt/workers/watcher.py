@@ -1,0 +1,79 @@
+"""What a worker hears of a pack while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from saeopt.console import log
+from saeopt.training.plan import Metrics, Observer, TrialResult
+from saeopt.trials.attributes import mean_metric, number
+from saeopt.trials.heart import Heart
+from saeopt.trials.packing import Assignment
+from saeopt.trials.reports import Reports
+from saeopt.trials.storage import is_transient
+from saeopt.workers.outcomes import Outcomes
+
+_STORE_SECONDS = 5.0
+"""How long the others of a pack wait while the result of a trial that has ended is stored."""
+
+
+class Watcher(Observer):
+    """Passes on what a pack says; stores a trial's result as soon as it has ended."""
+
+    def __init__(
+        self,
+        heart: Heart,
+        reports: Reports,
+        outcomes: Outcomes,
+        leaving: Callable[[], bool],
+        pack: Sequence[Assignment],
+    ) -> None:
+        self.heart, self.reports, self.outcomes, self.leaving = heart, reports, outcomes, leaving
+        self.pack = {assignment.name: assignment for assignment in pack}
+
+    def on_start(self, name: str, samples: int, total: int) -> None:
+        self.heart.clock.begun(samples, total)
+        self.reports.started(self.outcomes.progress[name], samples, total)
+
+    def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
+        means = {key: mean_metric(metrics, key) for key in ("l0", "fvu")}
+        newest = {key: short for key, value in means.items() if (short := number(value)) is not None}
+        me = self.heart.me
+        me.latest = {**me.latest, name: {"samples": samples, **newest}}  # a new one: the heart's thread reads it
+        return self._measured(name, samples, metrics, evaluated=False)
+
+    def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
+        return self._measured(name, samples, metrics, evaluated=True)
+
+    def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
+        progress = self.outcomes.progress[name]
+        return self.reports.measured(progress, samples, metrics, evaluated=evaluated)
+
+    def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
+        self.reports.checkpointed(self.pack[name].claim, samples)
+
+    def on_end(self, name: str, result: TrialResult) -> None:
+        if result.status == "interrupted" or self.leaving():
+            return
+        self.reports.flush(_STORE_SECONDS)
+        try:
+            self.outcomes.store_safely(self.pack[name], result, _STORE_SECONDS)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log.info("trial %s is stored with the rest of its pack: the store cannot be reached", name)
+
+    def lost(self, name: str) -> bool:
+        return self.heart.has_lost(self.pack[name].claim)
+
+    def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
+        me = self.heart.me
+        me.samples, me.total, me.tokens_per_s = samples, total, tokens_per_s
+        self.heart.clock.moved(samples)
+
+    def evaluation_takes(self, samples: float) -> None:
+        self.heart.clock.evaluation_takes(samples)
+
+    def should_interrupt(self) -> bool:
+        return self.leaving()
