@@ -143,6 +143,29 @@ def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict
     assert_same_modules(ranked, alone, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "broken", [{"lr": float("inf")}, {"lr": float("nan")}, {"sparsity_coeff": float("nan")}], ids=str
+)
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_a_broken_member_changes_no_more(variant: dict[str, Any], broken: dict[str, float]) -> None:
+    """As in the reference: weights, moments, step and counters stay as they were, with graphs too."""
+    if variant["sae_type"] == "topk" and "lr" not in broken:
+        pytest.skip("topk has no λ")
+    options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
+    data = batches(20, torch.float32, "cuda", slots=64, d=48)
+    saes = make_members(wide(variant), 3, torch.float32, "cuda")
+    stack = fused(saes, options, [1, 2, 3])
+    train(stack, data[:10], rows=NUMBERS)
+    names = [name for name in stack.state(1) if not name.startswith(("pending", "extra", "finite"))]
+    before = {name: tensor.clone() for name, tensor in (stack.state(1) | saes[1].state_dict()).items()}
+    train(stack, data[10:11], rows=[NUMBERS[0], {**NUMBERS[1], **broken}, NUMBERS[2]])
+    found = train(stack, data[11:], rows=NUMBERS)
+    assert [row["finite"] for row in found[-1]] == [1.0, 0.0, 1.0]
+    after = stack.state(1) | saes[1].state_dict()
+    for name in (*names, *saes[1].state_dict()):
+        assert name == "beta" or torch.equal(after[name], before[name]), name
+
+
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
 @pytest.mark.parametrize("d", [48, 64, 576, 768])
 def test_adam_on_decoder_rows_is_the_same_every_time(d: int, mode: int) -> None:

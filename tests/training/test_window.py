@@ -35,9 +35,10 @@ every_step = pytest.mark.parametrize(
 
 
 def members(cls: type[SAE], n: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[SAE]:
-    """relu members of another class, d = 6, h = 20."""
+    """relu members of another class; of a width that kernels like, where they are meant for a GPU."""
     made = []
-    for plain in make_members({"sae_type": "relu"}, n, dtype):
+    shape = {"d": 48, "h": 320} if device == "cuda" else {}
+    for plain in make_members({"sae_type": "relu", **shape}, n, dtype):
         sae = cls(plain.d, plain.h, plain.config, dtype=dtype)
         sae.load_state_dict(plain.state_dict(), strict=False)
         made.append(sae.to(device))
@@ -54,6 +55,10 @@ def stack_of(step: str, saes: list[SAE], watcher: Controls | None = None) -> Sta
         row.cpu(form, saes, OPTIONS) if step == "cpu" else row.gpu(form, saes, OPTIONS, PerformanceConfig())
     )
     return Stack(saes, seeds, OPTIONS, assembly, watcher)
+
+
+def data_for(saes: list[SAE], n: int) -> list[Example]:
+    return batches(n, torch.float32, saes[0].W_enc.device.type, d=saes[0].d)
 
 
 def run(stack: Stack, data: list[Example], parts: int = 1) -> None:
@@ -121,7 +126,7 @@ def test_a_broken_window_changes_nothing(cls: type[SAE], step: str) -> None:
     if cls is ThresholdSAE and step != "reference":
         pytest.skip("tallies of its own")
     saes = members(cls, 2, "cuda" if step == "gpu" else "cpu")
-    stack, data = stack_of(step, saes), batches(8, torch.float32, str(saes[0].W_enc.device))
+    stack, data = stack_of(step, saes), data_for(saes, 8)
     run(stack, data[:6])
     before = snapshot(stack)
     assert before[0]["windows"] == 6
@@ -186,7 +191,7 @@ def test_a_control_moves_a_number_alike_on_every_step(make_config: Make, step: s
         group = [Member(str(i), HOOK, make_config(), sae) for i, sae in enumerate(saes)]
         controls = Controls(group, steered(group, 256))
         stack, path = stack_of(kind, saes, controls), []
-        for at, example in enumerate(batches(12, torch.float32, device)):
+        for at, example in enumerate(data_for(saes, 12)):
             numbers = controls.numbers(16 * at + 16)
             path.append([float(row["sparsity_coeff"]) for row in numbers])
             (stack.step if at % 2 else stack.accumulate)(example, numbers)
@@ -198,7 +203,7 @@ def test_a_control_moves_a_number_alike_on_every_step(make_config: Make, step: s
         stack.accumulate(broken(example), numbers)
         stack.apply(numbers)
         assert torch.equal(controls.states[-1]["ln"], lambdas)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2 if step == "gpu" else 1e-4, atol=1e-6)
 
 
 class ReluPlain(CountingSAE):
