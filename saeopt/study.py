@@ -76,10 +76,10 @@ def create(
         print_preview(spec)
         return
     from saeopt.config import recipe_notice
+    from saeopt.search.rounds import proposals_text
     from saeopt.search.space import Space
     from saeopt.training.loggers import check_sinks
     from saeopt.trials.create import create_study, planned_cells
-    from saeopt.trials.rounds import proposals_text
     from saeopt.views.monitoring import on_study_created
 
     planned = planned_cells(spec)  # an invalid cell is told before there is a store

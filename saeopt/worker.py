@@ -210,7 +210,7 @@ def work(
 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
-    from saeopt.trials.rounds import n_proposed
+    from saeopt.search.rounds import n_proposed
 
     if max(trials, spec.max_trials or 0) > pack or n_proposed(spec) > 0:
         kept = settings().cache_dir

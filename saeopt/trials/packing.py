@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from saeopt.errors import HostError, UserError
 from saeopt.files import LostRun
 from saeopt.runs.owner import Owner
 from saeopt.search import samplers
+from saeopt.search.pruning import make_pruner, warmup_samples
+from saeopt.search.rounds import n_proposed, round_size
 from saeopt.search.space import Space
-from saeopt.trials import claims, endings
+from saeopt.trials import claims, endings, presence
 from saeopt.trials import internals as db
 from saeopt.trials.heart import Heart
-from saeopt.trials.pruning import make_pruner, warmup_samples
+from saeopt.trials.internals import queries
 from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, persistently
 from saeopt.trials.waiting import CHECKPOINT
@@ -175,3 +178,16 @@ def propose(store: Store, spec: StudySpec, space: Space, claim: Claim) -> dict[s
             if attempt < _ATTEMPTS - 1:
                 db.clear_params(connection, claim.trial_id)
     return params
+
+
+def room(store: Store, study_id: int, spec: StudySpec, limit: int, *, auto: bool) -> int:
+    """How many trials a worker takes together, at most `limit`: proposals apart from those whose values are known."""
+    if limit < 2 or n_proposed(spec) <= 0:
+        return limit
+    with store.read() as connection:
+        known = db.n_waiting_with_params(connection, study_id)
+    said, now = queries.attributes(store.engine, study_id, presence.WORKER), store.now().replace(tzinfo=dt.UTC)
+    alive = sum(worker.alive for worker in presence.workers(said, now.timestamp()))
+    if known:  # the first results are everybody's: several workers share the trials that begin a study
+        return min(limit, -(-known // max(alive, 1)))
+    return min(limit, round_size(spec, alive)) if auto else limit

@@ -16,13 +16,15 @@ from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.files import is_evaluation, read_metrics
 from saeopt.metrics import value_of
+from saeopt.search import pruning
 from saeopt.search.collapse import why_all_collapsed
 from saeopt.search.objectives import Evaluation, expanded, objective_names, objective_values
-from saeopt.trials import claims, pruning
+from saeopt.search.pruning import Curve, Patience
+from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME
-from saeopt.trials.pruning import CURVE, Curve, Patience, Stopper
 from saeopt.trials.states import Claim
+from saeopt.trials.stopper import CURVE, Stopper
 from saeopt.trials.storage import Store, persistently
 
 

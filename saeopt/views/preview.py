@@ -15,9 +15,9 @@ from saeopt.config.run import RunConfig
 from saeopt.config.study import LARGEST_PACK, MEMORY_SHARE, StudySpec
 from saeopt.console import console, fits, titled
 from saeopt.errors import UserError
+from saeopt.search.rounds import proposals_text
 from saeopt.search.space import Cell, Space
 from saeopt.trials.create import planned_cells
-from saeopt.trials.rounds import proposals_text
 from saeopt.views.notes import dimension_text
 from saeopt.views.status import duration
 

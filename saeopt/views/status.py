@@ -17,12 +17,12 @@ from saeopt.console import titled, unbroken
 from saeopt.metrics import METRICS
 from saeopt.search.collapse import rule_of, why_all_collapsed
 from saeopt.search.objectives import expanded, objective_values
+from saeopt.search.rounds import n_proposed, round_size
 from saeopt.trials import claims, presence
 from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
-from saeopt.trials.rounds import n_proposed, round_size
 from saeopt.trials.storage import Store
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated

@@ -21,10 +21,9 @@ from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials import claims, endings
 from saeopt.trials.allowed import check_allowed
 from saeopt.trials.heart import Heart
-from saeopt.trials.packing import Assignment, Refused, acquire
+from saeopt.trials.packing import Assignment, Refused, acquire, room
 from saeopt.trials.presence import Presence
 from saeopt.trials.reports import Progress, Reports
-from saeopt.trials.rounds import room
 from saeopt.trials.storage import Store, StudyGone, is_transient, patience, persistently
 from saeopt.views import monitoring
 from saeopt.workers.faults import (  # fmt: skip

@@ -11,7 +11,7 @@ from saeopt.config.study import Collapse
 from saeopt.errors import UserError
 from saeopt.search.collapse import rule_of, violations, why_all_collapsed, why_collapsed
 from saeopt.search.objectives import directions, objective_names, objective_values
-from saeopt.trials.pruning import MAX_REPORTS, at, dominated, is_due, parse_curve
+from saeopt.search.pruning import MAX_REPORTS, at, dominated, is_due, parse_curve
 
 A, B = "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"
 EVALUATION = {A: {"l0": 10.0, "fvu": 0.2, "ce_recovered": 0.9}, B: {"l0": 30.0, "fvu": 0.4, "ce_recovered": 0.7}}

@@ -11,7 +11,7 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.files import jsonable
-from saeopt.trials.pruning import Patience
+from saeopt.search.pruning import Patience
 from saeopt.trials.reports import Progress, Reports
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]

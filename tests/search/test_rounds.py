@@ -9,10 +9,11 @@ import pytest
 from _stores import grid_spec
 
 from saeopt.config.study import StudySpec
+from saeopt.search.rounds import n_proposed, proposals_text, round_size
 from saeopt.trials import claims, presence
 from saeopt.trials.create import create_study
+from saeopt.trials.packing import room
 from saeopt.trials.presence import Presence
-from saeopt.trials.rounds import n_proposed, proposals_text, room, round_size
 from saeopt.trials.storage import Store
 
 

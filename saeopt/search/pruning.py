@@ -1,19 +1,14 @@
-"""Giving up on trials: Optuna's pruners for one objective, dominance by a margin for several."""
+"""When to give up on a trial: Optuna's pruners for one objective, dominance by a margin for several."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
 from saeopt.config.run import RunConfig
-from saeopt.config.study import EarlyStopping, StudySpec
-from saeopt.search.objectives import expanded
-from saeopt.trials import internals as db
-from saeopt.trials.storage import Store
+from saeopt.config.study import EarlyStopping
 
-CURVE = "saeopt:curve"
 MAX_REPORTS = 50
 Curve = dict[int, list[float]]
 """Samples → objective values."""
@@ -72,47 +67,6 @@ def dominated(mine: Sequence[float], other: Sequence[float], maximised: Sequence
         if ahead <= margin * max(abs(a), abs(b)):
             return False
     return True
-
-
-class Stopper:
-    """Decides for one study; keeps the curves of finished trials."""
-
-    def __init__(self, store: Store, study_id: int, spec: StudySpec) -> None:
-        self.store, self.study_id, self.spec = store, study_id, spec
-        self.maximised = [o.maximised for _, o in expanded(spec)]
-        self._finished: dict[int, tuple[int, Curve]] = {}
-        self._study: optuna.Study | None = None
-
-    def reason(
-        self, trial_id: int, samples: int, values: Sequence[float] | None, warmup: int, total: int
-    ) -> str | None:
-        """Why the trial should stop now, after its report at `samples`; None: it goes on."""
-        rule = self.spec.early_stopping
-        if rule.type == "none" or samples < warmup:
-            return None
-        if rule.type == "pareto":
-            return None if values is None else self._dominated_by(samples, values)
-        if self._study is None:
-            self._study = self.store.sampling_study(self.spec.name)
-        self._study.pruner = make_pruner(rule, warmup, total)
-        if self._study.pruner.prune(self._study, db.frozen_trial(self._study, trial_id)):
-            return f"stopped early by {rule.type} at {samples} of {total} samples"
-        return None
-
-    def _dominated_by(self, samples: int, values: Sequence[float]) -> str | None:
-        self._read_finished()
-        if len(self._finished) < self.spec.early_stopping.n_startup_trials:
-            return None
-        for number, curve in self._finished.values():
-            then = at(curve, samples)
-            if then and dominated(values, then, self.maximised, self.spec.early_stopping.margin):
-                return f"stopped early: at {samples} samples trial {number} was better in every objective"
-        return None
-
-    def _read_finished(self) -> None:
-        with self.store.read() as connection:
-            for trial_id, number, curve in db.complete_with(connection, self.study_id, CURVE, self._finished):
-                self._finished[trial_id] = (number, parse_curve(curve))
 
 
 def parse_curve(stored: Mapping[str, Sequence[float]]) -> Curve:

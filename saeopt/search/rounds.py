@@ -5,14 +5,8 @@ A pack as large as the whole study would make such a sampler a random search.
 
 from __future__ import annotations
 
-import datetime as dt
-
 from saeopt.config.study import StudySpec
 from saeopt.search.samplers import n_designed
-from saeopt.trials import internals as db
-from saeopt.trials import presence
-from saeopt.trials.internals import queries
-from saeopt.trials.storage import Store
 
 ADAPTIVE = frozenset(["tpe", "gp", "nsga2", "cmaes"])
 """Samplers whose proposals depend on the results so far."""
@@ -28,19 +22,6 @@ def n_proposed(spec: StudySpec) -> int:
 def round_size(spec: StudySpec, workers: int = 1) -> int:
     """Most proposals in a pack of `pack: auto`, such that `workers` together leave ten rounds."""
     return max(1, n_proposed(spec) // (ROUNDS * max(workers, 1)))
-
-
-def room(store: Store, study_id: int, spec: StudySpec, limit: int, *, auto: bool) -> int:
-    """How many trials a worker takes together, at most `limit`: proposals apart from those whose values are known."""
-    if limit < 2 or n_proposed(spec) <= 0:
-        return limit
-    with store.read() as connection:
-        known = db.n_waiting_with_params(connection, study_id)
-    said, now = queries.attributes(store.engine, study_id, presence.WORKER), store.now().replace(tzinfo=dt.UTC)
-    alive = sum(worker.alive for worker in presence.workers(said, now.timestamp()))
-    if known:  # the first results are everybody's: several workers share the trials that begin a study
-        return min(limit, -(-known // max(alive, 1)))
-    return min(limit, round_size(spec, alive)) if auto else limit
 
 
 def proposals_text(spec: StudySpec) -> str | None:
