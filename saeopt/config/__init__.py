@@ -1,7 +1,8 @@
 """Config models of a run and of a study; YAML in and out; overrides; the replaced system's field names."""
 
 from saeopt.config.io import apply_overrides, dump_yaml, load_run_config, read_yaml, recipe_notice, stored, validate_run
-from saeopt.config.run import DataConfig, RunConfig, stream_key
+from saeopt.config.keys import stream_key
+from saeopt.config.run import DataConfig, RunConfig
 from saeopt.config.saes import SAEConfig
 
 __all__ = [

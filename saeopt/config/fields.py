@@ -3,44 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
 from saeopt.config.base import got
+from saeopt.config.marks import Slow, role
 from saeopt.config.names import field_suggestion
-from saeopt.config.run import DataConfig, RunConfig
-from saeopt.config.saes import SAEConfig
+from saeopt.config.roles import MEMBER_FIELDS, Place, places
 from saeopt.errors import UserError
 
 
-def _sections(sae_type: str) -> dict[str, type[RunConfig] | type[DataConfig] | type[SAEConfig]]:
+def _places(sae_type: str) -> dict[str, Place]:
     from saeopt.saes.registry import sae_config_class
 
-    return {"": RunConfig, "data": DataConfig, "saes": sae_config_class(sae_type)}
+    return places(sae_config_class(sae_type))
 
 
-@cache
 def field_names(sae_type: str) -> list[str]:
     """Every dotted field of a run config with this architecture (`lr`, `data.seed`, `saes.sparsity_coeff`, …)."""
-    names = []
-    for section, model in _sections(sae_type).items():
-        prefix = section + "." if section else ""
-        names += [prefix + name for name in model.model_fields if prefix + name not in ("data", "saes")]
-    return names
+    return list(_places(sae_type))
 
 
 def has_field(field: str, sae_type: str) -> bool:
     """Whether a run config with this architecture has the dotted field."""
-    return field in field_names(sae_type)
+    return field in _places(sae_type)
+
+
+def changes_results(field: str, sae_types: Iterable[str]) -> bool:
+    """Whether a study may vary a field: over one that changes no result it would train the same run again and again."""
+    found = (_places(sae_type).get(field) for sae_type in sae_types)
+    return all(role(place.info).result for place in found if place is not None)
+
+
+def slowness(field: str, sae_types: Iterable[str]) -> tuple[int, int]:
+    """Where a parameter stands in the order of a grid: what fixes the stream first, then shapes, then the rest."""
+    if field.partition(".")[0] not in MEMBER_FIELDS:
+        return (0, 0)
+    known = places()
+    if field not in known:  # a field that only some architecture has
+        for sae_type in sae_types:
+            with suppress(UserError):  # what this host cannot import has a place all the same
+                known = known | _places(sae_type)
+    marks = known[field].info.metadata if field in known else ()
+    rank = next((mark.rank for mark in marks if isinstance(mark, Slow)), 0)
+    return (1, rank) if rank else (2, 0)
 
 
 @cache
 def _adapter(field: str, sae_type: str) -> TypeAdapter[Any]:
-    section, _, name = field.rpartition(".")
-    info: FieldInfo = _sections(sae_type)[section].model_fields[name]
+    info = _places(sae_type)[field].info
     kind: Any = info.annotation
     for constraint in info.metadata:
         kind = Annotated[kind, constraint]

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from saeopt.config.base import explain
 from saeopt.config.places import located
-from saeopt.config.run import ActivationsConfig, DataConfig, PerformanceConfig, RunConfig, run_model
+from saeopt.config.roles import sections
+from saeopt.config.run import RunConfig, run_model
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
 
@@ -132,13 +133,8 @@ def _drop_foreign_fields(raw: dict[str, Any], sae_type: str) -> None:
 
 def known_names(raw: Mapping[str, Any]) -> dict[tuple[str, ...], list[str]]:
     """The names that each section of a run config accepts."""
-    return {
-        (): list(RunConfig.model_fields),
-        ("data",): list(DataConfig.model_fields),
-        ("activations",): list(ActivationsConfig.model_fields),
-        ("performance",): list(PerformanceConfig.model_fields),
-        ("saes",): list(_sae_class(raw).model_fields),
-    }
+    found = sections(_sae_class(raw))
+    return {(section,) if section else (): list(model.model_fields) for section, model in found.items()}
 
 
 def _sae_class(raw: Mapping[str, Any]) -> type[SAEConfig]:

@@ -40,12 +40,9 @@ def _expanded(folder: str, source: str) -> str:
 
 def _sae_types(spec: StudySpec, source: str) -> list[str]:
     """The architectures that the space visits."""
-    found = []
-    for dimension in spec.space.get(_SAE_TYPE, []):
-        if dimension.values is None or dimension.when:
-            raise UserError(f"{source}: 'space.{_SAE_TYPE}': must be a plain list of names")
-        found += [str(value) for value in dimension.values]
-    return list(dict.fromkeys(found)) or [spec.base_sae_type]
+    if any(d.values is None or d.when for d in spec.space.get(_SAE_TYPE, [])):
+        raise UserError(f"{source}: 'space.{_SAE_TYPE}': must be a plain list of names")
+    return spec.sae_types
 
 
 def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list[str], source: str) -> Dimension:

@@ -14,15 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from saeopt.config.roles import MADE, PATHS
 from saeopt.errors import UserError
-
-DATA_AND_MODEL = (
-    "tlens_model_name", "tlens_model_path", "data.dataset_name", "data.eval_dataset_name", "data.tokenizer_name"
-)  # fmt: skip
-"""Where data and language model lie. A resumed run may find them elsewhere if they are the same ones."""
-_MADE = ("activations.cache", "save_dir")
-"""Folders that the system makes, from where a process works."""
-PATHS = (*DATA_AND_MODEL, "saes.pretrained_sae_paths", *_MADE)
 
 
 def expanded(text: str) -> str:
@@ -54,7 +47,7 @@ def located(raw: Mapping[str, Any]) -> dict[str, Any]:
         first = typed.get(text, text)
         try:
             found = expanded(text)
-            if field not in _MADE:
+            if field not in MADE:
                 found = _absolute(found) or _absolute(expanded(first)) or found
         except UserError as error:
             raise UserError(f"'{field}': {error}") from None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from functools import cache
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
-from saeopt.config.places import as_typed
+from saeopt.config.marks import Located, Made, Member, PackWide, Reporting, Resumable, Slow, Stack, Stream
 from saeopt.config.saes import SAEConfig
 
 PositiveInt = Annotated[Int, Field(gt=0, le=10**9)]
@@ -27,60 +25,60 @@ Ablation = Literal["unmasked", "all"]
 class DataConfig(StrictModel):
     """The `data:` section. A sample is one token sequence of `context_length` tokens."""
 
-    dataset_name: Text
+    dataset_name: Stream[Located[Text]]
     """Hub name, local folder, file or glob: `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, packed
     ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`."""
-    tokenizer_name: Text | None = None
+    tokenizer_name: Stream[Located[Text | None]] = None
     """Hub name or local folder; null: the language model's own."""
-    context_length: BatchSize = 1024
+    context_length: Stream[BatchSize] = 1024
     """Tokens per sample."""
-    n_train_samples: Amount | None = None
+    n_train_samples: Stream[Amount | None] = None
     """Samples to train on; null: one pass over the training documents."""
-    n_eval_samples: Span = 500
+    n_eval_samples: Stream[Span] = 500
     """Held-out samples; whole documents are set aside for them (a very long one is cut)."""
-    eval_dataset_name: Text | None = None
+    eval_dataset_name: Stream[Located[Text | None]] = None
     """Data of their own for the held-out samples: nothing is set aside; null: `dataset_name`."""
-    eval_column_name: Text | None = None
+    eval_column_name: Stream[Text | None] = None
     """The column of the held-out data; null: `column_name`."""
-    eval_split: Text | None = None
+    eval_split: Stream[Text | None] = None
     """The split of the held-out data, also another split of `dataset_name`; null: `split`."""
-    train_batch_size: BatchSize = 20
+    train_batch_size: Stream[BatchSize] = 20
     """Samples per micro-batch and process."""
-    eval_batch_size: BatchSize = 20
+    eval_batch_size: PackWide[BatchSize] = 20
     """Samples per evaluation batch."""
-    streaming: bool = True
+    streaming: Stream[bool] = True
     """Read the data set as a stream instead of downloading it first."""
-    is_tokenized: bool = True
+    is_tokenized: Stream[bool] = True
     """true: `column_name` holds token ids; false: text."""
-    column_name: Text = "input_ids"
+    column_name: Stream[Text] = "input_ids"
     """The column to read. Beside token ids, an `attention_mask` column is followed: positions with 0 are left out."""
-    split: Text = "train"
+    split: Stream[Text] = "train"
     """The split to read."""
-    subset: Text | None = None
+    subset: Stream[Text | None] = None
     """The data set's configuration name on the hub."""
-    seed: Seed | None = None
+    seed: Stream[Seed | None] = None
     """Seed of the data order, apart from the run's, so that a sweep over `seed` keeps one stream; null: 0."""
-    prepend_bos: bool = False
+    prepend_bos: Stream[bool] = False
     """Put BOS before every sample (which then holds one token less)."""
-    token_dtype: Literal["uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] | None = None
+    token_dtype: Stream[Literal["uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64"] | None] = None
     """How a `.bin` file stores its token ids; null: as a file that says so itself (`.npy`, llm.c's header)."""
-    separator: Text = "auto"
+    separator: Stream[Text] = "auto"
     """Token between documents; auto: BOS where the tokenizer adds one by itself, else EOS; bos, eos, none, or the text
     of a token, which then counts as special (`<|endoftext|>`)."""
-    join_documents: bool = True
+    join_documents: Stream[bool] = True
     """false: no sample holds parts of two documents; short ones are padded, and padding counts nowhere."""
-    skip_first_positions: Span = 0
+    skip_first_positions: Stream[Span] = 0
     """Leave the first so many positions of every sample out of normalisation, bias, loss and metrics."""
-    text_unit: Literal["auto", "blank_line", "endoftext", "file"] = "auto"
+    text_unit: Stream[Literal["auto", "blank_line", "endoftext", "file"]] = "auto"
     """Where documents end in `.txt` files; auto: at `<|endoftext|>` where it occurs, else at blank lines."""
-    shuffle_documents: bool = True
+    shuffle_documents: Stream[bool] = True
     """Shuffle the order of documents (streaming: within a buffer)."""
-    shuffle_buffer_tokens: Annotated[Int, Field(ge=0, le=2**30)] = 0
+    shuffle_buffer_tokens: Stream[Annotated[Int, Field(ge=0, le=2**30)]] = 0
     """Size of each process's activation shuffle buffer (a run trains on the tokens of its own samples and no others);
     0: samples keep their order."""
-    mask_special_tokens: bool = True
+    mask_special_tokens: Stream[bool] = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
-    mask_norm_outliers: Annotated[Float, Field(gt=1, le=1e6)] | None = None
+    mask_norm_outliers: Stream[Annotated[Float, Field(gt=1, le=1e6)] | None] = None
     """Also leave out tokens whose activation norm exceeds so many medians (attention sinks). The median is that of the
     first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
 
@@ -114,12 +112,12 @@ class DataConfig(StrictModel):
 class ActivationsConfig(StrictModel):
     """The `activations:` section: a cache on disk, so that several runs harvest the same activations once."""
 
-    cache: Text = "auto"
+    cache: PackWide[Made[Text]] = "auto"
     """A folder; `off`; or `auto`: the workers of a study share one, single runs have none."""
-    cache_max_gb: Annotated[Float, Field(gt=0, le=1e9)] = 50.0
+    cache_max_gb: PackWide[Annotated[Float, Field(gt=0, le=1e9)]] = 50.0
     """Largest size of one stream's cache; what does not fit is harvested each time (never more than half of what is
     free on the disk)."""
-    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    dtype: PackWide[Literal["auto", "bfloat16", "float32", "float16"]] = "auto"
     """Stored precision; auto: the language model's, which changes no result."""
 
     @field_validator("cache", mode="before")
@@ -131,11 +129,11 @@ class ActivationsConfig(StrictModel):
 class PerformanceConfig(StrictModel):
     """The `performance:` section. The defaults are right; results do not depend on it beyond rounding."""
 
-    stack: Literal["auto", "fused", "reference"] = "auto"
+    stack: Stack[Literal["auto", "fused", "reference"]] = "auto"
     """fused: hand-written step over all members at once; reference: autograd; auto: fused where there is one."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Stack[Literal["auto", "on", "off"]] = "auto"
     """Fuse elementwise stages with torch.compile; auto: on a GPU."""
-    graphs: Literal["auto", "on", "off"] = "auto"
+    graphs: Stack[Literal["auto", "on", "off"]] = "auto"
     """Replay the step as a CUDA graph; auto: on a GPU."""
 
     @field_validator("compile", "graphs", mode="before")
@@ -147,73 +145,73 @@ class PerformanceConfig(StrictModel):
 class RunConfig(StrictModel):
     """One run. Unknown keys are errors; the seed's base configs load unchanged."""
 
-    wandb_project: Text | None = None
+    wandb_project: Reporting[Text | None] = None
     """W&B project; null: no W&B."""
-    wandb_run_name: Text | None = None
+    wandb_run_name: Reporting[Text | None] = None
     """null: generated from the parameters that matter."""
-    wandb_tags: list[Text] = Field(default_factory=list)
+    wandb_tags: Reporting[list[Text]] = Field(default_factory=list)
     """Tags of the W&B run."""
-    trackers: list[Literal["wandb", "tensorboard"]] = Field(default_factory=list)
+    trackers: Reporting[list[Literal["wandb", "tensorboard"]]] = Field(default_factory=list)
     """More sinks for the metrics, through Accelerate's trackers (`wandb_project` alone switches W&B on)."""
-    seed: Seed = 0
+    seed: Annotated[Member[Seed], Slow(5)] = 0
     """Decides initial weights and gate noise (the data order has `data.seed`)."""
-    tlens_model_name: Text | None = None
+    tlens_model_name: Stream[Located[Text | None]] = None
     """Hub name of the language model; exactly one of name and path."""
-    tlens_model_path: Text | None = None
+    tlens_model_path: Stream[Located[Text | None]] = None
     """A local Hugging Face directory."""
-    lm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    lm_dtype: Stream[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
-    lm_processing: Literal["raw", "compatibility"] = "raw"
+    lm_processing: Stream[Literal["raw", "compatibility"]] = "raw"
     """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
-    lm_batch_size: BatchSize | None = None
+    lm_batch_size: PackWide[BatchSize | None] = None
     """Sequences per pass of the language model, apart from the SAEs' batch; null: as suits the device."""
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    mixed_precision: Stream[Literal["auto", "no", "bf16", "fp16"]] = "auto"
     """Accelerate's; auto: bf16 on a GPU, no on the CPU. Master weights stay float32."""
-    save_dir: Text = "output"
+    save_dir: Reporting[Made[Text]] = "output"
     """Run folders are made below it."""
-    save_every_n_samples: Cadence = 0
+    save_every_n_samples: PackWide[Cadence] = 0
     """Checkpoint cadence; 0 and null: at the end only."""
-    keep_checkpoints: PositiveInt | None = None
+    keep_checkpoints: Reporting[PositiveInt | None] = None
     """Weights files kept; null: all."""
-    eval_every_n_samples: Cadence = 0
+    eval_every_n_samples: Stream[Cadence] = 0
     """Evaluation cadence; 0: at the end, null: never."""
-    ce_ablation: Ablation = "unmasked"
+    ce_ablation: Stream[Ablation] = "unmasked"
     """What `ce_zero`, to which CE recovered compares, sets to 0. unmasked: masked positions keep their activations, as
     in `ce_sae`; all: they are zeroed too, as in sae-lens, which changes CE recovered by up to 0.003."""
-    log_every_n_grad_steps: PositiveInt = 20
+    log_every_n_grad_steps: PackWide[Resumable[PositiveInt]] = 20
     """Metrics are read from the device, logged and written so often."""
-    lr: Annotated[Float, Field(ge=1e-12, le=1e30)] = 1e-3
+    lr: Member[Annotated[Float, Field(ge=1e-12, le=1e30)]] = 1e-3
     """Peak learning rate of Adam."""
-    lr_schedule: Literal["cosine", "linear", "constant"] | None = None
+    lr_schedule: Member[Literal["cosine", "linear", "constant"] | None] = None
     """After the warm-up: cosine to `min_lr_factor`, constant, or linear (falls during `cooldown_samples`); null: linear
     (recipe 1: cosine)."""
-    min_lr_factor: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    min_lr_factor: Member[Annotated[Float, Field(ge=0, le=1)]] = 0.0
     """Learning rate at the end as a share of `lr` (recipe 1: 0.1)."""
-    warmup_samples: Span = 0
+    warmup_samples: Member[Span] = 0
     """Linear warm-up from 0."""
-    cooldown_samples: Span | None = None
+    cooldown_samples: Member[Span | None] = None
     """Length of the final linear fall (`lr_schedule: linear`); null: the last 20 % of `data.n_train_samples`, nothing
     where that is null (recipe 1: all samples after the warm-up)."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Stream[PositiveInt] = 1
     """Micro-batches per optimiser step."""
-    max_grad_norm: Annotated[Float, Field(ge=1e-12, le=1e30)] | None = 1.0
+    max_grad_norm: Member[Annotated[Float, Field(ge=1e-12, le=1e30)] | None] = 1.0
     """Clip each member's gradient to this norm; null: no clipping."""
-    adam_betas: tuple[Decay, Decay] = (0.9, 0.99)
+    adam_betas: Stack[tuple[Decay, Decay]] = (0.9, 0.99)
     """Adam's decay rates (recipe 1: 0.9, 0.999)."""
-    legacy_scaling: bool | None = None
+    legacy_scaling: Stack[bool | None] = None
     """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
-    recipe: Literal[1, 2] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
+    recipe: Stack[Literal[1, 2]] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
     """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
     under them). Not written: 2; 1 with `legacy_scaling: true`."""
-    threads: Annotated[Int, Field(gt=0, le=1024)] | None = None
+    threads: PackWide[Resumable[Annotated[Int, Field(gt=0, le=1024)] | None]] = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
     """The cache of activations on disk."""
-    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
+    performance: Resumable[PerformanceConfig] = Field(default_factory=PerformanceConfig)
     """How the step is computed."""
     data: DataConfig
     saes: SerializeAsAny[SAEConfig]
-    as_typed: dict[str, str] = Field(default_factory=dict)
+    as_typed: Reporting[dict[str, str]] = Field(default_factory=dict)
     """Written by the system: what stood in the config where an absolute path stands now."""
 
     @model_validator(mode="before")
@@ -314,35 +312,3 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
 
 _RECIPE_1 = {"min_lr_factor": 0.1, "adam_betas": (0.9, 0.999)}
 _RECIPE_1_SAES = {"decoder_norm": "free", "encoder_start": "matched", "sparsity_warmup_samples": 0}
-
-MEMBER_FIELDS = frozenset(
-    [
-        "recipe",
-        "seed",
-        "lr",
-        "lr_schedule",
-        "min_lr_factor",
-        "warmup_samples",
-        "cooldown_samples",
-        "max_grad_norm",
-        "adam_betas",
-        "legacy_scaling",
-        "saes",
-        "save_dir",
-        "wandb_project",
-        "wandb_run_name",
-        "wandb_tags",
-        "trackers",
-        "keep_checkpoints",
-        "performance",
-        "as_typed",
-    ]
-)
-"""Fields in which the trials of one pack may differ; every other field fixes the stream or its cadence."""
-
-
-def stream_key(config: RunConfig) -> str:
-    """Hash of everything that fixes the stream: trials with equal keys may share a pack (hook points may differ)."""
-    fixed = as_typed(config.model_dump(mode="json", exclude=set(MEMBER_FIELDS) - {"as_typed"}))
-    fixed["data"]["seed"] = config.data_seed
-    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from saeopt.config.base import Amount, Float, Span, StrictModel, Text, Weight
+from saeopt.config.marks import Located, Mark, Member, Reporting, Shape, Slow, Stack, WholeRun, fields_with
 from saeopt.config.names import Known, suggestion
 
 
@@ -19,40 +20,40 @@ class SAEConfig(StrictModel):
     only_with: ClassVar[Mapping[str, str]] = {}
     """Field → the switch without which it changes nothing."""
 
-    sae_type: Text
+    sae_type: Annotated[Shape[WholeRun[Text]], Slow(1)]
     """A registered architecture, or `package.module:Class`."""
-    name: Text | None = None
+    name: Reporting[WholeRun[Text | None]] = None
     """A label for people; the run's name starts with it."""
-    sae_positions: Annotated[list[Text], Field(min_length=1)]
+    sae_positions: Annotated[Member[WholeRun[Annotated[list[Text], Field(min_length=1)]]], Slow(2)]
     """Hook points: one name, a list, or glob patterns."""
-    dict_size_to_input_ratio: Annotated[Float, Field(ge=0.01, le=2**16)] = 8.0
+    dict_size_to_input_ratio: Annotated[Shape[Annotated[Float, Field(ge=0.01, le=2**16)]], Slow(3)] = 8.0
     """h / d."""
-    sparsity_coeff: Weight = 1.0
+    sparsity_coeff: Member[Weight] = 1.0
     """λ."""
-    mse_coeff: Annotated[Float, Field(gt=0, le=1e12)] = 1.0
+    mse_coeff: Stack[Annotated[Float, Field(gt=0, le=1e12)]] = 1.0
     """Weight of the reconstruction term."""
-    sparsity_warmup_samples: Span | None = None
+    sparsity_warmup_samples: Member[Span | None] = None
     """λ rises linearly from 0 over so many samples; null: 5 % of `data.n_train_samples`, 0 where that is null
     (recipe 1: 0)."""
-    decoder_norm: Literal["free", "unit"] | None = None
+    decoder_norm: Stack[Literal["free", "unit"] | None] = None
     """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step; null:
     `unit` for gated and topk, `free` for the others (recipe 1: `free`)."""
-    init_decoder_orthogonal: bool = True
+    init_decoder_orthogonal: Member[bool] = True
     """Orthonormal initial decoder (rows, or columns where h > d) instead of random unit rows."""
-    encoder_start: Literal["matched", "transpose"] | None = None
+    encoder_start: Member[Literal["matched", "transpose"] | None] = None
     """matched: W_enc starts as c · W_decᵀ, with c such that ‖x̂‖ = ‖x‖ in the mean of the first batch; `transpose`: as
     W_decᵀ, or c · W_decᵀ where c is below 1; null: `transpose` for topk, `matched` for the others (recipe 1: all)."""
-    bias_init: Literal["geometric_median", "mean", "zero"] = "geometric_median"
+    bias_init: Member[Literal["geometric_median", "mean", "zero"]] = "geometric_median"
     """What b_dec starts from, over the first batch."""
-    normalize_activations: bool = True
+    normalize_activations: Member[bool] = True
     """Scale the activations of a hook point by one scalar so that E‖x‖ = √d."""
-    dead_after_tokens: Amount | None = None
+    dead_after_tokens: Stack[Amount | None] = None
     """A latent is dead when it has not fired for so many tokens; null: 10M, scaled down for short runs."""
-    pretrained_sae_paths: list[Text] | None = None
+    pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None
     """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
-    retrain_saes: bool = True
+    retrain_saes: Stack[bool] = True
     """false keeps the pretrained SAEs as they are: the run only evaluates them."""
-    per_hook: dict[Text, dict[str, Any]] = Field(default_factory=dict)
+    per_hook: Member[WholeRun[dict[Text, dict[str, Any]]]] = Field(default_factory=dict)
     """Fields of this section that differ at one hook point: `{hook point: {field: value}}`."""
 
     def idle(self) -> dict[str, str]:
@@ -74,10 +75,11 @@ class SAEConfig(StrictModel):
     def _consistent(self) -> Self:
         if not self.retrain_saes and self.pretrained_sae_paths is None:
             raise ValueError("'retrain_saes: false' needs 'pretrained_sae_paths'")
+        own = set(type(self).model_fields) - fields_with(type(self), Mark.WHOLE_RUN)
         for hook, fields in self.per_hook.items():
             for field in fields:
-                if field not in type(self).model_fields or field in _NOT_PER_HOOK:
-                    known: Known = {("saes",): sorted(set(type(self).model_fields) - _NOT_PER_HOOK)}
+                if field not in own:
+                    known: Known = {("saes",): sorted(own)}
                     near = suggestion(("saes", field), known, self.sae_type)
                     raise ValueError(f"'per_hook.{hook}.{field}' is no field that can differ per hook point{near}")
             self._merged(fields)
@@ -86,9 +88,11 @@ class SAEConfig(StrictModel):
     def _merged(self, fields: dict[str, Any]) -> Self:
         return type(self).model_validate({**self.model_dump(exclude={"per_hook"}), **fields})
 
+    @property
+    def sparsity_label(self) -> str:
+        """What decides how sparse the code is, in a run's name."""
+        return f"lambda{self.sparsity_coeff:g}"
+
     def at(self, hook_point: str) -> Self:
         """This section with the overrides of one hook point applied."""
         return self._merged(self.per_hook.get(hook_point, {}))
-
-
-_NOT_PER_HOOK = {"sae_type", "sae_positions", "per_hook", "name", "pretrained_sae_paths"}

@@ -170,10 +170,13 @@ class StudySpec(StrictModel):
     space: dict[str, list[Dimension]] = Field(default_factory=dict)
     """`field` or `saes.field@hook point` → a list of values, a range, or alternatives with `when`."""
     sampler: Sampler = Field(default_factory=Sampler)
+    """A name (`grid`) or a section: see below."""
     objectives: Annotated[list[Objective], Field(min_length=1)] = Field(
         default_factory=lambda: [Objective(metric="l0"), Objective(metric="explained_variance")]
     )
+    """What a trial is judged by: metrics by name, or sections as below. Two or more give a Pareto front."""
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
+    """A name (`median`) or a section: see below."""
     max_trials: Positive | None = None
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
@@ -266,6 +269,12 @@ class StudySpec(StrictModel):
     def run_dir(self, number: int) -> Path:
         """The run folder of a trial."""
         return self.runs / str(number)
+
+    @property
+    def sae_types(self) -> list[str]:
+        """The architectures that the trials may have."""
+        varied = [str(v) for d in self.space.get("saes.sae_type", []) for v in d.values or []]
+        return list(dict.fromkeys(varied)) or [self.base_sae_type]
 
     @property
     def base_sae_type(self) -> str:

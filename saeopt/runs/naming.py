@@ -22,7 +22,7 @@ def run_name(config: RunConfig) -> str:
         return _safe(config.wandb_run_name)
     saes = config.saes
     head = [saes.name or saes.sae_type.rpartition(":")[2], PurePath(config.model).name, _hooks(saes.sae_positions)]
-    tail = [_sparsity(config), f"lr{config.lr:g}", f"x{saes.dict_size_to_input_ratio:g}"]
+    tail = [saes.sparsity_label, f"lr{config.lr:g}", f"x{saes.dict_size_to_input_ratio:g}"]
     if config.max_grad_norm != 1.0:
         tail.append("noclip" if config.max_grad_norm is None else f"clip{config.max_grad_norm:g}")
     if saes.per_hook:
@@ -49,9 +49,3 @@ def _hooks(positions: list[str]) -> str:
 
 def _short(hook_point: str) -> str:
     return hook_point.removeprefix("blocks.").replace("hook_", "")
-
-
-def _sparsity(config: RunConfig) -> str:
-    """`k32` where the architecture has a k, otherwise `lambda0.1`."""
-    k = getattr(config.saes, "k", None)
-    return f"lambda{config.saes.sparsity_coeff:g}" if k is None else f"k{k:g}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, stored, validate_run
 from saeopt.config.places import as_typed
+from saeopt.config.roles import REPORTING
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import read_error
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from saeopt.saes.base import SAE
 
-_NOT_OF_THE_WEIGHTS = {"save_dir", "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "keep_checkpoints"}
-"""Where a run's files and metrics go: equal weights make equal files, wherever they lie."""
 _NAME = re.compile(r"samples_(\d+)\.safetensors")
 
 
@@ -60,7 +59,7 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
     """Write the SAEs of one run, by hook point, atomically."""
     described = {
-        "config": as_typed(config.model_dump(mode="json", exclude=_NOT_OF_THE_WEIGHTS)),
+        "config": as_typed(config.model_dump(mode="json", exclude=set(REPORTING) - {"as_typed"})),
         "samples": samples,
         "hook_points": {hook: _description(sae, config) for hook, sae in saes.items()},
     }

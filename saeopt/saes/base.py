@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.numbers import Number, sparsity_coeff
 
@@ -116,14 +117,8 @@ class SAE(nn.Module):
     """What `encoder_start: null` means under recipe 2."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the parameters that hold one number per latent; all start at 0."""
-    stack_fields: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("name", "sae_positions", "per_hook", "pretrained_sae_paths"),
-            *("init_decoder_orthogonal", "encoder_start", "bias_init", "normalize_activations"),
-            *("sparsity_coeff", "sparsity_warmup_samples", "initial_beta", "final_beta", "beta_annealing"),
-        }
-    )
-    """Config fields in which the members of one stack may differ; every other field must be equal."""
+    stack_fields: ClassVar[frozenset[str]] = fields_with(SAEConfig, "member")
+    """Config fields in which the members of one stack may differ (`Member`, `Reporting`); all others must be equal."""
 
     b_enc: nn.Parameter
 
@@ -176,6 +171,8 @@ class SAE(nn.Module):
     def __init_subclass__(cls, **given: object) -> None:
         super().__init_subclass__(**given)
         refuse_first_contract(cls)
+        if "Config" in vars(cls) and "stack_fields" not in vars(cls):
+            cls.stack_fields = fields_with(cls.Config, "member")
         if "training_forward" in vars(cls):
             cls.training_forward = with_target(vars(cls)["training_forward"])  # type: ignore[method-assign]
 

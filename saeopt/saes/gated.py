@@ -9,6 +9,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from saeopt.config.base import Weight
+from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 
@@ -18,7 +19,7 @@ MAGNITUDES = {"relu": torch.relu, "softplus": nn.functional.softplus, "identity"
 class MagnitudeConfig(SAEConfig):
     """Fields of the architectures that compute a magnitude apart from a gate."""
 
-    magnitude_activation: Literal["relu", "softplus", "identity"] = "relu"
+    magnitude_activation: Stack[Literal["relu", "softplus", "identity"]] = "relu"
     """What the magnitude passes through; null means `identity`."""
 
     @field_validator("magnitude_activation", mode="before")
@@ -30,7 +31,7 @@ class MagnitudeConfig(SAEConfig):
 class GatedConfig(MagnitudeConfig):
     """`sae_type: gated`."""
 
-    aux_coeff: Weight = 1.0
+    aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""
 
 

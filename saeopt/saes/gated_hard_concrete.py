@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saeopt.config.base import Weight
+from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES
@@ -17,9 +18,9 @@ from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
 class GatedHardConcreteConfig(NoisyGateConfig):
     """`sae_type: gated_hard_concrete`."""
 
-    aux_coeff: Weight = 1.0
+    aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone."""
-    aux_form: Literal["gated", "seed"] = "gated"
+    aux_form: Stack[Literal["gated", "seed"]] = "gated"
     """What reconstructs in the auxiliary term: z ⊙ relu(log α), or z alone as in the replaced system."""
 
 

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from saeopt.config.base import Float
+from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
@@ -29,15 +30,15 @@ class NoisyGateConfig(MagnitudeConfig):
 
     only_with: ClassVar[Mapping[str, str]] = {"final_beta": "beta_annealing"}
 
-    initial_beta: Temperature = 0.5
+    initial_beta: Member[Temperature] = 0.5
     """β, the temperature of the gates (at the start, where it is annealed)."""
-    final_beta: Temperature | None = None
+    final_beta: Member[Temperature | None] = None
     """β at the end."""
-    beta_annealing: bool = False
+    beta_annealing: Member[bool] = False
     """Move β exponentially from `initial_beta` to `final_beta` after the warm-up."""
-    hard_concrete_stretch_limits: tuple[Float, Float] = (-0.1, 1.1)
+    hard_concrete_stretch_limits: Stack[tuple[Float, Float]] = (-0.1, 1.1)
     """γ and ζ: the gate is stretched to them and clipped to [0, 1]."""
-    eval_gate: Literal["median", "paper"] = "median"
+    eval_gate: Stack[Literal["median", "paper"]] = "median"
     """The gate without noise: σ(log α / β), the median over the noise, or the paper's σ(log α)."""
 
     @field_validator("hard_concrete_stretch_limits")
@@ -64,9 +65,9 @@ def annealed_beta(config: NoisyGateConfig, progress: Progress) -> float:
 class HardConcreteConfig(NoisyGateConfig):
     """`sae_type: hard_concrete`."""
 
-    magnitude_activation: Literal["relu", "softplus", "identity"] = "identity"
+    magnitude_activation: Stack[Literal["relu", "softplus", "identity"]] = "identity"
     """What the magnitude passes through; null means `identity`: the code can be negative."""
-    input_dependent_gates: bool = True
+    input_dependent_gates: Shape[bool] = True
     """false: log α is one learned number per latent."""
 
 

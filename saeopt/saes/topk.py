@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from saeopt.config.base import BatchSize, Weight
+from saeopt.config.marks import Member, Slow, Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
 from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
@@ -18,12 +19,16 @@ class TopKConfig(SAEConfig):
     """`sae_type: topk`. `sparsity_coeff` has no effect: k fixes L0."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"sparsity_coeff", "sparsity_warmup_samples"})
-    k: BatchSize = 32
+    k: Annotated[Member[BatchSize], Slow(4)] = 32
     """Latents kept per token."""
-    aux_k: BatchSize | None = None
+    aux_k: Stack[BatchSize | None] = None
     """Dead latents that the auxiliary loss uses per token; null: the power of two at or below d / 2."""
-    aux_coeff: Weight = 1 / 32
+    aux_coeff: Stack[Weight] = 1 / 32
     """α, the weight of the auxiliary loss, in the paper's proportion to the squared error (recipe 1: α alone)."""
+
+    @property
+    def sparsity_label(self) -> str:
+        return f"k{self.k:g}"
 
 
 def keep_largest(values_Nh: Tensor, k: int) -> Tensor:
@@ -50,7 +55,6 @@ class TopKSAE(SAE):
     needs_dead: ClassVar[bool] = True
     default_decoder_norm: ClassVar[str] = "unit"
     default_encoder_start: ClassVar[str] = "transpose"
-    stack_fields: ClassVar[frozenset[str]] = SAE.stack_fields | {"k"}
     config: TopKConfig
     variance: Tensor
 

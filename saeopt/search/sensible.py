@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from saeopt.config.fields import changes_results
 from saeopt.config.sense import check_sense
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
@@ -18,12 +19,6 @@ from saeopt.search.space import MOST_CELLS, Space
 if TYPE_CHECKING:
     from saeopt.search.space import Cell
 
-_NO_RESULT = {
-    "save_dir", "keep_checkpoints", "save_every_n_samples", "log_every_n_grad_steps", "wandb_project", "wandb_run_name",
-    "wandb_tags", "trackers", "as_typed", "saes.name", "performance", "activations", "lm_batch_size", "threads",
-    "data.eval_batch_size",
-}  # fmt: skip
-"""Fields that change no result: a study over them trains the same run again and again."""
 _BETA = {"saes.final_beta", "saes.beta_annealing", "saes.sae_type"}
 
 
@@ -44,7 +39,7 @@ def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
     """Raise :class:`UserError` for a study that cannot give what it asks for."""
     where = f"study {spec.name}"
     for name, dimensions in spec.space.items():
-        if name in _NO_RESULT:
+        if not changes_results(name.partition("@")[0], spec.sae_types):
             raise UserError(f"{where}: 'space.{name}': changes no result: it belongs into 'base'")
         for d in dimensions:
             if d.step is not None and d.low is not None and d.high is not None and d.step > d.high - d.low:

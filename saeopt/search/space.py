@@ -12,11 +12,11 @@ from typing import Any
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from saeopt.config.run import MEMBER_FIELDS, RunConfig, stream_key
+from saeopt.config.fields import slowness
+from saeopt.config.keys import stream_key
+from saeopt.config.run import RunConfig
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
-
-_SHAPE_FIELDS = ["saes.sae_type", "saes.sae_positions", "saes.dict_size_to_input_ratio", "saes.k", "seed"]
 
 MOST_CELLS = 100_000
 """Cells of a grid that a study may have."""
@@ -97,14 +97,15 @@ class Space:
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
         found = [p for field, dimensions in spec.space.items() for p in _parameters(field, dimensions)]
-        self.parameters = sorted(found, key=_rank)
+        self._slowness = {p.field: slowness(p.field.partition("@")[0], spec.sae_types) for p in found}
+        self.parameters = sorted(found, key=lambda p: self._slowness[p.field])
         self.by_name = {p.name: p for p in self.parameters}
         self.parents = sorted({parent for p in found for parent in p.dimension.when})
 
     @property
     def fixes_stream(self) -> bool:
         """Whether some parameter decides which trials can share a pack."""
-        return any(_rank(p)[0] == 0 for p in self.parameters)
+        return any(slow == (0, 0) for slow in self._slowness.values())
 
     def values(self, params: dict[str, Any]) -> dict[str, Any]:
         """`field[@hook point]` → value, from stored parameters."""
@@ -261,13 +262,6 @@ def _parameters(field: str, dimensions: list[Dimension]) -> list[Parameter]:
     if len(set(names)) < len(names):
         raise UserError(f"'space.{field}': two alternatives hold under the same condition")
     return found
-
-
-def _rank(parameter: Parameter) -> tuple[int, int]:
-    field = parameter.field.partition("@")[0]
-    if field.partition(".")[0] not in MEMBER_FIELDS:
-        return (0, 0)
-    return (1, _SHAPE_FIELDS.index(field)) if field in _SHAPE_FIELDS else (2, 0)
 
 
 def _index(choices: Sequence[Any], stored: Any) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config import RunConfig, load_run_config, recipe_notice
-from saeopt.config.places import DATA_AND_MODEL, as_typed
+from saeopt.config.keys import same_anywhere
+from saeopt.config.roles import DATA_AND_MODEL, MAY_DIFFER
 from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
@@ -20,12 +21,6 @@ from saeopt.training.environment import going_on
 
 if TYPE_CHECKING:
     from saeopt.training.runtime import Runtime
-
-MAY_DIFFER = {
-    "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "log_every_n_grad_steps", "threads", "save_dir",
-    "keep_checkpoints", "performance", "as_typed",
-}  # fmt: skip
-"""Devices and logging: a resumed run may change these."""
 
 EXHAUSTED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What an exhausted host, driver or library says without an error class of its own."""
@@ -59,7 +54,7 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
 
 def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
     """A resumed run is the same run: only devices and logging may change."""
-    old, new = (flatten(c.model_dump(mode="json", exclude=MAY_DIFFER)) for c in (before, now))
+    old, new = (flatten(c.model_dump(mode="json", exclude=set(MAY_DIFFER))) for c in (before, now))
     typed = [flatten(same_anywhere(c)) for c in (before, now)]
     differing = [
         key for key in {**old, **new} if old.get(key) != new.get(key) and typed[0].get(key) != typed[1].get(key)
@@ -77,12 +72,6 @@ def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
         raise UserError(f"'{key}' is {new.get(key)!r}, but {saved} says {old.get(key)!r}{more}: not the same run")
     if moved:
         log.info("%s: %s moved; what is there now must be the same", saved.parent, " and ".join(moved))
-
-
-def same_anywhere(config: RunConfig) -> dict[str, Any]:
-    """What fixes a run's result, its paths as they were typed: equal for the same run on every host."""
-    dumped = as_typed(config.model_dump(mode="json"))
-    return {key: value for key, value in dumped.items() if key not in MAY_DIFFER}
 
 
 def _knows_its_data(run_dir: Path) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from saeopt.activations.calibration import calibration
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
-from saeopt.config.run import RunConfig, stream_key
+from saeopt.config.keys import stream_key
+from saeopt.config.run import RunConfig
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.runs.weights import load_checkpoint

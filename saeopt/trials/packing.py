@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saeopt.config.run import RunConfig, stream_key
+from saeopt.config.keys import stream_key
+from saeopt.config.run import RunConfig
 from saeopt.config.study import StudySpec
 from saeopt.errors import HostError, UserError
 from saeopt.files import LostRun

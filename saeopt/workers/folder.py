@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from saeopt.config import RunConfig, load_run_config
+from saeopt.config.keys import same_anywhere
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import read_error
 from saeopt.runs.folder import RunFolder, resume_point
 from saeopt.runs.owner import owners
 from saeopt.training.environment import going_on
-from saeopt.training.launch import same_anywhere
 from saeopt.trials.packing import Assignment
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from saeopt.config import RunConfig, apply_overrides, dump_yaml, load_run_config, read_yaml, stream_key, validate_run
-from saeopt.config.run import MEMBER_FIELDS, ActivationsConfig, DataConfig, PerformanceConfig
-from saeopt.config.saes import SAEConfig
+from saeopt.config import apply_overrides, dump_yaml, load_run_config, read_yaml, stream_key, validate_run
+from saeopt.config.marks import Role
+from saeopt.config.roles import DATA_AND_MODEL, MAY_DIFFER, MEMBER_FIELDS, PATHS, REPORTING, sections, walk
+from saeopt.config.study import load_study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class
@@ -232,15 +233,43 @@ def test_trials_share_a_pack_when_the_stream_is_equal(
     assert (stream_key(one) == stream_key(other)) is equal
 
 
-def test_member_fields_are_fields() -> None:
-    assert set(RunConfig.model_fields) >= MEMBER_FIELDS
+def test_every_field_says_what_it_fixes() -> None:
+    missing = [
+        place.path
+        for name in ARCHITECTURES
+        for place in walk(sae_config_class(name))
+        if not any(isinstance(mark, Role) for mark in place.info.metadata)
+    ]
+    assert missing == []
+
+
+def test_what_follows_from_the_marks_is_what_older_versions_wrote_down() -> None:
+    """Stored hashes, run folders and packs depend on these."""
+    reporting = {
+        "save_dir", "wandb_project", "wandb_run_name", "wandb_tags", "trackers", "keep_checkpoints", "as_typed",
+    }  # fmt: skip
+    assert reporting == REPORTING
+    assert reporting | {"log_every_n_grad_steps", "threads", "performance"} == MAY_DIFFER
+    assert reporting | {
+        "recipe", "seed", "lr", "lr_schedule", "min_lr_factor", "warmup_samples", "cooldown_samples", "max_grad_norm",
+        "adam_betas", "legacy_scaling", "saes", "performance",
+    } == MEMBER_FIELDS  # fmt: skip
+    assert set(DATA_AND_MODEL) == {
+        "tlens_model_name", "tlens_model_path", "data.dataset_name", "data.eval_dataset_name", "data.tokenizer_name",
+    }  # fmt: skip
+    assert set(PATHS) == {*DATA_AND_MODEL, "saes.pretrained_sae_paths", "activations.cache", "save_dir"}
+
+
+def test_a_stream_key_is_the_one_that_older_versions_stored() -> None:
+    run = {"tlens_model_name": "gpt2", "data": {"dataset_name": "x/y", "n_train_samples": 100, "seed": 3}}
+    assert (
+        stream_key(validate_run({**run, "saes": {"sae_type": "relu", "sae_positions": "a"}}, "x")) == "ff9c79f3a0ae31e1"
+    )
 
 
 # ---- every field is described and read
 def _models() -> dict[str, type[Any]]:
-    sections = {a: sae_config_class(a) for a in ARCHITECTURES}
-    parts = {"data": DataConfig, "activations": ActivationsConfig, "performance": PerformanceConfig}
-    return {"run": RunConfig, **parts, "saes": SAEConfig, **sections}
+    return {**sections(), **{name: sae_config_class(name) for name in ARCHITECTURES}}
 
 
 def test_every_field_has_a_description() -> None:
@@ -281,10 +310,21 @@ def test_a_resumed_run_may_change_devices_and_logging_only(tmp_path: Path) -> No
         resolve(path, [], tmp_path / "none")
 
 
-def test_the_configuration_reference_is_up_to_date() -> None:
+def test_the_reference_pages_are_up_to_date() -> None:
     spec = importlib.util.spec_from_file_location("config_reference", ROOT / "scripts" / "config_reference.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.TARGET.read_text(encoding="utf-8") == script.reference(), "run scripts/config_reference.py"
+    for name, page in script.PAGES.items():
+        assert (script.DOCS / name).read_text(encoding="utf-8") == page(), "run scripts/config_reference.py"
+
+
+def test_the_reference_has_every_field_and_its_example_study_is_one(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [p.path for a in ARCHITECTURES for p in walk(sae_config_class(a)) if f"| `{p.name}` |" not in page] == []
+    example = (ROOT / "docs" / "study.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "study.yaml").write_text(example.replace("../configs", str(ROOT / "configs")), encoding="utf-8")
+    assert load_study_spec(tmp_path / "study.yaml").objectives[0].target_l0 == 30
+    assert "| `stall` |" in (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    assert re.findall(r"\| `(\w+)` \| [^|]* \| +\|", (ROOT / "docs" / "study.md").read_text(encoding="utf-8")) == []

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from _stores import grid_spec
 
-from saeopt.config.run import stream_key
+from saeopt.config.keys import stream_key
 from saeopt.errors import UserError
+from saeopt.search.sensible import check_study
 from saeopt.search.space import Space
 from saeopt.trials.create import planned_cells
 
@@ -119,3 +120,16 @@ def test_cells_that_come_out_equal_are_one_cell() -> None:
     cells = Space(grid_spec(space={"data.seed": [None, 0, "0"], "lr": ["1e-3", 0.001]})).grid()
     assert len(cells) == 2  # data.seed null and 0 are different configs of one stream
     assert len({c.stream for c in cells}) == 1
+
+
+def test_how_a_step_is_computed_may_be_varied_and_what_changes_no_result_may_not() -> None:
+    def check(field: str, values: list[object]) -> None:
+        found = grid_spec(space={field: values})
+        check_study(found, Space(found).grid())
+
+    check("performance.stack", ["fused", "reference"])
+    check("data.context_length", [16, 32])
+    refused = {"data.eval_batch_size": [1, 2], "activations.cache": ["off", "auto"], "saes.name": ["a", "b"]}
+    for field, values in refused.items():
+        with pytest.raises(UserError, match=rf"'space\.{field}': changes no result"):
+            check(field, values)
