@@ -221,6 +221,12 @@ def test_a_broken_member_keeps_its_last_finite_weights() -> None:
     assert_same_modules(saes[1:], alone[1:], 1e-12, 1e-14)
 
 
+def test_a_step_for_autoencoders_refuses_another_target() -> None:
+    stack, (example,) = fused(make_members(VARIANTS[0], 1, torch.float64), StackOptions(60)), batches(1, torch.float64)
+    with pytest.raises(ValueError, match="y must be x"):
+        stack.step(Example(example.x_Nd, example.x_Nd * 2, None, example.place), NUMBERS[:1])
+
+
 def test_two_ranks_sum_to_one() -> None:
     """Sums of two halves of a window, added, give the step of the whole."""
     options = StackOptions(dead_after_tokens=60)

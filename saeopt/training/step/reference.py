@@ -204,4 +204,4 @@ def one_by_one(saes: Sequence[SAE], options: StackOptions) -> Assembly:
         passes = AutogradPass(storage, table, books, seeds, options)
         return passes, AutogradOptimiser(storage, table, books, options)
 
-    return Assembly("reference", storage, build)
+    return Assembly("reference", storage, build, targets=True)

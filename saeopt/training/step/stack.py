@@ -75,6 +75,7 @@ class Assembly:
         graphs: whether windows are replayed as CUDA graphs.
         fixed_sums: whether windows of several micro-batches are added up by the stack, at fixed addresses; else the
             pass does so in place.
+        targets: whether y may be something else than x.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Assembly:
     build: Callable[[Table, Books, Sequence[int]], tuple[Pass, Optimiser]]
     graphs: bool = False
     fixed_sums: bool = False
+    targets: bool = False
 
 
 class Stack:
@@ -157,6 +159,8 @@ class Stack:
 
     def _before(self, example: Example, numbers: Sequence[Numbers]) -> tuple[Hashable, ...]:
         """What happens outside of graphs; gives what a graph of this micro-batch depends on."""
+        if example.y_Ne is not example.x_Nd and not self.assembly.targets:
+            raise ValueError(f"the {self.assembly.name} step is for autoencoders: y must be x")
         first = self.micro_batches == 0
         shape = self.passes.before(example, first=first)
         self.shape = shape if first else self.shape
