@@ -1,3 +1,37 @@
-"""saeopt trains and evaluates sparse autoencoders on language-model activations, at the scale of sweeps."""
+"""saeopt trains and evaluates sparse autoencoders on language-model activations, at the scale of sweeps.
+
+From Python: `saeopt.load`, `load_sae`, `train_run`, `evaluate_run` and the class `SAE` (docs/python.md). They are
+looked up when they are first used, so that importing saeopt is quick and imports no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from saeopt.door import Run, evaluate_run, load, load_sae, train_run
+    from saeopt.errors import UserError
+    from saeopt.saes.base import SAE
+
+_FROM = {
+    "Run": "saeopt.door",
+    "evaluate_run": "saeopt.door",
+    "load": "saeopt.door",
+    "load_sae": "saeopt.door",
+    "train_run": "saeopt.door",
+    "SAE": "saeopt.saes.base",
+    "UserError": "saeopt.errors",
+}
+__all__ = ["SAE", "Run", "UserError", "evaluate_run", "load", "load_sae", "train_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'saeopt' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_FROM[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_FROM])

@@ -6,17 +6,16 @@ from typing import Annotated
 
 import typer
 
-from saeopt import dashboard, study, train, worker
+from saeopt import dashboard, evaluator, study, train, worker
 from saeopt.errors import run_cli
-from saeopt.evaluation import __main__ as evaluation
 from saeopt.options import new_app
 
 app = new_app(add_completion=True, no_args_is_help=True)
 app.command("train")(train.train)
 app.add_typer(study.app, name="study")
 app.command("worker")(worker.worker)
-app.command("evaluate")(evaluation.evaluate_run)
-app.command("evaluation", hidden=True)(evaluation.evaluate_run)
+app.command("evaluate")(evaluator.evaluate_run)
+app.command("evaluation", hidden=True)(evaluator.evaluate_run)
 app.command("dashboard")(dashboard.dashboard)
 
 

@@ -95,23 +95,14 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
 
     interrupt = Interrupt()
     interrupt.install()
-    with run_observer(interrupt) as observer:  # the bar appears before the slow imports
-        from saeopt.activations.local_files import check_sources
-        from saeopt.training import TrialPlan, train_pack
-        from saeopt.training.launch import make_runtime, new_folder, notices, out_of_memory
+    with run_observer(interrupt, _pictures) as observer:  # the bar appears before the slow imports
+        from saeopt.training.launch import train_one
 
-        fresh = run_dir is None
-        # a missing file is told before the language model is loaded
-        check_sources(config.data, splits=fresh)
-        runtime = make_runtime(device)
-        notices(config, resumed=not fresh)
-        run_dir = new_folder(config, runtime) if run_dir is None else run_dir
-        plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
-        if fresh and runtime.ranks.is_first:
-            interrupt.unused = run_dir
+        def made(folder: Path) -> None:
+            interrupt.unused = folder
+
         try:
-            with out_of_memory(config, runtime):
-                result = train_pack([plan], runtime, observer)[plan.name]
+            plan, result, runtime = train_one(config, run_dir, device, observer, made)
         except BaseException:
             interrupt.remove_unused()
             raise
@@ -120,6 +111,12 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
         leave(128 + interrupt.signum)
     runtime.leave()
     return code
+
+
+def _pictures(folder: Path) -> None:
+    from saeopt.views.plots import plot_run
+
+    plot_run(folder)
 
 
 def _close(plan: TrialPlan, result: TrialResult, runtime: Runtime) -> int:

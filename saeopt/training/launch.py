@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from saeopt.runs.naming import run_name
 from saeopt.training.environment import going_on
 
 if TYPE_CHECKING:
+    from saeopt.training.plan import Observer, TrialPlan, TrialResult
     from saeopt.training.runtime import Runtime
 
 EXHAUSTED = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -165,6 +166,31 @@ def new_folder(config: RunConfig, runtime: Runtime) -> Path:
     if isinstance(found, UserError):
         raise found
     return Path(found)
+
+
+def train_one(
+    config: RunConfig, run_dir: Path | None, device: str, observer: Observer, made: Callable[[Path], None]
+) -> tuple[TrialPlan, TrialResult, Runtime]:
+    """Train one run in this process, in a folder of its own or going on in `run_dir`.
+
+    `made` is told of a new folder before anything lies in it.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    from saeopt.activations.local_files import check_sources
+    from saeopt.training import TrialPlan, train_pack
+
+    fresh = run_dir is None
+    check_sources(config.data, splits=fresh)  # a missing file is told before the language model is loaded
+    runtime = make_runtime(device)
+    notices(config, resumed=not fresh)
+    run_dir = new_folder(config, runtime) if run_dir is None else run_dir
+    plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
+    if fresh and runtime.ranks.is_first:
+        made(run_dir)
+    with out_of_memory(config, runtime):
+        return plan, train_pack([plan], runtime, observer)[plan.name], runtime
 
 
 @contextmanager

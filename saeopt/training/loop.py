@@ -38,7 +38,6 @@ from saeopt.training.setup import (
     total_samples,
 )
 from saeopt.training.trial import Trial, named, scalars
-from saeopt.views.plots import plot_run
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
@@ -377,7 +376,7 @@ class _Loop:
             with self._writing(trial):
                 news = trial.folder.write_status(result.status, result.samples, result.reason)
                 if news and result.status != "interrupted":
-                    plot_run(trial.folder.path)
+                    self.observer.draw(trial.plan.name, trial.folder.path)
         if trial.result is None:
             trial.result = result
             self._finish_sinks(trial, result.status)

@@ -65,6 +65,9 @@ class Observer:
     def on_end(self, name: str, result: TrialResult) -> None:
         """A trial has ended, also where others of its pack go on."""
 
+    def draw(self, name: str, folder: Path) -> None:
+        """The files of a trial that has ended are complete: pictures for people may be drawn of them."""
+
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         """The stream has come so far."""
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -138,10 +138,13 @@ class Bar:
 
 
 class RunObserver(Observer):
-    """Shows how far a run is."""
+    """Shows how far a run is. `pictures` draws what people look at when it has ended."""
 
-    def __init__(self, interrupt: Interrupt, bar: Bar) -> None:
-        self.interrupt, self.bar = interrupt, bar
+    def __init__(self, interrupt: Interrupt, bar: Bar, pictures: Callable[[Path], object]) -> None:
+        self.interrupt, self.bar, self.pictures = interrupt, bar, pictures
+
+    def draw(self, name: str, folder: Path) -> None:
+        self.pictures(folder)
 
     def on_start(self, name: str, samples: int, total: int) -> None:
         self.interrupt.training = True
@@ -169,10 +172,10 @@ class RunObserver(Observer):
 
 
 @contextmanager
-def run_observer(interrupt: Interrupt) -> Iterator[RunObserver]:
+def run_observer(interrupt: Interrupt, pictures: Callable[[Path], object]) -> Iterator[RunObserver]:
     """An observer whose bar is drawn on stderr while the context lasts."""
     with Bar(shown=launched().rank == 0) as bar:
-        yield RunObserver(interrupt, bar)
+        yield RunObserver(interrupt, bar, pictures)
 
 
 class PackObserver:

@@ -170,6 +170,11 @@ class _Remote(Observer):
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         self.child.say("checkpoint", name, samples, path)
 
+    def draw(self, name: str, folder: Path) -> None:
+        from saeopt.views.plots import plot_run
+
+        plot_run(folder)
+
     def on_end(self, name: str, result: TrialResult) -> None:
         self.child.say("end", name, result)
 

@@ -53,6 +53,11 @@ class Watcher(Observer):
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         self.reports.checkpointed(self.pack[name].claim, samples)
 
+    def draw(self, name: str, folder: Path) -> None:
+        from saeopt.views.plots import plot_run
+
+        plot_run(folder)
+
     def on_end(self, name: str, result: TrialResult) -> None:
         if result.status == "interrupted" or self.leaving():
             return

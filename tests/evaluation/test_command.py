@@ -15,9 +15,9 @@ from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config import RunConfig, dump_yaml, validate_run
 from saeopt.errors import UserError
-from saeopt.evaluation.__main__ import app
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.metrics import scalars
+from saeopt.evaluator import app
 from saeopt.runs.weights import save_weights, weights_path
 from saeopt.saes.base import SAE
 

@@ -10,7 +10,7 @@ from saeopt.config.study import StudySpec
 PRELOAD = [
     "saeopt.worker", "saeopt.workers.loop", "saeopt.workers.child", "saeopt.training.loop", "saeopt.training.launch",
     "saeopt.saes.relu",
-    "saeopt.views.plots", "saeopt.evaluation.__main__", "saeopt.training.dry_run", "saeopt.workers.local",
+    "saeopt.views.plots", "saeopt.evaluator", "saeopt.training.dry_run", "saeopt.workers.local",
     "psycopg", "transformers.models.llama.modeling_llama", "torch._dynamo",
 ]  # fmt: skip
 
@@ -54,10 +54,9 @@ def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> No
 
 def _no_pictures() -> None:
     """Drawing takes longer than training here, and no bit of a result depends on it."""
-    from saeopt.training import loop
-    from saeopt.views import monitoring
+    from saeopt.views import monitoring, plots
 
-    loop.plot_run = lambda folder: None
+    plots.plot_run = lambda folder: []
     monitoring.on_trial_end = monitoring.on_study_progress = lambda *args, **kwargs: None
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from saeopt import evaluator as evaluation
 from saeopt.config import load_run_config
 from saeopt.errors import UserError
-from saeopt.evaluation import __main__ as evaluation
 from saeopt.host.launcher import be_alone, check_alone, launched
 from saeopt.runs.weights import load_checkpoint
 from saeopt.training import Observer, TrialPlan, train_pack

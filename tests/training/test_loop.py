@@ -43,11 +43,18 @@ def weights(run_dir):
     return {f"{hook}/{n}": t for hook, sae in saes.items() for n, t in sae.state_dict().items()}
 
 
-def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_config, runtime, tmp_path):
+def test_a_run_leaves_config_weights_state_metrics_evaluation_and_says_when_to_draw(make_config, runtime, tmp_path):
     config = make_config(eval_every_n_samples=128)
-    result = train_pack([plan(config, tmp_path, "a")], runtime)["a"]
+    drawn = []
+
+    class Watching(Observer):
+        def draw(self, name, folder):
+            drawn.append((name, folder, sorted(p.name for p in folder.glob("*.json"))))
+
+    result = train_pack([plan(config, tmp_path, "a")], runtime, Watching())["a"]
     folder = RunFolder(tmp_path / "a")
     assert (result.status, result.samples, result.reason) == ("finished", 256, None)
+    assert drawn == [("a", folder.path, ["evaluation.json", "status.json"])]
     assert folder.weights() == [256, 192, 128, 64]
     assert folder.states() == [256, 192]
     assert folder.status()["status"] == "finished"
@@ -61,7 +68,7 @@ def test_a_run_leaves_config_weights_state_metrics_evaluation_and_plots(make_con
     assert logged == [64, 128, 192, 256]
     assert [row["samples"] for row in rows if "eval_fvu" in row] == [128, 256]
     assert rows[-1]["eval_fvu"] == pytest.approx(evaluation["fvu"])
-    assert any(p.suffix == ".png" for p in folder.path.iterdir())
+    assert not any(p.suffix == ".png" for p in folder.path.iterdir())  # pictures are the commands'
     assert resume_point(folder.path) == 256
 
 
@@ -353,7 +360,7 @@ def test_a_trial_that_is_no_longer_its_own_leaves_no_end_in_its_folder(make_conf
 
 
 def test_norm_outliers_have_one_limit_that_is_stored_with_the_weights(make_config, runtime, tmp_path):
-    from saeopt.evaluation.__main__ import measure
+    from saeopt.evaluation.held_out import measure
 
     config = make_config(**{"data.mask_norm_outliers": 1.1, "data.eval_batch_size": 3})
     result = train_pack([plan(config, tmp_path, "a")], runtime)["a"]

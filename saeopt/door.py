@@ -1,0 +1,149 @@
+"""What `import saeopt` gives: load SAEs, train a run, evaluate one. Everything takes and gives raw activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saeopt.config import RunConfig, apply_overrides, validate_run
+from saeopt.config.sense import check_sense
+from saeopt.errors import UserError
+from saeopt.evaluation.metrics import Metrics
+from saeopt.runs.weights import load_checkpoint
+from saeopt.saes.base import SAE
+
+Source = str | Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was trained: its folder, how it ended, and its evaluation (key of the SAE → metric → value)."""
+
+    folder: Path
+    status: str
+    samples: int
+    reason: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def saes(self, device: str = "cpu") -> dict[str, SAE]:
+        """Its SAEs at the end."""
+        return load(self.folder, device=device)
+
+
+def load(path: Source, *, checkpoint: int | Source | None = None, device: str = "cpu") -> dict[str, SAE]:
+    """The SAEs of a run folder (its newest checkpoint, or the one named) or of one weights file, by key.
+
+    The key is the hook point's name where an SAE reads and gives back one hook point.
+
+    Raises:
+        UserError: no such folder or file, or one that is damaged.
+    """
+    from saeopt.host.devices import choose_device
+
+    return load_checkpoint(path, checkpoint, choose_device(device)).saes
+
+
+def load_sae(
+    path: Source, *, site: str | None = None, checkpoint: int | Source | None = None, device: str = "cpu"
+) -> SAE:
+    """One SAE of a run folder or weights file; `site` is its key where there are several.
+
+    Raises:
+        UserError: there is none of this key, or several and none is named.
+    """
+    found = load(path, checkpoint=checkpoint, device=device)
+    if site is None and len(found) == 1:
+        return next(iter(found.values()))
+    if site is None or site not in found:
+        problem = "holds several SAEs" if site is None else f"holds no SAE at '{site}'"
+        raise UserError(f"{path}: {problem}: 'site' must be one of {', '.join(found)}")
+    return found[site]
+
+
+def train_run(
+    config: RunConfig | Mapping[str, Any] | Source | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    resume: Source | None = None,
+    device: str = "auto",
+) -> Run:
+    """Train one run as `saeopt train` does, in this process, and return what came of it.
+
+    Args:
+        config: a YAML file, a mapping as in such a file, or a config; with `resume` it may be left out.
+        changes: dotted fields to change, as `--set` does: `{"saes.sparsity_coeff": 2}`.
+        resume: a run folder to go on with.
+        device: auto, cpu, cuda, cuda:1, …
+
+    Raises:
+        UserError: something that the caller can mend; no run folder is left where nothing was trained.
+    """
+    from saeopt.training.environment import check_accumulation, check_environment
+    from saeopt.training.launch import train_one
+    from saeopt.training.loggers import check_sinks
+    from saeopt.training.plan import Observer
+    from saeopt.views.plots import plot_run
+
+    class Drawing(Observer):
+        def draw(self, name: str, folder: Path) -> None:
+            plot_run(folder)
+
+    chosen, folder = _chosen(config, changes or {}, resume)
+    check_sinks(chosen)
+    check_environment()
+    check_accumulation(chosen)
+    made: list[Path] = []
+    try:
+        plan, result, _ = train_one(chosen, folder, device, Drawing(), made.append)
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # where nothing was written
+        raise
+    return Run(plan.run_dir, result.status, result.samples, result.reason, dict(result.evaluation))
+
+
+def evaluate_run(
+    path: Source,
+    *,
+    checkpoint: int | Source | None = None,
+    device: str = "auto",
+    n_eval_samples: int | None = None,
+    data: str | None = None,
+    everything: bool = False,
+    cross_entropy: bool = True,
+) -> dict[str, Metrics]:
+    """Metrics of what a run saved, on its held-out samples or on other `data`, by key; writes nothing.
+
+    Raises:
+        UserError: no such run, or data and model that do not fit it.
+    """
+    from saeopt.evaluation.held_out import config_of, measure
+    from saeopt.host.devices import choose_device
+
+    chosen = choose_device(device)
+    loaded = load_checkpoint(path, checkpoint, chosen)
+    config = config_of(Path(path), loaded, [] if data is None else [f"data.eval_dataset_name={data}"])
+    return measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)[0]
+
+
+def _chosen(
+    config: RunConfig | Mapping[str, Any] | Source | None, changes: Mapping[str, Any], resume: Source | None
+) -> tuple[RunConfig, Path | None]:
+    from saeopt.training.launch import resolve
+
+    if config is None and resume is None:
+        raise UserError("train_run: give a config (a YAML file, a mapping or a RunConfig), or resume=RUN_DIR")
+    if config is None or isinstance(config, str | Path):
+        texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
+        return resolve(None if config is None else Path(config), texts, None if resume is None else Path(resume))
+    if resume is not None:
+        raise UserError("train_run: with resume, config must be a YAML file or left out")
+    raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else config
+    chosen = validate_run(apply_overrides(raw, changes), "train_run")
+    check_sense(chosen)
+    return chosen, None

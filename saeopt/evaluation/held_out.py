@@ -1,0 +1,128 @@
+"""A checkpoint on held-out samples: those of its run, or of other data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from saeopt.activations.calibration import calibration
+from saeopt.activations.language_model import LanguageModel
+from saeopt.activations.tokens import HeldOut, TokenData
+from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
+from saeopt.config.io import changed
+from saeopt.console import error_console, log
+from saeopt.errors import UserError
+from saeopt.evaluation.conditions import Seen, conditions
+from saeopt.evaluation.evaluate import evaluate
+from saeopt.evaluation.metrics import Metrics
+from saeopt.runs.weights import Checkpoint, list_checkpoints
+
+
+def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunConfig:
+    """The run's `final_config.yaml`, or the config in the weights file where there is none, with overrides applied."""
+    path = (run_dir if run_dir.is_dir() else loaded.path.parent) / "final_config.yaml"
+    if path.exists():
+        return load_run_config(path, overrides)
+    raw = loaded.config.model_dump(mode="json")
+    return validate_run(changed(raw, overrides), loaded.path, overrides)
+
+
+def is_older(loaded: Checkpoint) -> bool:
+    """Whether the folder holds a newer checkpoint, whose evaluation is the result of the run."""
+    newest = list_checkpoints(loaded.path.parent)[:1]
+    return bool(newest) and newest[0][0] > loaded.samples
+
+
+def measure(
+    loaded: Checkpoint,
+    config: RunConfig,
+    device: torch.device,
+    n_eval_samples: int | None,
+    cross_entropy: bool,
+    everything: bool = False,
+) -> tuple[dict[str, Metrics], dict[str, Any]]:
+    """Hook point → metrics of a checkpoint on held-out samples (those of the run, or of data of their own); and the
+    conditions."""
+    if everything and config.data.eval_data is None:
+        raise UserError("--all needs --data FILE: the rest of the run's own data were trained on")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    config, n = (config, 0) if everything else _samples(config, n_eval_samples)
+    lm = LanguageModel.load(config, device)
+    for hook, sae in loaded.saes.items():
+        lm.resolve([hook])
+        if lm.width(hook) != sae.d:
+            raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
+    batches, n = _held_out(config, lm, n, everything)
+    _set_norm_limits(loaded, config, lm)
+    seen = Seen()
+    with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=n)
+        try:
+            found = evaluate(
+                loaded.saes,
+                lm,
+                seen.watch(_first(batches, n)),
+                data=config.data,
+                cross_entropy=cross_entropy,
+                ce_ablation=config.ce_ablation,
+                device=device,
+                progress=lambda done: bar.advance(task, done),
+            )
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                "out of GPU memory: lower it with --set data.eval_batch_size=1 or use --device cpu"
+            ) from None
+    rows = {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+    return rows, conditions(config, lm, seen, cross_entropy)
+
+
+def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
+    """Batches of held-out sequences, and how many sequences these are; training data are read only if they must be."""
+    batch = config.data.eval_batch_size
+    if config.data.eval_data is None:
+        return TokenData.load(config.data, lm).eval_batches(batch), n
+    own = HeldOut.load(config.data.model_copy(update={"n_eval_samples": n}), lm, everything)
+    return own.batches(batch), own.n
+
+
+def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel) -> None:
+    """Measure the limits of norm outliers where the checkpoint has none, or `--set` asks for others."""
+    wanted, had = config.data.mask_norm_outliers, loaded.config.data.mask_norm_outliers
+    lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
+    if lacking:
+        tokens = TokenData.load(config.data, lm)
+        for hook, measured in calibration(lacking, lm, tokens, config).items():
+            loaded.saes[hook].norm_limit = measured.norm_limit
+
+
+def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:
+    """The config to load held-out samples with, and how many of them to take.
+
+    Which documents are held out depends on `n_eval_samples`: fewer samples are the first of the same ones.
+    """
+    held_out = config.data.n_eval_samples
+    n = held_out if wanted is None else wanted
+    if n == 0:
+        raise UserError("'data.n_eval_samples' is 0 in this run's config: nothing was held out; see --n-eval-samples")
+    if n <= held_out:
+        return config, n
+    if config.data.eval_data is None:
+        log.warning("%d samples asked for, %d were held out: the others may have been trained on", n, held_out)
+    raw = apply_overrides(config.model_dump(mode="json"), {"data.n_eval_samples": n})
+    return validate_run(raw, "the run's config"), n
+
+
+def _first(batches: Iterator[Tensor], n: int) -> Iterator[Tensor]:
+    """The first n sequences of the batches."""
+    for batch in batches:
+        yield batch[:n]
+        n -= len(batch)
+        if n <= 0:
+            return

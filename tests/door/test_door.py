@@ -1,0 +1,98 @@
+"""`import saeopt`: quick, with nothing shadowed, and the page about it tells the truth."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saeopt
+from saeopt import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+HOOK = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture
+def config(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "tlens_model_path": str(tiny_model_dir),
+        "save_dir": str(tmp_path / "output"),
+        "wandb_run_name": "my-run",
+        "recipe": 2,
+        "threads": 1,
+        "data": {
+            "dataset_name": str(tiny_text), "is_tokenized": False, "column_name": "text", "streaming": False,
+            "context_length": 16, "n_train_samples": 64, "n_eval_samples": 8, "train_batch_size": 8,
+        },
+        "saes": {"sae_type": "relu", "sae_positions": ["blocks.0.hook_resid_pre", HOOK], "dict_size_to_input_ratio": 2},
+    }  # fmt: skip
+
+
+def test_importing_loads_no_torch_and_no_submodule_is_shadowed() -> None:
+    names = [m.name for m in pkgutil.iter_modules(saeopt.__path__) if not m.name.startswith("_")]
+    code = f"""
+import sys, saeopt
+assert not {{"torch", "pydantic", "typer"}} & set(sys.modules), "slow imports"
+import importlib, types
+modules = {{name: importlib.import_module("saeopt." + name) for name in {names!r}}}
+for name, module in modules.items():
+    assert getattr(saeopt, name) is module, name
+for name in saeopt.__all__:
+    assert not isinstance(getattr(saeopt, name), types.ModuleType), name
+    assert name in dir(saeopt)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_page_about_python_runs_as_it_stands(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saeopt.train_run(config)  # output/my-run
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    there: dict[str, Any] = {"saeopt_config": config}
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), there)
+    assert there["run"].folder == tmp_path / "output" / "my-run-2"
+    written = json.loads((there["run"].folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert there["metrics"][HOOK]["fvu"] == pytest.approx(written[HOOK]["fvu"], rel=1e-6)
+    assert there["run"].evaluation[HOOK]["l0"] == written[HOOK]["l0"]
+    assert {"training_curves.png", "feature_density.png"} <= {p.name for p in there["run"].folder.iterdir()}
+
+
+def test_mistakes_are_one_line_and_leave_no_folder(config: dict[str, Any], tmp_path: Path) -> None:
+    for changes, message in (
+        ({"saes.sae_positions": ["blocks.9.hook_resid_pre"]}, "sae_positions"),
+        ({"saes.nothing": 1}, "unknown key 'saes.nothing'"),
+        ({"data.dataset_name": "nowhere.jsonl"}, "nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            saeopt.train_run(config, changes)
+    assert not list((tmp_path / "output").glob("*"))
+    with pytest.raises(UserError, match="give a config"):
+        saeopt.train_run()
+    with pytest.raises(UserError, match="no such"):
+        saeopt.load(tmp_path / "none")
+
+
+def test_one_of_several_saes_is_named(config: dict[str, Any]) -> None:
+    run = saeopt.train_run(config, {"data.n_eval_samples": 0})
+    assert saeopt.load_sae(run.folder, site=HOOK).d == 16
+    with pytest.raises(UserError, match=rf"holds several SAEs: 'site' must be one of .*{HOOK}"):
+        saeopt.load_sae(run.folder)
+    with pytest.raises(UserError, match="holds no SAE at 'x'"):
+        saeopt.load_sae(run.folder, site="x")
+    again = saeopt.train_run(resume=run.folder)
+    assert (again.folder, again.samples) == (run.folder, run.samples)
+    for hook, sae in run.saes().items():
+        assert torch.equal(sae.W_dec, again.saes()[hook].W_dec)
