@@ -68,11 +68,11 @@ def schedules(members: Sequence[Member], total: int) -> list[Control]:
         Schedule("lr", members, lambda m, samples: learning_rate(m.config, samples, total)),
         Schedule("max_grad_norm", members, lambda m, samples: max_grad_norm(m.config)),
     ]
+    warmups = {id(m): (m.config.warmup_samples, m.config.sparsity_warmup(m.sae_config, total)) for m in members}
     for name, number in members[0].sae.numbers.items():
 
         def at(m: Member, samples: int, at: Callable[..., float] = number.at) -> float:
-            warmups = m.config.warmup_samples, m.config.sparsity_warmup(m.sae_config, total)
-            return at(m.sae_config, Progress(samples, total, *warmups))
+            return at(m.sae.config, Progress(samples, total, *warmups[id(m)]))
 
         found.append(Schedule(name, members, at))
     return found
@@ -82,7 +82,7 @@ class Controls:
     """The controls of one stack's members, with their states."""
 
     def __init__(self, members: Sequence[Member], controls: Iterable[Control]) -> None:
-        self.controls, device = list(controls), members[0].sae.W_enc.device
+        self.members, self.controls, device = members, list(controls), members[0].sae.W_enc.device
         self.states = [{n: t.to(device) for n, t in c.state(members).items()} for c in self.controls]
         self.names: Sequence[str] = (SAMPLES,) if any(self.states) else ()
         self._newest: tuple[int, list[Numbers]] = (-1, [])
@@ -93,9 +93,10 @@ class Controls:
             columns: dict[str, Sequence[float] | Tensor] = {}
             for control, state in zip(self.controls, self.states, strict=True):
                 columns |= control.numbers(state, samples)
-            rows = zip(*(_each(column) for column in columns.values()), strict=True)
-            more = {name: float(samples) for name in self.names}
-            self._newest = samples, [dict(zip(columns, row, strict=True)) | more for row in rows]
+            if self.names:
+                columns[SAMPLES] = [float(samples)] * len(self.members)
+            rows = zip(*map(_each, columns.values()), strict=True)
+            self._newest = samples, [dict(zip(columns, row, strict=True)) for row in rows]
         return self._newest[1]
 
     def observe(self, window: Mapping[str, Tensor], went_M: Tensor) -> None:

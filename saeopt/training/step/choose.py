@@ -58,7 +58,9 @@ def _dense(architecture: dense.Architecture) -> tuple[Any, Any]:
 
 
 FAST = {
-    "relu": Fast(forms.plain, _dense(dense.RELU)[0], _on_gpu("relu"), 16.0, (4.0, 4.0), keeps_code=dense.NARROW),
+    "relu": Fast(
+        forms.plain, partial(dense_on_cpu, dense.RELU), _on_gpu("relu"), 16.0, (4.0, 4.0), keeps_code=dense.NARROW
+    ),
     "gated": Fast(forms.gated, *_dense(dense.GATED), 32.0, (10.0, 4.0)),
     "hard_concrete": Fast(forms.hard_concrete, *_dense(dense.HARD_CONCRETE), 48.0, (12.0, 6.0)),
     "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
