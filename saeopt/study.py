@@ -75,6 +75,10 @@ def create(
 
         print_preview(spec)
         return
+    _create(spec, elsewhere, storage)
+
+
+def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
     from saeopt.config import recipe_notice
     from saeopt.search.rounds import proposals_text
     from saeopt.search.space import Space
@@ -82,7 +86,7 @@ def create(
     from saeopt.trials.create import create_study, planned_cells
     from saeopt.views.monitoring import on_study_created
 
-    planned = planned_cells(spec)  # an invalid cell is told before there is a store
+    planned = planned_cells(spec)  # an invalid cell is refused before there is a store
     if not elsewhere:
         from saeopt.reach import check_reach
 

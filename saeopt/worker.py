@@ -6,25 +6,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saeopt.config.settings import settings
-from saeopt.config.study import CPU_PACK
-from saeopt.errors import UserError, WorkerFault, run_cli
+from saeopt.errors import UserError, run_cli
 from saeopt.options import Storage, StudyArgument, either, new_app
 
 if TYPE_CHECKING:
-    from saeopt.config.run import RunConfig
-    from saeopt.config.study import StudySpec
-    from saeopt.search.space import Space
-    from saeopt.training.plan import Observer, TrialPlan, TrialResult
+    pass
 
 app = new_app()
 _SAME_REQUEST = 1.0
@@ -81,6 +76,7 @@ def worker(
     from saeopt.trials.allowed import ONLY_BUILTIN, OUTPUT_ROOT
     from saeopt.workers import devices as dev
     from saeopt.workers.loop import Options
+    from saeopt.workers.on_device import work
 
     if show_devices:
         for device, text in dev.show_devices():
@@ -135,87 +131,6 @@ def _pause(fault: UserError, interrupted: threading.Event) -> None:
     if seconds := settings().fault_pause:
         log.error("%s; this worker ends in %.0f s (SAEOPT_FAULT_PAUSE)", redact(str(fault)), seconds)
         interrupted.wait(seconds)
-
-
-def work(
-    storage: str | None,
-    study: str,
-    options: Any,
-    pack: int | str | None,
-    interrupted: threading.Event,
-    context: Any = None,
-) -> int:
-    """One device's worker in this process; returns how many trials it has ended.
-
-    Trials are trained in a child process (started through `context`, a multiprocessing context), with --sequential in
-    this one.
-    """
-    from saeopt.console import log
-    from saeopt.training.progress import Bar, PackObserver
-    from saeopt.trials import claims
-    from saeopt.trials.storage import Store, persistently
-    from saeopt.workers.devices import is_child
-    from saeopt.workers.local import LocalTraining
-    from saeopt.workers.loop import Worker
-    from saeopt.workers.training import ChildTraining
-
-    child = None if options.sequential else ChildTraining(options.device, context)
-    if child is not None:
-        child.start()  # it imports for some seconds, while the store is opened
-    local = LocalTraining(options.device)
-    try:
-        store = Store.open(storage, create=False, patience=60)
-        # a name that is not there is a usage error
-        persistently(lambda: store.study_id(study), "reading the study")
-        try:
-            spec = persistently(lambda: store.spec(study), "reading the study")
-        except UserError as error:
-            raise WorkerFault(str(error)) from None
-        wanted = spec.pack if pack is None else pack
-        options = replace(options, auto=wanted == "auto")
-
-        def limit(space: Space) -> int:
-            size = wanted if isinstance(wanted, int) else fitting(space)
-            known = persistently(lambda: claims.counts(store, store.study_id(study)), "counting trials")
-            share_activations(spec, size, sum(known.values()))
-            return size
-
-        def fitting(space: Space) -> int:
-            if options.device == "cpu":
-                return CPU_PACK
-            return (child or local).fitting(space.largest().config)
-
-        def probe(config: RunConfig, architecture: bool, observer: Observer) -> None:
-            if child is None:
-                local.probe(config, architecture, spec.runs)
-            else:
-                child.probe(config, architecture, spec.runs, observer)
-
-        if child is not None:
-            child.stall = spec.stall
-
-        def train(plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
-            with Bar(every=60.0, alone=not is_child()) as bar:
-                return (child or local)(plans, cast("Observer", PackObserver(observer, bar)))
-
-        log.info("worker on %s: study %s in %s", options.device, study, store.shown)
-        try:
-            return Worker(store, study, options, train, limit, interrupted, probe).run()
-        finally:
-            store.close()
-    finally:
-        if child is not None:
-            child.close()
-
-
-def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
-    """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
-    from saeopt.search.rounds import n_proposed
-
-    if max(trials, spec.max_trials or 0) > pack or n_proposed(spec) > 0:
-        kept = settings().cache_dir
-        root = spec.runs if kept is None else Path(kept).expanduser()
-        os.environ.setdefault("SAEOPT_ACTIVATION_CACHE", str(root / "activations"))
 
 
 def pack_size(text: str | None) -> int | str | None:

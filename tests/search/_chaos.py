@@ -8,8 +8,8 @@ from pathlib import Path
 from saeopt.config.study import StudySpec
 
 PRELOAD = [
-    "saeopt.worker", "saeopt.workers.loop", "saeopt.workers.child", "saeopt.training.loop", "saeopt.training.launch",
-    "saeopt.saes.relu",
+    "saeopt.worker", "saeopt.workers.on_device", "saeopt.workers.child", "saeopt.training.loop",
+    "saeopt.training.launch", "saeopt.saes.relu",
     "saeopt.views.plots", "saeopt.evaluator", "saeopt.training.dry_run", "saeopt.workers.local",
     "psycopg", "transformers.models.llama.modeling_llama", "torch._dynamo",
 ]  # fmt: skip
@@ -23,8 +23,9 @@ def run_worker(address: str, study: str, log: Path) -> None:
     import multiprocessing
 
     from saeopt.console import set_up_logging
-    from saeopt.worker import stop_on_signals, work
+    from saeopt.worker import stop_on_signals
     from saeopt.workers.loop import Options
+    from saeopt.workers.on_device import work
 
     set_up_logging()
     work(

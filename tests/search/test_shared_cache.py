@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from saeopt.worker import share_activations
+from saeopt.workers.on_device import share_activations
 
 
 @pytest.fixture(autouse=True)

@@ -137,7 +137,7 @@ def test_a_worker_that_can_train_nothing_ends_late_where_a_supervisor_would_star
         raise WorkerFault("no model")
 
     monkeypatch.setattr(worker, "stop_on_signals", Signals)
-    monkeypatch.setattr(worker, "work", nothing)
+    monkeypatch.setattr("saeopt.workers.on_device.work", nothing)
     monkeypatch.setattr("saeopt.console.set_up_logging", lambda: None)
     for pause, waited in (("60", [60.0]), ("0", [60.0])):
         monkeypatch.setenv("SAEOPT_FAULT_PAUSE", pause)
