@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _cell(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|")
 
 
-def configuration() -> str:
+def configuration(architectures: Iterable[str] = ARCHITECTURES) -> str:
     """docs/configuration.md."""
     found = sections()
     parts = [RUN_HEAD, "## The run\n" + table(found[""], frozenset(found), roles=True)]
@@ -115,7 +116,7 @@ def configuration() -> str:
     for section, model in found.items():
         if section == "saes":
             parts.append("## `saes`, every architecture\n" + table(model, roles=True))
-            for name in ARCHITECTURES:
+            for name in architectures:
                 own = sae_config_class(name)
                 if set(own.model_fields) - common:
                     parts.append(f"## `saes` with `sae_type: {name}`\n" + table(own, common, roles=True))
