@@ -11,6 +11,7 @@ from saeopt.console import console, set_up_logging
 from saeopt.errors import run_cli
 from saeopt.host.launcher import check_alone
 from saeopt.options import AsJson, Changes, Device, new_app
+from saeopt.runs.names import EVALUATION
 
 app = new_app()
 
@@ -64,13 +65,13 @@ def evaluate_run(
     own = settings(run, run.data.n_eval_samples)
     target = output or file_for(told, own, folder, [str(loaded.samples)] if is_older(loaded) else [])
     write_json(target, with_conditions(metrics, told))
-    if target == folder / "evaluation.json":
+    if target == folder / EVALUATION:
         plot_run(folder)
     if as_json:
         console.print_json(target.read_text(encoding="utf-8"))
     else:
         print_run(folder, metrics)
-        if target != folder / "evaluation.json":
+        if target != folder / EVALUATION:
             console.print(f"{'this one':>10}  {target}", soft_wrap=True)
         size = f"{told['n_samples']:,} samples of {told['context_length']} tokens"
         console.print(f"{'data':>10}  {told['data']}: {size}", soft_wrap=True)

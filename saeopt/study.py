@@ -13,6 +13,7 @@ import typer
 from saeopt.console import console, log
 from saeopt.errors import UserError, run_cli
 from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result
+from saeopt.runs.names import METRICS_FILE
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
@@ -366,7 +367,7 @@ def logs(
         now = persistently(lambda: find_trial(store, name, trial)[0], "logs")
         return now.state not in ("RUNNING", "WAITING")
 
-    for text in lines(run_dir / "metrics.jsonl", ended if follow else None):
+    for text in lines(run_dir / METRICS_FILE, ended if follow else None):
         _say(text)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from saeopt.files import read_error, read_sections
+from saeopt.runs.names import EVALUATED, EVALUATION
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
 
     from saeopt.config import RunConfig
 
-KEY = "evaluated"
-"""Name of the conditions in a row of an evaluation."""
 _DATA = ("data", "subset", "split", "column")
 _NAMES = {*_DATA, "model", "lm_dtype"}
 """What may differ between equal evaluations: names of the same tokens and weights, and the device's precision."""
@@ -78,7 +77,7 @@ def conditions(config: RunConfig, model: _Model, seen: Seen, cross_entropy: bool
 
 def with_conditions(metrics: Mapping[str, Mapping[str, Any]], told: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows that say what they were made of."""
-    return {hook: {**row, KEY: dict(told)} for hook, row in metrics.items()}
+    return {hook: {**row, EVALUATED: dict(told)} for hook, row in metrics.items()}
 
 
 def conditions_in(path: Path) -> dict[str, Any] | None:
@@ -89,7 +88,7 @@ def conditions_in(path: Path) -> dict[str, Any] | None:
     """
     try:
         found = read_sections(path)
-        return next((row.get(KEY) for row in found.values()), None)
+        return next((row.get(EVALUATED) for row in found.values()), None)
     except (FileNotFoundError, ValueError, AttributeError):
         return None
     except OSError as error:
@@ -102,7 +101,7 @@ def file_for(told: Mapping[str, Any], own: Mapping[str, Any], folder: Path, word
     No file is overwritten that was made under other conditions. `own`: the settings of the run, for where the folder
     holds no evaluation yet, or an older one; `words`: what the name must have in any case.
     """
-    before = conditions_in(folder / "evaluation.json") or own
+    before = conditions_in(folder / EVALUATION) or own
     names = [*_words(told, before), *words]
     while True:
         path = folder / ("_".join(["evaluation", *names]) + ".json")

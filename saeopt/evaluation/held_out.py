@@ -21,12 +21,13 @@ from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.metrics import Metrics
+from saeopt.runs.names import CONFIG
 from saeopt.runs.weights import Checkpoint, list_checkpoints
 
 
 def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunConfig:
     """The run's `final_config.yaml`, or the config in the weights file where there is none, with overrides applied."""
-    path = (run_dir if run_dir.is_dir() else loaded.path.parent) / "final_config.yaml"
+    path = (run_dir if run_dir.is_dir() else loaded.path.parent) / CONFIG
     if path.exists():
         return load_run_config(path, overrides)
     raw = loaded.config.model_dump(mode="json")

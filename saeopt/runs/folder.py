@@ -13,7 +13,6 @@ from typing import Any
 
 from saeopt.config.io import dump_yaml
 from saeopt.config.run import RunConfig
-from saeopt.evaluation.conditions import KEY as CONDITIONS
 from saeopt.files import (
     atomic_write,
     check_owned,
@@ -28,10 +27,9 @@ from saeopt.files import (
     write_error,
     write_json,
 )
+from saeopt.runs import names
 from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, verify
 
-_WEIGHTS = re.compile(r"samples_(\d+)\.safetensors$")
-_STATE = re.compile(r"(\d+)\.safetensors$")
 STATES_KEPT = 2
 
 
@@ -58,38 +56,38 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         """The complete, re-runnable config."""
-        return self.path / "final_config.yaml"
+        return self.path / names.CONFIG
 
     @property
     def metrics_path(self) -> Path:
         """One JSON object per line: samples, hook point, metrics of a log step or an evaluation."""
-        return self.path / "metrics.jsonl"
+        return self.path / names.METRICS_FILE
 
     @property
     def evaluation_path(self) -> Path:
         """Hook point → metric → value."""
-        return self.path / "evaluation.json"
+        return self.path / names.EVALUATION
 
     @property
     def status_path(self) -> Path:
         """How the run ended: status, samples, reason."""
-        return self.path / "status.json"
+        return self.path / names.STATUS
 
     def weights_path(self, samples: int) -> Path:
         """The weights after so many samples."""
-        return self.path / f"samples_{samples}.safetensors"
+        return names.weights_path(self.path, samples)
 
     def state_path(self, samples: int) -> Path:
         """What resuming needs besides the weights."""
-        return self.path / "state" / f"{samples}.safetensors"
+        return names.state_path(self.path, samples)
 
     def weights(self) -> list[int]:
         """Samples of the weights files, newest first."""
-        return _numbers(self.path, _WEIGHTS)
+        return _numbers(self.path, names.WEIGHTS_FILE)
 
     def states(self) -> list[int]:
         """Samples of the state files, newest first."""
-        return _numbers(self.path / "state", _STATE)
+        return _numbers(self.path / names.STATE, names.STATE_FILE)
 
     def write_config(self, config: RunConfig) -> None:
         """Write `final_config.yaml`."""
@@ -143,7 +141,7 @@ class RunFolder:
             found = read_sections(self.evaluation_path)
             if any("samples" in row for row in found.values()):
                 return None
-            rows = {h: {k: v for k, v in row.items() if k != CONDITIONS} for h, row in found.items()}
+            rows = {h: {k: v for k, v in row.items() if k != names.EVALUATED} for h, row in found.items()}
             return {h: {k: math.nan if v is None else v for k, v in row.items()} for h, row in rows.items()}
         except (OSError, ValueError, AttributeError, TypeError):
             return None
@@ -183,7 +181,7 @@ class RunFolder:
         check_owned(self.path)
         for later in (n for n in self.states() if n > samples):
             remove(self.state_path(later))
-        for folder in (self.path, self.path / "state"):
+        for folder in (self.path, self.path / names.STATE):
             remove_temporaries(folder)
         self.rewind_metrics(samples)
 
@@ -216,9 +214,9 @@ def resume_point(run_dir: str | Path) -> int:
 
 def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     try:
-        names = os.listdir(folder)
+        found = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise read_error(folder, error) from error
-    return sorted((int(m[1]) for name in names if (m := pattern.fullmatch(name))), reverse=True)
+    return sorted((int(m[1]) for name in found if (m := pattern.fullmatch(name))), reverse=True)

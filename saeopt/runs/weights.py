@@ -6,7 +6,6 @@ Importing this module imports no torch, so that looking for checkpoints stays ch
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from saeopt.config.places import as_typed
 from saeopt.config.roles import REPORTING
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.files import read_error
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.names import weights_path
 from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saeopt.saes.base import SAE
-
-_NAME = re.compile(r"samples_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -39,21 +37,9 @@ class Checkpoint:
     saes: dict[str, SAE]
 
 
-def weights_path(run_dir: str | Path, samples: int) -> Path:
-    """Where the weights after `samples` samples lie."""
-    return Path(run_dir) / f"samples_{samples}.safetensors"
-
-
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """(samples, path) of every weights file in a run folder, newest first."""
-    folder = Path(run_dir)
-    try:
-        found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise read_error(folder, error) from error
-    return sorted(found, reverse=True)
+    return [(samples, weights_path(run_dir, samples)) for samples in RunFolder(Path(run_dir)).weights()]
 
 
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:

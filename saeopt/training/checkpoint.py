@@ -1,4 +1,4 @@
-"""Checkpoints of a trial: the state first, then the weights, each file complete or not there at all."""
+"""Checkpoints of a trial: what of its members is stored, and how they go on from it (files: `runs.checkpoint`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from saeopt.config.run import RunConfig
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.runs.checkpoint import identity as stored_identity
+from saeopt.runs.checkpoint import read_checkpoint, write_checkpoint
 from saeopt.runs.folder import RunFolder
-from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
-from saeopt.runs.weights import save_weights
+from saeopt.runs.tensor_file import CorruptCheckpoint
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import TrialResult
 
@@ -61,10 +62,8 @@ def save(
     }
     if ended is not None:
         metadata["ended"] = asdict(ended) | {"checkpoint": None}
-    write_tensors(folder.state_path(samples), tensors, metadata)
-    save_weights(folder.weights_path(samples), members[0].config, {m.hook_point: m.sae for m in members}, samples)
-    folder.prune(members[0].config.keep_checkpoints)
-    return folder.weights_path(samples)
+    saes = {m.hook_point: m.sae for m in members}
+    return write_checkpoint(folder, samples, tensors, metadata, members[0].config, saes)
 
 
 def restore(
@@ -88,21 +87,14 @@ def restore(
 
 def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: int) -> Restored:
     """One checkpoint into the members, once all of it has been read."""
-    metadata: Any = read_metadata(folder.state_path(samples))
-    state = read_tensors(folder.state_path(samples))
-    weights = read_tensors(folder.weights_path(samples))
-    described: Any = read_metadata(folder.weights_path(samples))["hook_points"]
-    threads, processes, stopped, ended = (
-        metadata["threads"],
-        metadata["world"],
-        metadata["stopped"],
-        metadata.get("ended"),
-    )
-    states = {m.hook_point: _of(state, m.hook_point) for m in members}
-    found = Restored(samples, metadata["cursor"], states, None if ended is None else TrialResult(**ended))
+    stored = read_checkpoint(folder, samples)
+    told = stored.told
+    threads, processes, stopped, ended = told["threads"], told["world"], told["stopped"], told.get("ended")
+    states = {m.hook_point: _of(stored.state, m.hook_point) for m in members}
+    found = Restored(samples, told["cursor"], states, None if ended is None else TrialResult(**ended))
     for member in members:
-        _load(member, _of(weights, member.hook_point))
-        member.sae.norm_limit = described[member.hook_point].get("norm_limit", math.inf)
+        _load(member, _of(stored.weights, member.hook_point))
+        member.sae.norm_limit = stored.described[member.hook_point].get("norm_limit", math.inf)
         member.reason = stopped.get(member.hook_point)
     if threads != torch.get_num_threads():
         log.info(
@@ -120,7 +112,7 @@ def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: 
 
 
 def _check_identity(folder: RunFolder, samples: int, config: RunConfig, identity: Mapping[str, str]) -> None:
-    before: Any = read_metadata(folder.state_path(samples)).get("identity") or {}
+    before = stored_identity(folder, samples) or {}
     where = {
         "tokens": f"'data.dataset_name': {config.data.dataset_name}",
         "model": f"the language model {config.model}",

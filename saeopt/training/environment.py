@@ -9,6 +9,7 @@ from typing import Literal, cast
 from saeopt.config import RunConfig, load_run_config
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
+from saeopt.runs.names import CONFIG
 from saeopt.training.plan import TrialPlan
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -101,7 +102,7 @@ def going_on(config: RunConfig, before: RunConfig) -> RunConfig:
 
 def with_precision(plan: TrialPlan, device_type: str) -> tuple[TrialPlan, str]:
     """A plan that says what `auto` means here, or meant when the run was begun; and the same for people."""
-    config, path = plan.config, plan.run_dir / "final_config.yaml"
+    config, path = plan.config, plan.run_dir / CONFIG
     begun = plan.resume and config.mixed_precision == "auto" and path.exists()
     if begun:
         config = going_on(config, load_run_config(path))

@@ -77,11 +77,11 @@ def _check_agreement(before: RunConfig, now: RunConfig, saved: Path) -> None:
 
 def _knows_its_data(run_dir: Path) -> bool:
     """Whether the newest checkpoint tells which tokens and language model it comes from (or there is none)."""
-    from saeopt.runs.tensor_file import read_metadata
+    from saeopt.runs.checkpoint import identity
 
     folder = RunFolder(run_dir)
     samples = next(iter(folder.usable()), None)
-    return samples is None or "identity" in read_metadata(folder.state_path(samples))
+    return samples is None or identity(folder, samples) is not None
 
 
 def flatten(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:

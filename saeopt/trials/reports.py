@@ -16,6 +16,7 @@ from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.files import is_evaluation, read_metrics
 from saeopt.metrics import value_of
+from saeopt.runs.names import METRICS_FILE
 from saeopt.search import pruning
 from saeopt.search.collapse import why_all_collapsed
 from saeopt.search.objectives import Evaluation, expanded, objective_names, objective_values
@@ -158,7 +159,7 @@ class Reports(threading.Thread):
 def earlier_reports(run_dir: Path, samples: int) -> Iterator[tuple[int, bool, Evaluation]]:
     """Samples, whether it is an evaluation, and metrics of what a run had reported up to a number of samples."""
     found: dict[tuple[int, bool], dict[str, dict[str, float]]] = {}
-    for row in read_metrics(run_dir / "metrics.jsonl"):
+    for row in read_metrics(run_dir / METRICS_FILE):
         if row["samples"] <= samples:
             values = {k.removeprefix("eval_"): math.nan if v is None else v for k, v in row.items()}
             found.setdefault((row["samples"], is_evaluation(row)), {})[row["hook_point"]] = values

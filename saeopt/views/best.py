@@ -17,6 +17,7 @@ from saeopt.console import log, unbroken
 from saeopt.errors import UserError
 from saeopt.files import atomic_write
 from saeopt.metrics import Shown, shown_in
+from saeopt.runs.names import CONFIG, EVALUATION
 from saeopt.runs.weights import list_checkpoints
 from saeopt.search.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.trials.attributes import RUN_DIR, not_found
@@ -156,7 +157,7 @@ def copy_best(found: Sequence[HookBest], trials: Mapping[str, Trained], folder: 
             log.warning("trial %s is not copied: %s holds no weights on this host", label[1:], trials[label].run_dir)
             continue
         target = folder / f"{study}-{label[1:]}"
-        for source in (weights, *(weights.with_name(name) for name in ("final_config.yaml", "evaluation.json"))):
+        for source in (weights, *(weights.with_name(name) for name in (CONFIG, EVALUATION))):
             if source.exists():
                 with atomic_write(target / source.name) as temporary:
                     shutil.copyfile(source, temporary)

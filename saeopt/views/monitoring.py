@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.files import write_bytes
+from saeopt.runs.names import METRICS_FILE
 from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME, RUN_DIR, Evaluation
@@ -105,7 +106,7 @@ def on_trial_end(
     run_dir = spec.run_dir(trial.number)
     notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome, evaluation or {}))
     picture = run_dir / CURVES
-    rows = [] if picture.exists() else read_metrics(run_dir / "metrics.jsonl")
+    rows = [] if picture.exists() else read_metrics(run_dir / METRICS_FILE)
     if rows:
         training_curves(rows, picture)
     if picture.exists():

@@ -11,6 +11,7 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, read_metrics, read_sections
 from saeopt.metrics import METRICS, axis_title
+from saeopt.runs.names import CURVES, DENSITY, EVALUATION, METRICS_FILE
 from saeopt.search.pareto import Point, pareto_front
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import XAxis, YAxis
     from matplotlib.figure import Figure
 
-CURVES = "training_curves.png"
-DENSITY = "feature_density.png"
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -160,11 +159,11 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     folder = Path(run_dir)
     drawn: list[Path] = []
     try:
-        rows = read_metrics(folder / "metrics.jsonl")
+        rows = read_metrics(folder / METRICS_FILE)
         if rows:
             drawn.append(training_curves(rows, folder / CURVES))
-        if (folder / "evaluation.json").exists():
-            evaluation = read_sections(folder / "evaluation.json")
+        if (folder / EVALUATION).exists():
+            evaluation = read_sections(folder / EVALUATION)
             if any(row.get("log10_density") for row in evaluation.values()):
                 drawn.append(feature_density(evaluation, folder / DENSITY))
     except (UserError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:

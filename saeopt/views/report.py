@@ -14,6 +14,7 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.files import read_metrics, read_sections
 from saeopt.metrics import METRICS, Shown, shown_in
+from saeopt.runs.names import CONFIG, EVALUATION, METRICS_FILE
 from saeopt.runs.weights import list_checkpoints
 from saeopt.views.plots import CURVES, DENSITY
 
@@ -22,7 +23,7 @@ Row = Mapping[str, Any]
 
 def read_evaluation(run_dir: str | Path) -> dict[str, dict[str, Any]]:
     """Hook point → metrics, from `evaluation.json`."""
-    path = Path(run_dir) / "evaluation.json"
+    path = Path(run_dir) / EVALUATION
     try:
         found: dict[str, dict[str, Any]] = read_sections(path)
         if not all(isinstance(row, dict) for row in found.values()):
@@ -36,7 +37,7 @@ def read_evaluation(run_dir: str | Path) -> dict[str, dict[str, Any]]:
 
 def tokens_per_second(run_dir: str | Path) -> float | None:
     """Median of the logged training speeds: the first interval holds warm-up and must not count for more."""
-    speeds = [r["tokens_per_s"] for r in read_metrics(Path(run_dir) / "metrics.jsonl") if r.get("tokens_per_s")]
+    speeds = [r["tokens_per_s"] for r in read_metrics(Path(run_dir) / METRICS_FILE) if r.get("tokens_per_s")]
     return statistics.median(speeds) if speeds else None
 
 
@@ -55,8 +56,8 @@ def run_table(evaluation: Mapping[str, Row], speed: float | None = None, title: 
 def run_files(run_dir: str | Path) -> list[tuple[str, Path]]:
     """(what it is, path) of the files of a run that a person wants to find."""
     folder = Path(run_dir)
-    wanted = [("config", folder / "final_config.yaml"), ("evaluation", folder / "evaluation.json")]
-    wanted += [("metrics", folder / "metrics.jsonl"), ("curves", folder / CURVES), ("densities", folder / DENSITY)]
+    wanted = [("config", folder / CONFIG), ("evaluation", folder / EVALUATION)]
+    wanted += [("metrics", folder / METRICS_FILE), ("curves", folder / CURVES), ("densities", folder / DENSITY)]
     weights = [("weights", path) for _, path in list_checkpoints(folder)[:1]]
     return weights + [(name, path) for name, path in wanted if path.exists()]
 
