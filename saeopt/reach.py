@@ -39,7 +39,7 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
             _check_folders(config)
             if config.tlens_model_path is None:
                 continue
-            place = (config.model, config.data.context_length, tuple(config.saes.sae_positions))
+            place = (config.model, config.data.context_length, tuple(config.saes.hooks))
             if place not in models:
                 models[place] = weightless(config)[0]
             members = shapes(config, models[place])

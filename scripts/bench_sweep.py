@@ -115,9 +115,7 @@ def language_model_alone(config: RunConfig, runtime: Runtime, repeats: int) -> f
     from saeopt.activations.stream import ActivationStream
 
     model = runtime.language_model(config)
-    stream = ActivationStream(
-        model, runtime.token_data(config, model), model.resolve(config.saes.sae_positions), config
-    )
+    stream = ActivationStream(model, runtime.token_data(config, model), model.resolve(config.saes.hooks), config)
     group = stream.schedule.group
     batches = -(-config.log_every_n_grad_steps * config.gradient_accumulation_steps // group) * group
     tokens = batches * config.data.train_batch_size * config.data.context_length
@@ -131,16 +129,16 @@ def step_alone(configs: dict[str, RunConfig], runtime: Runtime, repeats: int) ->
     """Tokens/s (of the stream) of the SAE step of all members on one batch that is there already, per log step."""
     from saeopt.activations.stream import ActivationStream
     from saeopt.training.pack import Pack
-    from saeopt.training.setup import blank_members, calibrate, hook_points_of
+    from saeopt.training.setup import blank_members, calibrate, sites_of
 
     plans = [TrialPlan(name, config, Path()) for name, config in configs.items()]
     config = plans[0].config
     model = runtime.language_model(config)
-    tokens, hooks = runtime.token_data(config, model), hook_points_of(plans, model)
+    tokens, hooks = runtime.token_data(config, model), sites_of(plans, model)
     members = [m for plan in plans for m in blank_members(plan, hooks[plan.name], model, runtime)]
     calibrate(members, model, tokens, config, runtime)
     pack = Pack(members, runtime, total_samples=config.data.n_train_samples or 1)
-    stream = ActivationStream(model, tokens, pack.hook_points, config)
+    stream = ActivationStream(model, tokens, pack.hooks, config)
     batch = next(stream)
 
     window = config.log_every_n_grad_steps

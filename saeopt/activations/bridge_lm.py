@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -196,14 +196,15 @@ class BridgedModel:
         """Next-token logits_BTV."""
         return self.bridge(tokens_BT, return_type="logits")
 
-    def spliced_logits(self, tokens_BT: Tensor, name: str, splice: Callable[[Tensor], Tensor]) -> Tensor:
-        """logits_BTV with the value at a hook point replaced."""
+    def spliced_logits(self, tokens_BT: Tensor, splices: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        """logits_BTV with the values at hook points replaced."""
 
-        def replace(x: Tensor, hook: object = None) -> Tensor:
-            return splice(x)
+        def replacing(splice: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+            return lambda x, hook=None: splice(x)
 
-        with self._switched_on([name]):
-            return self.bridge.run_with_hooks(tokens_BT, return_type="logits", fwd_hooks=[(name, replace)])
+        hooks = [(name, replacing(splice)) for name, splice in splices.items()]
+        with self._switched_on(list(splices)):
+            return self.bridge.run_with_hooks(tokens_BT, return_type="logits", fwd_hooks=hooks)
 
     @contextlib.contextmanager
     def _switched_on(self, names: Sequence[str]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from saeopt.activations.bridge_lm import BridgedModel
 from saeopt.activations.hook_points import boundary, in_model_order, is_residual_pattern, match_hooks, residual_hooks
-from saeopt.activations.plain_lm import SAFE_FAMILIES, PlainDecoder, structural_copy
+from saeopt.activations.plain_lm import SAFE_FAMILIES, PlainDecoder, Splice, structural_copy
 from saeopt.activations.pretrained import (
     context_length_of,
     load_model,
@@ -97,7 +97,7 @@ class LanguageModel:
                 f"the {limit} positions of {config.model}"
             )
         raw = config.lm_processing == "raw"
-        check_hooks(config.saes.sae_positions, model_config, raw)
+        check_hooks(config.saes.hooks, model_config, raw)
         own = config.data.tokenizer_name
         try:
             tokenizer = load_tokenizer(own or config.model, required=not config.data.is_tokenized)
@@ -184,19 +184,19 @@ class LanguageModel:
         return self._plain.logits(tokens_BT) if self._plain is not None else self._bridge.logits(tokens_BT)
 
     @torch.no_grad()
-    def spliced_logits(self, tokens_BT: Tensor, hook: str, splice: Callable[[Tensor], Tensor]) -> Tensor:
-        """logits_BTV with x_BTd at a hook point replaced by `splice(x_BTd)`, cast back to the model's dtype."""
+    def spliced_logits(self, tokens_BT: Tensor, splices: Mapping[str, Splice]) -> Tensor:
+        """logits_BTV with x_BTd at each hook point replaced by its `splice(x_BTd)`, cast back to the model's dtype."""
         tokens_BT = tokens_BT.to(self.device)
 
-        def same_kind(x: Tensor) -> Tensor:
-            x_BTd = x.flatten(2)
-            return splice(x_BTd).to(x.dtype).reshape(x.shape)
+        def same_kind(splice: Splice) -> Splice:
+            return lambda x: splice(x.flatten(2)).to(x.dtype).reshape(x.shape)
 
-        at = self._boundary(hook)
-        if at is not None:
-            assert self._plain is not None
-            return self._plain.spliced_logits(tokens_BT, at, same_kind)
-        return self._bridge.spliced_logits(tokens_BT, hook, same_kind)
+        alike = {hook: same_kind(splice) for hook, splice in splices.items()}
+        bounds = {hook: self._boundary(hook) for hook in alike}
+        at = {bound: alike[hook] for hook, bound in bounds.items() if bound is not None}
+        if self._plain is not None and len(at) == len(alike):
+            return self._plain.spliced_logits(tokens_BT, at)
+        return self._bridge.spliced_logits(tokens_BT, alike)
 
 
 def _identity(model: nn.Module) -> str:

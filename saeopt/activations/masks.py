@@ -6,7 +6,7 @@ Suffixes: b sequences, T positions, N = b·T tokens, d width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ def keep_tokens(tokens_bT: Tensor, special_ids: Iterable[int], data: DataConfig 
     if data is not None and data.skip_first_positions:
         keep_bT[:, : data.skip_first_positions] = False
     return keep_bT
+
+
+def side_by_side(x: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
+    """The activations of some hook points, joined along their last axis."""
+    return x[hooks[0]] if len(hooks) == 1 else torch.cat([x[hook] for hook in hooks], dim=-1)
 
 
 def norm_limit(x_Nd: Tensor, keep_N: Tensor, medians: float | None) -> float:

@@ -6,11 +6,12 @@ Suffixes: B batch, T positions, d width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from saeopt.console import log
 
@@ -64,9 +65,16 @@ class PlainDecoder:
         """Next-token logits_BTV."""
         return self.model(input_ids=tokens_BT, use_cache=False).logits
 
-    def spliced_logits(self, tokens_BT: Tensor, at: int, splice: Splice) -> Tensor:
-        """logits_BTV with the residual stream at a boundary replaced by `splice` of it."""
+    def spliced_logits(self, tokens_BT: Tensor, splices: Mapping[int, Splice]) -> Tensor:
+        """logits_BTV with the residual stream at each boundary replaced by its `splice`."""
+        handles = [self._hook(at, splice) for at, splice in splices.items()]
+        try:
+            return self.logits(tokens_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
 
+    def _hook(self, at: int, splice: Splice) -> RemovableHandle:
         def before(
             _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
         ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -78,13 +86,8 @@ class PlainDecoder:
             return (splice(out[0]), *out[1:]) if isinstance(out, tuple) else splice(out)
 
         if at < len(self.layers):
-            handle = self.layers[at].register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = self.layers[-1].register_forward_hook(after)
-        try:
-            return self.logits(tokens_BT)
-        finally:
-            handle.remove()
+            return self.layers[at].register_forward_pre_hook(before, with_kwargs=True)
+        return self.layers[-1].register_forward_hook(after)
 
 
 class _Trunk:

@@ -11,6 +11,7 @@ Suffixes: b sequences of a micro-batch, T positions, N = tokens, d width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saeopt.activations.harvest import Group, GroupTokens, Harvester
-from saeopt.activations.masks import keep_norms
+from saeopt.activations.masks import keep_norms, side_by_side
 from saeopt.activations.prefetch import Prefetch
 from saeopt.saes.noise import derived_seed
 
@@ -38,7 +39,7 @@ TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
 class Batch:
     """One micro-batch of one rank, on the device of the language model; valid until the next one is asked for.
 
-    `keep_N` follows from the token ids alone; :meth:`keep` leaves out the norm outliers of a hook point too. With a
+    `keep_N` follows from the token ids alone; :meth:`keep` leaves out the norm outliers of a site too. With a
     shuffle buffer the rows are tokens of the whole buffer, and the slots number the rows and nothing else.
     """
 
@@ -47,13 +48,21 @@ class Batch:
     first_slot: int
     n_slots: int
     tokens_per_slot: int
-    _kept: dict[tuple[str, float], Tensor] = field(default_factory=dict, repr=False)
+    _joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
+    _kept: dict[tuple[tuple[str, ...], float], Tensor] = field(default_factory=dict, repr=False)
 
-    def keep(self, hook: str, norm_limit: float) -> Tensor:
-        """keep_N (bool) at one hook point, without tokens of a larger norm."""
-        key = (hook, norm_limit)
+    def at(self, hooks: tuple[str, ...]) -> Tensor:
+        """x_Nd of some hook points side by side; the same tensor whenever it is asked for."""
+        if hooks not in self._joined:
+            self._joined[hooks] = side_by_side(self.x, hooks)
+        return self._joined[hooks]
+
+    def keep(self, hooks: tuple[str, ...], norm_limit: float) -> Tensor:
+        """keep_N (bool) at the hook points of a site, without tokens that have a larger norm there."""
+        key = (hooks, norm_limit)
         if key not in self._kept:
-            self._kept[key] = keep_norms(self.x[hook], self.keep_N, norm_limit)
+            x_Nd = self.x[hooks[0]] if norm_limit == math.inf else self.at(hooks)
+            self._kept[key] = keep_norms(x_Nd, self.keep_N, norm_limit)
         return self._kept[key]
 
 

@@ -14,6 +14,7 @@ from saeopt.config.base import got
 from saeopt.config.marks import Slow, role
 from saeopt.config.names import field_suggestion
 from saeopt.config.roles import MEMBER_FIELDS, Place, places
+from saeopt.config.sites import as_list
 from saeopt.errors import UserError
 
 
@@ -68,8 +69,8 @@ def field_value(field: str, value: object, sae_type: str, source: str) -> Any:
         raise UserError(
             f"{source}: unknown config field '{field}'{field_suggestion(field, field_names(sae_type), sae_type)}"
         )
-    if field in ("saes.sae_positions", "saes.pretrained_sae_paths") and isinstance(value, str):
-        value = [value]
+    if field in ("saes.sae_positions", "saes.pretrained_sae_paths"):
+        value = as_list(value)
     adapter = _adapter(field, sae_type)
     try:
         return json.loads(adapter.dump_json(adapter.validate_python(value)))

@@ -299,9 +299,9 @@ class RunConfig(StrictModel):
         """Seed of the data order."""
         return self.data.seed or 0
 
-    def sae_at(self, hook_point: str) -> SAEConfig:
-        """The SAE section as it holds at one hook point."""
-        return self.saes.at(hook_point)
+    def sae_at(self, key: str) -> SAEConfig:
+        """The SAE section as it holds at one site."""
+        return self.saes.at(key)
 
 
 @cache

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from saeopt.config.base import Amount, Float, Span, StrictModel, Text, Weight
 from saeopt.config.marks import Located, Mark, Member, Reporting, Shape, Slow, Stack, WholeRun, fields_with
 from saeopt.config.names import Known, suggestion
+from saeopt.config.sites import Position, Site, SiteEntry, as_list, hooks_of, keys_of
 
 
 class SAEConfig(StrictModel):
@@ -24,8 +25,10 @@ class SAEConfig(StrictModel):
     """A registered architecture, or `package.module:Class`."""
     name: Reporting[WholeRun[Text | None]] = None
     """A label for people; the run's name starts with it."""
-    sae_positions: Annotated[Member[WholeRun[Annotated[list[Text], Field(min_length=1)]]], Slow(2)]
-    """Hook points: one name, a list, or glob patterns."""
+    sae_positions: Annotated[Member[WholeRun[Annotated[list[Position], Field(min_length=1)]]], Slow(2)]
+    """Hook points: one name, a list, or glob patterns. Or sites `{read: HOOK or [HOOKS], write: HOOK or [HOOKS],
+    name: …}` for transcoders (read and write differ) and crosscoders (several hook points); `name` (null:
+    `READ->WRITE`, several joined by `+`) is what the site is called in files, objectives and `saes.field@NAME`."""
     dict_size_to_input_ratio: Annotated[Shape[Annotated[Float, Field(ge=0.01, le=2**16)]], Slow(3)] = 8.0
     """h / d."""
     sparsity_coeff: Member[Weight] = 1.0
@@ -44,9 +47,10 @@ class SAEConfig(StrictModel):
     """matched: W_enc starts as c · W_decᵀ, with c such that ‖x̂‖ = ‖x‖ in the mean of the first batch; `transpose`: as
     W_decᵀ, or c · W_decᵀ where c is below 1; null: `transpose` for topk, `matched` for the others (recipe 1: all)."""
     bias_init: Member[Literal["geometric_median", "mean", "zero"]] = "geometric_median"
-    """What b_dec starts from, over the first batch."""
+    """What b_dec starts from, over the first batch; where what is written is not what is read, the mean stands for the
+    geometric median."""
     normalize_activations: Member[bool] = True
-    """Scale the activations of a hook point by one scalar so that E‖x‖ = √d."""
+    """Scale the activations of each hook point by one scalar so that E‖x‖ = √d."""
     dead_after_tokens: Stack[Amount | None] = None
     """A latent is dead when it has not fired for so many tokens; null: 10M, scaled down for short runs."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None
@@ -54,7 +58,7 @@ class SAEConfig(StrictModel):
     retrain_saes: Stack[bool] = True
     """false keeps the pretrained SAEs as they are: the run only evaluates them."""
     per_hook: Member[WholeRun[dict[Text, dict[str, Any]]]] = Field(default_factory=dict)
-    """Fields of this section that differ at one hook point: `{hook point: {field: value}}`."""
+    """Fields of this section that differ at one hook point or site: `{its name: {field: value}}`."""
 
     def idle(self) -> dict[str, str]:
         """Fields that change nothing with these values → the switch that each of them needs."""
@@ -64,7 +68,16 @@ class SAEConfig(StrictModel):
     @field_validator("sae_positions", "pretrained_sae_paths", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
-        return [value] if isinstance(value, str) else value
+        return as_list(value)
+
+    @field_validator("sae_positions")
+    @classmethod
+    def _keys_differ(cls, value: list[Position]) -> list[Position]:
+        keys = keys_of(value)
+        for entry in value:
+            if isinstance(entry, SiteEntry) and keys.count(entry.site.key) > 1:
+                raise ValueError(f"two sites are called '{entry.site.key}': give them a 'name'")
+        return value
 
     @field_validator("pretrained_sae_paths")
     @classmethod
@@ -93,6 +106,21 @@ class SAEConfig(StrictModel):
         """What decides how sparse the code is, in a run's name."""
         return f"lambda{self.sparsity_coeff:g}"
 
-    def at(self, hook_point: str) -> Self:
-        """This section with the overrides of one hook point applied."""
-        return self._merged(self.per_hook.get(hook_point, {}))
+    def at(self, key: str) -> Self:
+        """This section with the overrides of one site applied."""
+        return self._merged(self.per_hook.get(key, {}))
+
+    @property
+    def keys(self) -> list[str]:
+        """The sites' keys; of hook points the names and patterns."""
+        return keys_of(self.sae_positions)
+
+    @property
+    def hooks(self) -> list[str]:
+        """Names and patterns of all hook points that are read or written."""
+        return hooks_of(self.sae_positions)
+
+    def site(self, key: str) -> Site:
+        """The site of this key; a hook point's name is that of an autoencoder there."""
+        entries = [p.site for p in self.sae_positions if isinstance(p, SiteEntry)]
+        return next((site for site in entries if site.key == key), Site.of(key))

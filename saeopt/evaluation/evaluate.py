@@ -1,6 +1,6 @@
 """Evaluate any number of SAEs on held-out tokens: the language model runs once per batch for all of them.
 
-Shape suffixes: B sequences, T positions, N = B·T tokens, d model width, h dictionary width.
+Shape suffixes: B sequences, T positions, N = B·T tokens, d width read, e width written, h dictionary width.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saeopt.activations.masks import keep_mask
+from saeopt.activations.masks import keep_mask, side_by_side
 from saeopt.config.run import Ablation, DataConfig
+from saeopt.config.sites import Site
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
 from saeopt.saes.base import SAE
@@ -24,7 +25,7 @@ CODE_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 Key = TypeVar("Key")
 Keep = Callable[[Tensor, Tensor], Tensor]
-"""(tokens_BT, x_BTd of a hook point) → which positions count, bool (B, T)."""
+"""(tokens_BT, x_BTd of a site's hook points) → which positions count, bool (B, T)."""
 
 
 class SplicingModel(Protocol):
@@ -38,28 +39,32 @@ class SplicingModel(Protocol):
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V)."""
 
-    def spliced_logits(self, tokens_BT: Tensor, hook: str, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits with the activations of one hook point replaced by `fn` of them."""
+    def spliced_logits(self, tokens_BT: Tensor, splices: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        """Logits with the activations of some hook points, all at once, replaced by a function of them each."""
 
 
 @dataclass
 class _Member:
-    hook: str
+    site: Site
     sae: SAE
     sums: Accumulator
     cross_entropy: CrossEntropy
 
     @property
-    def place(self) -> tuple[str, float]:
-        """What says which tokens count: the hook point and its limit for outliers."""
-        return self.hook, self.sae.norm_limit
+    def place(self) -> tuple[Site, float]:
+        """What says which tokens count: the site and its limit for outliers."""
+        return self.site, self.sae.norm_limit
 
 
 @torch.no_grad()
 def reconstruct(
-    sae: SAE, x_Nd: Float[Tensor, "N d"], keep_N: Bool[Tensor, " N"] | None = None, sums: Accumulator | None = None
-) -> Float[Tensor, "N d"]:
-    """x̂ of raw activations in raw units, block by block; adds to `sums` on the way."""
+    sae: SAE,
+    x_Nd: Float[Tensor, "N d"],
+    keep_N: Bool[Tensor, " N"] | None = None,
+    sums: Accumulator | None = None,
+    y_Ne: Float[Tensor, "N e"] | None = None,
+) -> Float[Tensor, "N e"]:
+    """ŷ from raw activations in raw units, block by block; adds to `sums` on the way. `y_Ne` None: y is x."""
     out = []
     block = max(1, CODE_BYTES.get(x_Nd.device.type, 2**26) // (4 * sae.h))
     for start in range(0, len(x_Nd), block):
@@ -68,7 +73,8 @@ def reconstruct(
         x_hat_bd = sae.decode(f_bh)
         out.append(x_hat_bd)
         if sums is not None:
-            sums.update(x_bd, x_hat_bd, f_bh, None if keep_N is None else keep_N[start : start + block])
+            y_be = x_bd if y_Ne is None else y_Ne[start : start + block].to(x_bd.dtype)
+            sums.update(y_be, x_hat_bd, f_bh, None if keep_N is None else keep_N[start : start + block])
     return torch.cat(out)
 
 
@@ -84,7 +90,7 @@ def keep_rule(lm: SplicingModel, data: DataConfig | None, norm_limit: float) -> 
 
 @torch.no_grad()
 def evaluate(
-    saes: Mapping[Key, SAE | tuple[str, SAE]],
+    saes: Mapping[Key, SAE | tuple[str | Site, SAE]],
     lm: SplicingModel,
     tokens: Iterable[Int[Tensor, "B T"]],
     *,
@@ -98,24 +104,25 @@ def evaluate(
 ) -> dict[Key, Metrics]:
     """Metrics of every SAE over all batches, as plain Python numbers.
 
-    `saes` maps a hook point to its SAE, or any key to (hook point, SAE); several may share a hook point. Which
-    positions count follows from `data`, or is said by `keep`. With several ranks each gives its own tokens, and
-    `reduce` sums tensors over them in place; the ranks must name the SAEs in the same order. `progress` gets the
-    number of sequences of each finished batch.
+    `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share a site. At a site
+    that writes elsewhere than it reads everything is measured against what it is to give, and its cross-entropies are
+    those with all that it writes replaced, or zeroed, at once. Which positions count follows from `data`, or is said by
+    `keep`. With several ranks each gives its own tokens, and `reduce` sums tensors over them in place; the ranks must
+    name the SAEs in the same order. `progress` gets the number of sequences of each finished batch.
     """
     if not saes:
         return {}
     first = next(iter(saes.values()))
     device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
     members = {key: _member(key, value) for key, value in saes.items()}
-    hooks = list(dict.fromkeys(member.hook for member in members.values()))
+    hooks = list(dict.fromkeys(hook for member in members.values() for hook in member.site.hooks))
     places = list(dict.fromkeys(member.place for member in members.values()))
     rules = {place: keep or keep_rule(lm, data, place[1]) for place in places}
     rows = 1  # sequences whose logits are held at once; more from when the size of the vocabulary is known
     for batch in tokens:
         tokens_BT = batch.to(device)
         x = lm.activations(tokens_BT, hooks)
-        kept = {place: rules[place](tokens_BT, x[place[0]]) for place in places}
+        kept = {place: rules[place](tokens_BT, side_by_side(x, place[0].hooks)) for place in places}
         rows = rows if cross_entropy else max(1, len(batch))
         start = 0
         while start < len(batch):
@@ -124,7 +131,8 @@ def evaluate(
             clean_BTV = lm.logits(tokens_BT[part]) if cross_entropy else None
             for place in places:
                 here = [member for member in members.values() if member.place == place]
-                _evaluate_hook(here, lm, tokens_BT[part], x[place[0]][part], kept[place][part], clean_BTV, ce_ablation)
+                x_here = {hook: x[hook][part] for hook in place[0].hooks}
+                _evaluate_site(here, lm, tokens_BT[part], x_here, kept[place][part], clean_BTV, ce_ablation)
             if clean_BTV is not None:
                 rows = sequences_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
         if progress is not None:
@@ -134,33 +142,39 @@ def evaluate(
     return {key: _result(member, cross_entropy) for key, member in members.items()}
 
 
-def _member(key: object, value: SAE | tuple[str, SAE]) -> _Member:
-    hook, sae = value if isinstance(value, tuple) else (str(key), value)
-    device, norm_h = sae.W_enc.device, sae.W_dec.detach().norm(dim=-1)
-    sums = Accumulator(sae.d, sae.h, scale=sae.scale, norm_h=norm_h, device=device)
-    return _Member(hook, sae, sums, CrossEntropy(device))
+def _member(key: object, value: SAE | tuple[str | Site, SAE]) -> _Member:
+    site, sae = value if isinstance(value, tuple) else (str(key), value)
+    device, W_dec, scale = sae.W_enc.device, sae.W_dec.detach(), sae.scale
+    if sae.widths is not None:
+        W_dec, scale = W_dec / sae.write_scale, sae.ones()
+    sums = Accumulator(sae.e, sae.h, scale=scale, norm_h=W_dec.norm(dim=-1), device=device)
+    return _Member(Site.of(site) if isinstance(site, str) else site, sae, sums, CrossEntropy(device))
 
 
-def _evaluate_hook(
+def _evaluate_site(
     members: list[_Member],
     lm: SplicingModel,
     tokens_BT: Tensor,
-    x_BTd: Tensor,
+    x: Mapping[str, Tensor],
     keep_BT: Tensor,
     clean_BTV: Tensor | None,
     ce_ablation: Ablation,
 ) -> None:
-    hook, x_Nd, keep_N = members[0].hook, x_BTd.flatten(0, 1), keep_BT.flatten()
+    site, keep_N = members[0].site, keep_BT.flatten()
+    x_Nd = side_by_side(x, site.reads).flatten(0, 1)
+    y_Ne = None if site.reads == site.writes else side_by_side(x, site.writes).flatten(0, 1)
     if clean_BTV is not None:
         clean = pass_sums(clean_BTV, clean_BTV, tokens_BT, keep_BT, with_kl=False)
         zeroed_BT = keep_BT if ce_ablation == "unmasked" else torch.ones_like(keep_BT)
-        zeroed_BTV = lm.spliced_logits(tokens_BT, hook, splicer(None, zeroed_BT))
+        zeroed_BTV = lm.spliced_logits(tokens_BT, dict.fromkeys(site.writes, splicer(None, zeroed_BT)))
         zero = pass_sums(clean_BTV, zeroed_BTV, tokens_BT, keep_BT, with_kl=False)
         del zeroed_BTV
     for member in members:
-        x_hat_BTd = reconstruct(member.sae, x_Nd, keep_N, member.sums).view_as(x_BTd)
+        y_hat_BTe = reconstruct(member.sae, x_Nd, keep_N, member.sums, y_Ne).unflatten(0, keep_BT.shape)
         if clean_BTV is not None:
-            spliced_BTV = lm.spliced_logits(tokens_BT, hook, splicer(x_hat_BTd, keep_BT))
+            parts = y_hat_BTe.split([x[hook].shape[-1] for hook in site.writes], dim=-1)
+            splices = {hook: splicer(part, keep_BT) for hook, part in zip(site.writes, parts, strict=True)}
+            spliced_BTV = lm.spliced_logits(tokens_BT, splices)
             sums = pass_sums(clean_BTV, spliced_BTV, tokens_BT, keep_BT, with_kl=True)
             member.cross_entropy.update(clean, zero, sums, keep_BT)
 

@@ -16,6 +16,7 @@ from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import HeldOut, TokenData
 from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
 from saeopt.config.io import changed
+from saeopt.config.sites import Site
 from saeopt.console import error_console, log
 from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions
@@ -23,6 +24,7 @@ from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.metrics import Metrics
 from saeopt.runs.names import CONFIG
 from saeopt.runs.weights import Checkpoint, list_checkpoints
+from saeopt.saes.base import SAE
 
 
 def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunConfig:
@@ -56,10 +58,9 @@ def measure(
         torch.set_num_threads(config.threads)
     config, n = (config, 0) if everything else _samples(config, n_eval_samples)
     lm = LanguageModel.load(config, device)
-    for hook, sae in loaded.saes.items():
-        lm.resolve([hook])
-        if lm.width(hook) != sae.d:
-            raise UserError(f"{loaded.path}: the SAE at '{hook}' has width {sae.d}, the model {lm.width(hook)}")
+    sites = {key: loaded.config.saes.site(key) for key in loaded.saes}
+    for key, sae in loaded.saes.items():
+        _check_widths(loaded.path, sites[key], sae, lm)
     batches, n = _held_out(config, lm, n, everything)
     _set_norm_limits(loaded, config, lm)
     seen = Seen()
@@ -67,7 +68,7 @@ def measure(
         task = bar.add_task("evaluating", total=n)
         try:
             found = evaluate(
-                loaded.saes,
+                {key: (sites[key], sae) for key, sae in loaded.saes.items()},
                 lm,
                 seen.watch(_first(batches, n)),
                 data=config.data,
@@ -82,6 +83,16 @@ def measure(
             ) from None
     rows = {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
     return rows, conditions(config, lm, seen, cross_entropy)
+
+
+def _check_widths(path: Path, site: Site, sae: SAE, lm: LanguageModel) -> None:
+    read, written = (sae.widths.reads, sae.widths.writes) if sae.widths is not None else ((sae.d,), (sae.d,))
+    for hooks, widths in ((site.reads, read), (site.writes, written)):
+        for hook, width in zip(hooks, widths, strict=True):
+            lm.resolve([hook])
+            if (have := lm.width(hook)) != width:
+                where = "" if site.one else f" at {hook}"
+                raise UserError(f"{path}: the SAE at '{site.key}' has width {width}{where}, the model {have}")
 
 
 def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
@@ -99,8 +110,9 @@ def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel) -
     lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
     if lacking:
         tokens = TokenData.load(config.data, lm)
-        for hook, measured in calibration(lacking, lm, tokens, config).items():
-            loaded.saes[hook].norm_limit = measured.norm_limit
+        sites = [loaded.config.saes.site(key) for key in lacking]
+        for site, measured in calibration(sites, lm, tokens, config).items():
+            loaded.saes[site.key].norm_limit = measured.norm_limit
 
 
 def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:

@@ -21,7 +21,7 @@ def run_name(config: RunConfig) -> str:
     if config.wandb_run_name:
         return _safe(config.wandb_run_name)
     saes = config.saes
-    head = [saes.name or saes.sae_type.rpartition(":")[2], PurePath(config.model).name, _hooks(saes.sae_positions)]
+    head = [saes.name or saes.sae_type.rpartition(":")[2], PurePath(config.model).name, _hooks(saes.keys)]
     tail = [saes.sparsity_label, f"lr{config.lr:g}", f"x{saes.dict_size_to_input_ratio:g}"]
     if config.max_grad_norm != 1.0:
         tail.append("noclip" if config.max_grad_norm is None else f"clip{config.max_grad_norm:g}")

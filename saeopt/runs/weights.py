@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from saeopt.saes.base import SAE
+    from saeopt.saes.base import SAE, Widths
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], samples: int) -> None:
-    """Write the SAEs of one run, by hook point, atomically."""
+    """Write the SAEs of one run, by their sites' keys, atomically."""
     described = {
         "config": as_typed(config.model_dump(mode="json", exclude=set(REPORTING) - {"as_typed"})),
         "samples": samples,
@@ -53,8 +53,10 @@ def save_weights(path: str | Path, config: RunConfig, saes: Mapping[str, SAE], s
     write_tensors(Path(path), tensors, described)
 
 
-def _description(sae: SAE, config: RunConfig) -> dict[str, int | float | str]:
-    found: dict[str, int | float | str] = {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type}
+def _description(sae: SAE, config: RunConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"d": sae.d, "h": sae.h, "sae_type": config.saes.sae_type}
+    if sae.widths is not None:
+        found["widths"] = sae.widths._asdict()
     return found if sae.norm_limit == math.inf else {**found, "norm_limit": sae.norm_limit}
 
 
@@ -78,9 +80,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
     return Checkpoint(Path(path), samples, config, saes)
 
 
-def _build(
-    path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, int | float | str], tensors: dict[str, Tensor]
-) -> SAE:
+def _build(path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, Any], tensors: dict[str, Tensor]) -> SAE:
+    from saeopt.saes.base import where
     from saeopt.saes.registry import get_sae
 
     if "W_enc" not in tensors:
@@ -93,6 +94,7 @@ def _build(
         recipe=config.recipe,
         dtype=tensors["W_enc"].dtype,
         device=tensors["W_enc"].device,
+        **where(_widths(shape.get("widths"))),
     )
     try:
         sae.load_state_dict(tensors)
@@ -100,6 +102,14 @@ def _build(
         raise CorruptCheckpoint(f"{path}: the tensors of '{hook}' do not fit its config: {error}") from None
     sae.norm_limit = float(shape.get("norm_limit", math.inf))
     return sae.requires_grad_(False)
+
+
+def _widths(stored: Mapping[str, Any] | None) -> Widths | None:
+    from saeopt.saes.base import Widths
+
+    if stored is None:
+        return None
+    return Widths(tuple(stored["reads"]), tuple(stored["writes"]), bool(stored["same"]))
 
 
 def load_checkpoint(

@@ -1,6 +1,7 @@
 """What every sparse autoencoder has: parameters, initialisation, normalisation, folding.
 
-Shape suffixes: N tokens, d model width, h dictionary width. Rows of W_dec are features.
+Shape suffixes: N tokens, d width read, e width written (d for an autoencoder), h dictionary width. Rows of W_dec are
+features.
 :meth:`SAE.encode`, :meth:`SAE.decode` and :meth:`SAE.forward` take and give raw activations; everything else, and so
 everything that an architecture defines, works on normalised activations x · scale.
 """
@@ -24,6 +25,20 @@ from saeopt.config.saes import SAEConfig
 from saeopt.saes.numbers import Number, sparsity_coeff
 
 Reduction = Literal["sum", "min", "max"]
+
+
+class Widths(NamedTuple):
+    """Widths of the hook points that a dictionary reads and of those that it writes; x and y are these side by side."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    same: bool
+    """Whether it writes what it reads (a crosscoder); else it is a transcoder."""
+
+
+def where(widths: Widths | None) -> dict[str, Any]:
+    """The argument that only other sites than autoencoders' need: a class of a user may not have it."""
+    return {} if widths is None else {"widths": widths}
 
 
 @dataclass
@@ -113,6 +128,10 @@ class SAE(nn.Module):
     needs_dead: ClassVar[bool] = False
     default_decoder_norm: ClassVar[str] = "free"
     """What `decoder_norm: null` means under recipe 2."""
+    default_transcoder_norm: ClassVar[str] = "free"
+    """The same where what is written is not what is read: there W_dec starts at 0, and rows of norm 1 cannot."""
+    zero_decoder: ClassVar[bool] = True
+    """Whether a transcoder's W_dec may start at 0: not where only its rows' directions count."""
     default_encoder_start: ClassVar[str] = "matched"
     """What `encoder_start: null` means under recipe 2."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
@@ -132,27 +151,36 @@ class SAE(nn.Module):
         recipe: int = 2,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        widths: Widths | None = None,
     ) -> None:
+        """`widths` None: an autoencoder at one hook point of width d."""
         super().__init__()
         self.d, self.h, self.config, self.legacy_scaling, self.recipe = d, h, config, legacy_scaling, recipe
-        default = "free" if recipe == 1 else self.default_decoder_norm
+        self.widths, self.e = widths, d if widths is None else sum(widths.writes)
+        usual = self.default_transcoder_norm if self.transcodes else self.default_decoder_norm
+        default = "free" if recipe == 1 else usual
         self.unit_rows = (config.decoder_norm or default) == "unit"
         start = "matched" if recipe == 1 else self.default_encoder_start
         self.encoder_start = config.encoder_start or start
         self.dtype, self.device = dtype, device
         self.norm_limit = math.inf
-        """Raw norm above which a token is left out at its hook point (`data.mask_norm_outliers`)."""
+        """Raw norm above which a token is left out at its site (`data.mask_norm_outliers`)."""
         self.unit_lengths: Tensor | None
         """h lengths that the code is multiplied by (:meth:`unit_decoder`)."""
         self.register_buffer("unit_lengths", None, persistent=False)
         self.W_enc = self.parameter(d, h)
-        self.W_dec = self.parameter(h, d)
+        self.W_dec = self.parameter(h, self.e)
         for name in self.latent_vectors:
             setattr(self, name, self.parameter(h))
-        self.b_dec = self.parameter(d)
+        self.b_dec = self.parameter(self.e)
         self.scale: Tensor
+        """What normalises x: one number, or one per hook point read."""
+        self.scale_written: Tensor
+        """One number per hook point written, where these are not one hook point that is read as well."""
         self.tokens_since_fired: Tensor
-        self.register_buffer("scale", torch.ones((), dtype=dtype, device=device))
+        self.register_buffer("scale", self.ones() if widths is None else self.ones(len(widths.reads)))
+        if widths is not None:
+            self.register_buffer("scale_written", self.ones(len(widths.writes)))
         self.register_buffer("tokens_since_fired", torch.zeros(h, dtype=torch.int64, device=device))
         self.build()
 
@@ -162,6 +190,25 @@ class SAE(nn.Module):
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new parameter of zeros in the module's dtype and on its device."""
         return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
+
+    def ones(self, *shape: int) -> Tensor:
+        """The first value of a buffer, in the module's dtype and on its device."""
+        return torch.ones(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether what is written is not what is read."""
+        return self.widths is not None and not self.widths.same
+
+    @property
+    def read_scale(self) -> Tensor:
+        """What x is multiplied by: one number, or d of them."""
+        return self.scale if self.widths is None else _spread(self.scale, self.widths.reads)
+
+    @property
+    def write_scale(self) -> Tensor:
+        """What y is multiplied by: one number, or e of them."""
+        return self.scale if self.widths is None else _spread(self.scale_written, self.widths.writes)
 
     @property
     def selected(self) -> int:
@@ -179,15 +226,15 @@ class SAE(nn.Module):
     # ---- what people call: raw activations in raw units
     def encode(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N h"]:
         """The evaluation code f of raw activations: the code that was trained, in normalised units."""
-        f_Nh = self.code(x_Nd.to(self.W_enc.dtype) * self.scale)
+        f_Nh = self.code(x_Nd.to(self.W_enc.dtype) * self.read_scale)
         return f_Nh if self.unit_lengths is None else f_Nh * self.unit_lengths
 
-    def decode(self, f_Nh: Float[Tensor, "*N h"]) -> Float[Tensor, "*N d"]:
+    def decode(self, f_Nh: Float[Tensor, "*N h"]) -> Float[Tensor, "*N e"]:
         """Raw activations from a code."""
-        return self.reconstruct(f_Nh) / self.scale
+        return self.reconstruct(f_Nh) / self.write_scale
 
-    def forward(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N d"]:
-        """Reconstruction of raw activations in raw units."""
+    def forward(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N e"]:
+        """Reconstruction of y, in raw units, from raw activations."""
         return self.decode(self.encode(x_Nd))
 
     # ---- what an architecture defines
@@ -202,21 +249,23 @@ class SAE(nn.Module):
         """
         raise NotImplementedError
 
-    def reconstruct(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N d"]:
+    def reconstruct(self, f_Nh: Float[Tensor, "N h"]) -> Float[Tensor, "N e"]:
         """Normalised activations from a code: f W_dec + b_dec."""
         return f_Nh @ self.W_dec + self.b_dec
 
     # ---- common
     @torch.no_grad()
-    def initialise(self, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
-        """Set the initial weights from normalised, unmasked activations and a CPU generator."""
+    def initialise(
+        self, x_Nd: Float[Tensor, "N d"], generator: torch.Generator, y_Ne: Float[Tensor, "N e"] | None = None
+    ) -> None:
+        """Set the initial weights from normalised, unmasked activations (y None: x) and a CPU generator."""
         from saeopt.saes.init import initialise
 
-        initialise(self, x_Nd, generator)
+        initialise(self, x_Nd, generator, y_Ne)
 
     @torch.no_grad()
-    def measure(self, x_Nd: Float[Tensor, "N d"]) -> None:
-        """Keep what the loss needs to know of normalised, unmasked activations; here nothing."""
+    def measure(self, y_Ne: Float[Tensor, "N e"]) -> None:
+        """Keep what the loss needs to know of what is to be given, normalised and unmasked; here nothing."""
 
     @torch.no_grad()
     def start_encoder(self, directions_dh: Tensor, x_Nd: Tensor) -> None:
@@ -263,13 +312,15 @@ class SAE(nn.Module):
     def folded(self) -> Self:
         """A copy with scale 1: the scale is folded into the weights (W_enc · s, W_dec / s), the code is unchanged."""
         other = copy.deepcopy(self)
-        other.W_enc.mul_(self.scale)
-        other.b_dec.div_(self.scale)
-        other.W_dec.div_(self.scale)
+        other.W_enc.mul_(self.read_scale.view(-1, 1))
+        other.b_dec.div_(self.write_scale)
+        other.W_dec.div_(self.write_scale)
         other.scale.fill_(1.0)
+        if other.widths is not None:
+            other.scale_written.fill_(1.0)
         return other
 
-    def decoder_rows(self) -> Float[Tensor, "h d"]:
+    def decoder_rows(self) -> Float[Tensor, "h e"]:
         """The rows that :meth:`reconstruct` adds up."""
         return self.W_dec
 
@@ -288,26 +339,36 @@ class SAE(nn.Module):
         return other
 
     # ---- pieces shared by the losses
+    def centred(self, x_Nd: Tensor) -> Tensor:
+        """x̄ = x − b_dec; x itself at any site but an autoencoder's."""
+        return x_Nd - self.b_dec if self.widths is None else x_Nd
+
     def pre_activation(self, x_Nd: Tensor) -> Tensor:
-        """π = (x − b_dec) W_enc + b_enc."""
-        return (x_Nd - self.b_dec) @ self.W_enc + self.b_enc
+        """π = x̄ W_enc + b_enc."""
+        return self.centred(x_Nd) @ self.W_enc + self.b_enc
 
     def decoder_norm_h(self) -> Tensor:
-        """‖W_dec‖ per row; ones where the rows are kept at norm 1."""
+        """‖W_dec‖ per row, added up over the hook points that it writes; ones where the rows are kept at norm 1."""
+        if self.widths is not None and len(self.widths.writes) > 1:
+            return torch.stack([part.norm(dim=-1) for part in self.W_dec.split(self.widths.writes, dim=-1)]).sum(0)
         if self.unit_rows:
             return torch.ones(self.h, dtype=self.W_dec.dtype, device=self.W_dec.device)
         return self.W_dec.norm(dim=-1)
 
     def squared_error(self, x_hat_Nd: Tensor, x_Nd: Tensor, keep_N: Tensor | None) -> Tensor:
-        """Σ over kept tokens of ‖x̂ − x‖², per unit of d under `legacy_scaling`."""
+        """Σ over kept tokens of ‖x̂ − x‖², per unit of e under `legacy_scaling`."""
         error_N = (x_hat_Nd - x_Nd).square().sum(-1)
         total = error_N.sum() if keep_N is None else (error_N * keep_N).sum()
-        return total / self.d if self.legacy_scaling else total
+        return total / self.e if self.legacy_scaling else total
 
     @staticmethod
     def masked(f_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
         """The code with the rows of masked tokens set to 0."""
         return f_Nh if keep_N is None else f_Nh * keep_N.unsqueeze(-1)
+
+
+def _spread(scale: Tensor, widths: tuple[int, ...]) -> Tensor:
+    return scale.repeat_interleave(torch.tensor(widths, device=scale.device), output_size=sum(widths))
 
 
 _NORMALISED = ("training_forward", "code", "reconstruct", "initialise", "measure", "start_encoder")

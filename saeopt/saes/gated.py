@@ -49,6 +49,7 @@ class GatedSAE(SAE):
 
     Config: ClassVar[type[SAEConfig]] = GatedConfig
     default_decoder_norm: ClassVar[str] = "unit"
+    default_transcoder_norm: ClassVar[str] = "unit"
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_gate", "b_mag", "r_mag")
     config: GatedConfig
     b_gate: nn.Parameter
@@ -66,7 +67,7 @@ class GatedSAE(SAE):
 
     def gate_and_code(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """π_gate and f."""
-        shared_Nh = (x_Nd - self.b_dec) @ self.W_enc
+        shared_Nh = self.centred(x_Nd) @ self.W_enc
         gate_Nh = shared_Nh + self.b_gate
         magnitude_Nh = MAGNITUDES[self.config.magnitude_activation](self.r_mag.exp() * shared_Nh + self.b_mag)
         return gate_Nh, magnitude_Nh * (gate_Nh > 0)

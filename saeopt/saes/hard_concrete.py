@@ -101,7 +101,7 @@ class NoisyGateSAE(SAE):
     beta: Tensor
 
     def build(self) -> None:
-        self.register_buffer("beta", torch.full_like(self.scale, self.config.initial_beta))
+        self.register_buffer("beta", self.ones() * self.config.initial_beta)
 
     def rescale_rows(self) -> bool:
         """Gates have no scale of their own to make up for the rows'; the first step does what `unit` asks for."""
@@ -123,7 +123,7 @@ class NoisyGateSAE(SAE):
     def penalty(self, log_alpha_Nh: Tensor, inputs: StepInputs) -> Tensor:
         """Σ over kept tokens of the expected number of open gates; divided by d under `legacy_scaling`."""
         open_Nh = probability_nonzero(log_alpha_Nh, inputs.beta, self.config.hard_concrete_stretch_limits)
-        return self.masked(open_Nh, inputs.keep_N).sum() / (self.d if self.legacy_scaling else 1)
+        return self.masked(open_Nh, inputs.keep_N).sum() / (self.e if self.legacy_scaling else 1)
 
 
 class HardConcreteSAE(NoisyGateSAE):
@@ -135,6 +135,7 @@ class HardConcreteSAE(NoisyGateSAE):
 
     Config: ClassVar[type[SAEConfig]] = HardConcreteConfig
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc", "b_gate")
+    zero_decoder: ClassVar[bool] = False
     config: HardConcreteConfig
     b_gate: nn.Parameter
     row_norm: Tensor
@@ -143,18 +144,18 @@ class HardConcreteSAE(NoisyGateSAE):
         super().build()
         if self.config.input_dependent_gates:
             self.W_gate = self.parameter(self.d, self.h)
-        self.register_buffer("row_norm", torch.ones_like(self.scale))
+        self.register_buffer("row_norm", self.ones())
 
     def start_encoder(self, directions_dh: Tensor, x_Nd: Tensor) -> None:
         """The gates look along the decoder too, with log α of order 1 whatever the units of x."""
         super().start_encoder(directions_dh, x_Nd)
         if self.config.input_dependent_gates:
-            typical = (x_Nd - self.b_dec).norm(dim=-1).mean().clamp_min(1e-12)
+            typical = self.centred(x_Nd).norm(dim=-1).mean().clamp_min(1e-12)
             self.W_gate.copy_(directions_dh * (math.sqrt(self.d) / typical))
 
     def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """log α and m."""
-        centred_Nd = x_Nd - self.b_dec
+        centred_Nd = self.centred(x_Nd)
         m_Nh = MAGNITUDES[self.config.magnitude_activation](centred_Nd @ self.W_enc + self.b_enc)
         if self.config.input_dependent_gates:
             return centred_Nd @ self.W_gate + self.b_gate, m_Nh
@@ -191,9 +192,12 @@ class HardConcreteSAE(NoisyGateSAE):
     def folded(self) -> Self:
         """As in the base; the decoder's units go into `row_norm`, and the gates see raw activations too."""
         other = super().folded()
-        other.row_norm.div_(self.scale)
+        if self.widths is None:
+            other.row_norm.div_(self.scale)
+        else:  # hook points with scales of their own: each row gets a norm of its own
+            other.row_norm = (self.decoder_rows() / self.write_scale).norm(dim=-1, keepdim=True)
         if self.config.input_dependent_gates:
-            other.W_gate.mul_(self.scale)
+            other.W_gate.mul_(self.read_scale.view(-1, 1))
         return other
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """How every architecture starts: decoder directions, decoder bias, and an encoder of the right size.
 
 Random numbers come from a CPU generator in float32 and are worked on there, so that the start does not depend
-on the device. Shape suffixes: N tokens, d model width, h dictionary width.
+on the device. Shape suffixes: N tokens, d width read, e width written, h dictionary width.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ _MATCH_TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> None:
+def initialise(
+    sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator, y_Ne: Float[Tensor, "N e"] | None = None
+) -> None:
     """Decoder rows of norm 1, W_enc = c · W_decᵀ with mean ‖x̂‖ = mean ‖x‖, biases 0, b_dec as `bias_init` says.
 
     c is found through the architecture's own evaluation form, so that gates and k are accounted for. With
-    `encoder_start: transpose` it is 1, or less where x̂ would be longer than x.
+    `encoder_start: transpose` it is 1, or less where x̂ would be longer than x. What writes something else than it
+    reads has random directions of norm 1 in W_enc, W_dec at 0 where that can be, and b_dec at the mean of y.
 
     Raises:
         ValueError: there is no token to start from.
@@ -32,13 +35,19 @@ def initialise(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator)
     if len(x_Nd) == 0:
         raise ValueError("no calibration token is left: every one was masked")
     x_Nd = x_Nd.to(sae.W_dec)
-    W_dec_hd = initial_decoder(sae.h, sae.d, sae.config.init_decoder_orthogonal, generator).to(sae.W_dec)
+    y_Ne, config = x_Nd if y_Ne is None else y_Ne.to(sae.W_dec), sae.config
+    directions_hd = initial_decoder(sae.h, sae.d, config.init_decoder_orthogonal, generator).to(sae.W_dec)
     for parameter in sae.parameters():
         parameter.zero_()
-    sae.W_dec.copy_(W_dec_hd)
-    sae.b_dec.copy_(initial_bias(x_Nd, sae.config.bias_init))
-    sae.start_encoder(W_dec_hd.T, x_Nd)
-    match_norm(sae, x_Nd, largest=1.0 if sae.encoder_start == "transpose" else math.inf)
+    if not sae.transcodes:
+        sae.W_dec.copy_(directions_hd)
+    elif sae.unit_rows or not sae.zero_decoder:
+        sae.W_dec.copy_(initial_decoder(sae.h, sae.e, config.init_decoder_orthogonal, generator))
+    mean = sae.transcodes and config.bias_init == "geometric_median"
+    sae.b_dec.copy_(initial_bias(y_Ne, "mean" if mean else config.bias_init))
+    sae.start_encoder(directions_hd.T, x_Nd)
+    if not sae.transcodes:
+        match_norm(sae, x_Nd, largest=1.0 if sae.encoder_start == "transpose" else math.inf)
 
 
 def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Float[Tensor, "h d"]:

@@ -32,7 +32,7 @@ class ReluSAE(SAE):
         """Terms `mse` and `sparsity`."""
         f_Nh = self.masked(self.code(x_Nd), inputs.keep_N)
         x_hat_Nd = self.reconstruct(f_Nh)
-        penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.d if self.legacy_scaling else 1)
+        penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.e if self.legacy_scaling else 1)
         return Forward(
             x_hat_Nd,
             f_Nh,

@@ -60,16 +60,16 @@ class TopKSAE(SAE):
 
     def build(self) -> None:
         if self.recipe > 1:
-            self.register_buffer("variance", torch.ones_like(self.scale))
+            self.register_buffer("variance", self.ones())
         if self.config.k > self.h:
             raise UserError(f"'saes.k': {self.config.k} exceeds the dictionary's {self.h} latents")
-        self.aux_k = min(self.h, self.config.aux_k or 2 ** max(0, math.floor(math.log2(self.d / 2))))
+        self.aux_k = min(self.h, self.config.aux_k or 2 ** max(0, math.floor(math.log2(self.e / 2))))
 
     @torch.no_grad()
-    def measure(self, x_Nd: Tensor) -> None:
+    def measure(self, y_Ne: Tensor) -> None:
         """V of normalised activations."""
         if self.recipe > 1:
-            self.variance.fill_(x_Nd.double().var(0, correction=0).sum())
+            self.variance.fill_(y_Ne.double().var(0, correction=0).sum())
 
     @property
     def selected(self) -> int:
@@ -79,7 +79,7 @@ class TopKSAE(SAE):
     @property
     def aux_share(self) -> float:
         """What multiplies V AuxK (recipe 1: AuxK)."""
-        return self.config.aux_coeff / (self.d if self.legacy_scaling and self.recipe > 1 else 1)
+        return self.config.aux_coeff / (self.e if self.legacy_scaling and self.recipe > 1 else 1)
 
     def code(self, x_Nd: Tensor) -> Tensor:
         """The k largest of relu(π)."""

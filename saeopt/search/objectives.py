@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from saeopt.config.sites import keys_of
 from saeopt.config.study import Objective, StudySpec
 from saeopt.errors import UserError
 from saeopt.metrics import value_of
@@ -15,7 +16,7 @@ Evaluation = Mapping[str, Mapping[str, float]]
 
 def _hook_points(spec: StudySpec) -> list[str]:
     saes = spec.base.get("saes", {})
-    return list(saes.get("sae_positions", []))
+    return keys_of(saes.get("sae_positions", []))
 
 
 def expanded(spec: StudySpec) -> list[tuple[str, Objective]]:

@@ -54,7 +54,7 @@ def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
         except UserError as error:
             raise UserError(f"{where}: base: {error}") from None
     _check_effects(spec, cells)
-    _check_hooks(spec, [cell.config.saes.sae_positions for cell in cells])
+    _check_hooks(spec, [cell.config.saes.keys for cell in cells])
 
 
 def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:

@@ -10,14 +10,16 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from saeopt.config import RunConfig, dump_yaml
+from saeopt.config.sites import resolved
 from saeopt.console import console, titled
 from saeopt.errors import UserError
 from saeopt.runs.naming import run_name
+from saeopt.saes.base import where
 from saeopt.saes.registry import get_sae
 from saeopt.training.environment import precision
 from saeopt.training.launch import notices
 from saeopt.training.memory import MemberShape, ModelShape, estimate
-from saeopt.training.setup import dictionary_width
+from saeopt.training.setup import dictionary_width, widths_at
 
 if TYPE_CHECKING:
     from saeopt.activations.language_model import LanguageModel
@@ -57,7 +59,7 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
     from saeopt.activations.pretrained import context_length_of, read_model_config
 
     model_config = read_model_config(config.model, config.tlens_model_path is not None)
-    check_hooks(config.saes.sae_positions, model_config, config.lm_processing == "raw")
+    check_hooks(config.saes.hooks, model_config, config.lm_processing == "raw")
     limit = context_length_of(model_config)
     if limit is not None and config.data.context_length > limit:
         raise UserError(f"'data.context_length': {config.data.context_length} is longer than the model's {limit}")
@@ -79,12 +81,13 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
 def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
     """The members of a run; their parameters are counted on torch's meta device."""
     found = []
-    for hook in model.resolve(config.saes.sae_positions):
-        section, d = config.sae_at(hook), model.width(hook)
+    for site in resolved(config.saes.sae_positions, model.resolve):
+        section, d, widths = config.sae_at(site.key), *widths_at(site, model)
         h = dictionary_width(section.dict_size_to_input_ratio, d)
-        sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"))
+        sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"), **where(widths))
         n_parameters = sum(p.numel() for p in sae.parameters())
-        found.append(MemberShape(hook, section.sae_type, d, h, n_parameters, sae.selected))
+        by_hook = None if widths is None else {hook: model.width(hook) for hook in site.hooks}
+        found.append(MemberShape(site.key, section.sae_type, d, h, n_parameters, sae.selected, sae.e, by_hook))
     return found
 
 
@@ -104,8 +107,10 @@ def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> 
 def _members_table(members: list[MemberShape], name: str) -> RenderableType:
     table = Table()
     table.add_column("hook point", overflow="fold")
-    for column in ("architecture", "d", "h", "parameters"):
+    wider = any(m.by_hook for m in members)
+    for column in ("architecture", *(("d read", "e written") if wider else ("d",)), "h", "parameters"):
         table.add_column(column, justify="right")
     for m in members:
-        table.add_row(m.hook_point, m.sae_type, str(m.d), str(m.h), f"{m.n_parameters:,}")
+        widths = (m.d, m.e or m.d, m.h) if wider else (m.d, m.h)
+        table.add_row(m.hook_point, m.sae_type, *map(str, widths), f"{m.n_parameters:,}")
     return titled(f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}", table)

@@ -33,8 +33,8 @@ from saeopt.training.setup import (
     check_plans,
     check_schedules,
     evaluation_in_samples,
-    hook_points_of,
     measure_norm_limits,
+    sites_of,
     total_samples,
 )
 from saeopt.training.trial import Trial, named, scalars
@@ -58,10 +58,10 @@ def train_pack(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = runtime.language_model(config)
-    hooks = hook_points_of(plans, model)
+    sites = sites_of(plans, model)
     tokens = runtime.token_data(config, model)
     trials = [
-        Trial(plan, RunFolder(plan.run_dir), blank_members(plan, hooks[plan.name], model, runtime)) for plan in plans
+        Trial(plan, RunFolder(plan.run_dir), blank_members(plan, sites[plan.name], model, runtime)) for plan in plans
     ]
     loop = _Loop(trials, model, tokens, runtime, observer or Observer())
     log.info("mixed_precision: %s", ", ".join(sorted({told for _, told in resolved})))
@@ -133,7 +133,7 @@ class _Loop:
             self.stream = ActivationStream(
                 self.model,
                 self.tokens,
-                self.pack.hook_points,
+                self.pack.hooks,
                 self.config,
                 rank=self.ranks.data.rank,
                 world=self.ranks.data.size,
@@ -288,7 +288,7 @@ class _Loop:
         if not self._evaluates or not trials:
             return {}
         data, ablation = self.config.data, self.config.ce_ablation
-        saes = {(t.plan.name, m.hook_point): (m.hook_point, m.sae) for t in trials for m in t.members}
+        saes = {(t.plan.name, m.hook_point): (m.site, m.sae) for t in trials for m in t.members}
         axis = self.ranks.data
         batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, None, axis.size)
         reduce = axis.reduce if axis.size > 1 else None
@@ -350,7 +350,7 @@ class _Loop:
     def _drop(self, members: list[Member], reason: str) -> None:
         self.pack.drop(members, reason)
         if self.stream is not None:
-            self.stream.keep_only(self.pack.hook_points)
+            self.stream.keep_only(self.pack.hooks)
 
     def _finish(self, trial: Trial) -> None:
         """All trials that reached the end together share one evaluation pass."""

@@ -6,7 +6,7 @@ sizes of scripts/bench_step.py); `scripts/bench_sweep.py` prints the estimate be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from saeopt.config.run import RunConfig
@@ -52,7 +52,11 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class MemberShape:
-    """One SAE: where it sits, its widths, its number of parameters, and k where it has one."""
+    """One SAE: its site's key, its widths, its number of parameters, and k where it has one.
+
+    `e` 0: what is written is as wide as what is read. `by_hook`: the widths of the site's hook points, where it is no
+    autoencoder's.
+    """
 
     hook_point: str
     sae_type: str
@@ -60,6 +64,13 @@ class MemberShape:
     h: int
     n_parameters: int
     k: int = 0
+    e: int = 0
+    by_hook: Mapping[str, int] | None = None
+
+    @property
+    def both(self) -> int:
+        """What is read and what is written, side by side."""
+        return self.d + (self.e or self.d)
 
 
 def estimate(
@@ -76,7 +87,7 @@ def estimate(
     sequences = config.lm_batch_size or (_GPU_PASS_TOKENS if on_gpu else micro) // data.context_length
     per_pass = max(1, sequences) * data.context_length
     group = max(micro, per_pass // micro * micro, _round_up(data.shuffle_buffer_tokens, micro))
-    widths = {m.hook_point: m.d for m in members}
+    widths = {hook: width for m in members for hook, width in (m.by_hook or {m.hook_point: m.d}).items()}
     activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
     per_token = lm_bytes * _LAYER_COPIES * max(widths.values())
     passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
@@ -106,12 +117,16 @@ def gpu_step(members: list[MemberShape], tokens: int, product_bytes: int = 2) ->
     The step needs most either behind the code's gradient, before there are any of the weights, or at its end.
     Members of a topk stack have room for the largest k among them.
     """
-    if product_bytes == 0:  # one member after another
-        return int(max(tokens * (_OTHER * m.h + 16 * m.d) for m in members)) + _GPU_LIBRARIES
+    slow = [m for m in members if product_bytes == 0 or m.by_hook]  # one member after another
+    needed = max((int(tokens * (_OTHER * m.h + 8 * m.both)) for m in slow), default=0)
+    if len(slow) == len(members):
+        return needed + _GPU_LIBRARIES
     stacks: dict[tuple[str, str, int, int], list[MemberShape]] = {}
     for m in members:
-        stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), []).append(m)
-    return max(_gpu_stack(stack, tokens, product_bytes) for stack in stacks.values()) + _GPU_LIBRARIES
+        if not m.by_hook:
+            stacks.setdefault((m.hook_point, m.sae_type, m.d, m.h), []).append(m)
+    fast = max(_gpu_stack(stack, tokens, product_bytes) for stack in stacks.values())
+    return max(needed, fast) + _GPU_LIBRARIES
 
 
 def _gpu_stack(members: list[MemberShape], tokens: int, product_bytes: int) -> int:
@@ -134,8 +149,9 @@ def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int
 
     def own(m: MemberShape) -> float:
         row = FAST.get(m.sae_type)
-        elements = min(tokens * m.h, CHUNK) if fused and row is not None else tokens * m.h
-        return (_OTHER if row is None else row.cpu_bytes) * elements + 16 * tokens * m.d
+        chunks = fused and row is not None and not m.by_hook
+        elements = min(tokens * m.h, CHUNK) if chunks else tokens * m.h
+        return (_OTHER if row is None else row.cpu_bytes) * elements + 8 * tokens * m.both
 
     return int(max(own(m) for m in members))
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from saeopt.activations.stream import Batch
 from saeopt.config.run import RunConfig
 from saeopt.config.saes import SAEConfig
+from saeopt.config.sites import Site
 from saeopt.errors import DeviceFault, is_device_fault
-from saeopt.saes.base import SAE
+from saeopt.saes.base import SAE, where
 from saeopt.saes.noise import derived_seed
 from saeopt.training.controls import Control, Controls, schedules
 from saeopt.training.runtime import Runtime
@@ -28,7 +29,7 @@ DEAD_SHARE_OF_RUN = 10
 
 @dataclass
 class Member:
-    """One SAE of one trial at one hook point. `reason` says why it no longer trains."""
+    """One SAE of one trial at one site (`hook_point`: the site's key). `reason` says why it no longer trains."""
 
     trial: str
     hook_point: str
@@ -38,8 +39,13 @@ class Member:
 
     @property
     def sae_config(self) -> SAEConfig:
-        """The SAE section as it holds at this hook point."""
+        """The SAE section as it holds at this site."""
         return self.sae.config
+
+    @property
+    def site(self) -> Site:
+        """What it reads and writes."""
+        return self.config.saes.site(self.hook_point)
 
     @property
     def noise_seed(self) -> int:
@@ -57,7 +63,14 @@ class _Group:
 
     def keep_N(self, batch: Batch) -> Tensor:
         """Which tokens of a batch count for these members."""
-        return batch.keep(self.members[0].hook_point, self.members[0].sae.norm_limit)
+        return batch.keep(self.members[0].site.hooks, self.members[0].sae.norm_limit)
+
+    def example(self, batch: Batch) -> Example:
+        """What these members see of a batch."""
+        site, place = self.members[0].site, Place(batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+        x_Nd = batch.at(site.reads)
+        y_Ne = x_Nd if site.reads == site.writes else batch.at(site.writes)
+        return Example(x_Nd, y_Ne, self.keep_N(batch), place)
 
     def __str__(self) -> str:
         first = self.members[0]
@@ -100,11 +113,10 @@ class Pack:
         sae = member.sae
         static = sae.config.model_dump_json(exclude=set(sae.stack_fields))
         return (
-            member.hook_point,
+            member.site,
             sae.norm_limit,
             type(sae),
-            sae.d,
-            sae.h,
+            (sae.d, sae.e, sae.h),
             sae.W_enc.dtype,
             (sae.legacy_scaling, sae.recipe),
             sae.config.normalize_activations,  # a stack shares one scaled x
@@ -115,9 +127,9 @@ class Pack:
         )
 
     @property
-    def hook_points(self) -> list[str]:
-        """Hook points that still have training members."""
-        return sorted({m.hook_point for m in self.active})
+    def hooks(self) -> list[str]:
+        """Hook points that training members still read or write."""
+        return sorted({hook for m in self.active for hook in m.site.hooks})
 
     @property
     def active(self) -> list[Member]:
@@ -141,11 +153,9 @@ class Pack:
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         for group in self.groups:
-            x_Nd, keep_N = batch.x[group.members[0].hook_point], group.keep_N(batch)
-            place = Place(batch.first_slot, batch.n_slots, batch.tokens_per_slot)
-            rows = Example(x_Nd, x_Nd, keep_N, place)
+            example = group.example(batch)
             with self._blamed(group):
-                (group.stack.step if whole else group.stack.accumulate)(rows, group.controls.numbers(samples_after))
+                (group.stack.step if whole else group.stack.accumulate)(example, group.controls.numbers(samples_after))
 
     @contextmanager
     def _blamed(self, group: _Group) -> Iterator[None]:
@@ -221,6 +231,7 @@ def detached(sae: SAE) -> SAE:
         recipe=sae.recipe,
         dtype=sae.W_enc.dtype,
         device=sae.W_enc.device,
+        **where(sae.widths),
     )
     with torch.no_grad():
         copied.load_state_dict(sae.state_dict())

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saeopt.activations.calibration import calibration
+from saeopt.activations.calibration import Calibration, calibration
 from saeopt.activations.language_model import LanguageModel
 from saeopt.activations.tokens import TokenData
 from saeopt.config.keys import stream_key
 from saeopt.config.run import RunConfig
+from saeopt.config.sites import Site, resolved
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.runs.weights import load_checkpoint
-from saeopt.saes.base import SAE
+from saeopt.saes.base import SAE, Widths, where
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member
@@ -83,15 +84,15 @@ def evaluation_in_samples(config: RunConfig, members: Sequence[Member], lm_param
     return config.data.n_eval_samples * ratio
 
 
-def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[str]]:
-    """The hook points of each trial.
+def sites_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[Site]]:
+    """The sites of each trial.
 
     Raises:
         UserError: the model lacks one, also one that `saes.per_hook` names.
     """
-    found = {plan.name: model.resolve(plan.config.saes.sae_positions) for plan in plans}
+    found = {plan.name: resolved(plan.config.saes.sae_positions, model.resolve) for plan in plans}
     for plan in plans:
-        for hook in set(plan.config.saes.per_hook) - set(found[plan.name]):
+        for hook in set(plan.config.saes.per_hook) - {site.key for site in found[plan.name]}:
             try:
                 model.resolve([hook])
             except UserError as error:
@@ -100,11 +101,11 @@ def hook_points_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str
     return found
 
 
-def blank_members(plan: TrialPlan, hook_points: Sequence[str], model: LanguageModel, runtime: Runtime) -> list[Member]:
+def blank_members(plan: TrialPlan, sites: Sequence[Site], model: LanguageModel, runtime: Runtime) -> list[Member]:
     """A trial's members with weights of zeros."""
     members = []
-    for hook in hook_points:
-        section, d = plan.config.sae_at(hook), model.width(hook)
+    for site in sites:
+        section, d, widths = plan.config.sae_at(site.key), *widths_at(site, model)
         sae = get_sae(section.sae_type)(
             d,
             dictionary_width(section.dict_size_to_input_ratio, d),
@@ -113,9 +114,16 @@ def blank_members(plan: TrialPlan, hook_points: Sequence[str], model: LanguageMo
             recipe=plan.config.recipe,
             dtype=runtime.weights_dtype,
             device=runtime.device,
+            **where(widths),
         )
-        members.append(Member(plan.name, hook, plan.config, sae))
+        members.append(Member(plan.name, site.key, plan.config, sae))
     return members
+
+
+def widths_at(site: Site, model: LanguageModel) -> tuple[int, Widths | None]:
+    """The width that is read at a site, and all widths where it is no autoencoder's."""
+    reads, writes = (tuple(map(model.width, hooks)) for hooks in (site.reads, site.writes))
+    return sum(reads), None if site.one else Widths(reads, writes, site.reads == site.writes)
 
 
 def dictionary_width(ratio: float, d: int) -> int:
@@ -132,27 +140,39 @@ def calibrate(
     """
     if not members:
         return
-    found = calibration(sorted({m.hook_point for m in members}), model, tokens, config)
-    limits = runtime.ranks.agree({hook: measured.norm_limit for hook, measured in found.items()})
+    found = calibration((m.site for m in members), model, tokens, config)
+    limits = runtime.ranks.agree({site: measured.norm_limit for site, measured in found.items()})
     for member in members:
-        member.sae.norm_limit = limits[member.hook_point]
-        begin(member, found[member.hook_point].x_Nd, runtime)
+        member.sae.norm_limit = limits[member.site]
+        begin(member, found[member.site], runtime)
 
 
-def begin(member: Member, x_Nd: Tensor, runtime: Runtime) -> None:
-    """A new member's scale and initial (or pretrained) weights, from unmasked activations of the stream's beginning."""
-    sae, x_Nd = member.sae, x_Nd.to(runtime.weights_dtype)
-    mean_norm = _mean_norm(member.hook_point, x_Nd)
+def begin(member: Member, found: Calibration, runtime: Runtime) -> None:
+    """A new member's scales and initial (or pretrained) weights, from what the stream's beginning gave."""
+    sae, site, x_Nd = member.sae, member.site, found.x_Nd.to(runtime.weights_dtype)
+    y_Ne = x_Nd if found.y_Ne is found.x_Nd else found.y_Ne.to(runtime.weights_dtype)
+    read, written = sae.widths[:2] if sae.widths is not None else ((sae.d,), (sae.d,))
+    scales = _scales(site.reads, x_Nd, read)
     if member.config.saes.pretrained_sae_paths:
         load_pretrained(member)
     elif member.sae_config.normalize_activations and not member.config.legacy_scaling:
-        sae.scale.fill_(math.sqrt(sae.d) / mean_norm)
-    x_Nd = (x_Nd * sae.scale.to(x_Nd.device)).to(runtime.device)
-    sae.measure(x_Nd)
+        sae.scale.copy_(torch.tensor(scales, dtype=torch.float64).view_as(sae.scale))
+        if sae.widths is not None:
+            sae.scale_written.copy_(torch.tensor(_scales(site.writes, y_Ne, written), dtype=torch.float64))
+    x_Nd = (x_Nd * sae.read_scale.to(x_Nd.device)).to(runtime.device)
+    y_Ne = x_Nd if sae.widths is None else (y_Ne * sae.write_scale.to(y_Ne.device)).to(runtime.device)
+    sae.measure(y_Ne)
     if not member.config.saes.pretrained_sae_paths:
         seed = derived_seed("initial weights", member.config.seed, member.hook_point)
-        sae.initialise(x_Nd, torch.Generator().manual_seed(seed))
+        targets = () if sae.widths is None else (y_Ne,)
+        sae.initialise(x_Nd, torch.Generator().manual_seed(seed), *targets)
     runtime.ranks.data.broadcast(list(sae.state_dict().values()))
+
+
+def _scales(hooks: Sequence[str], x_Nd: Tensor, widths: Sequence[int]) -> list[float]:
+    """√width / E‖x‖ of each hook point."""
+    parts = zip(hooks, x_Nd.split(list(widths), dim=-1), widths, strict=True)
+    return [math.sqrt(width) / _mean_norm(hook, part_Nd) for hook, part_Nd, width in parts]
 
 
 def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
@@ -170,10 +190,10 @@ def measure_norm_limits(
     """Measure what was not stored, by a version that measured in each micro-batch."""
     lacking = [m for m in members if config.data.mask_norm_outliers is not None and m.sae.norm_limit == math.inf]
     if lacking:
-        found = calibration(sorted({m.hook_point for m in lacking}), model, tokens, config)
-        limits = runtime.ranks.agree({hook: measured.norm_limit for hook, measured in found.items()})
+        found = calibration((m.site for m in lacking), model, tokens, config)
+        limits = runtime.ranks.agree({site: measured.norm_limit for site, measured in found.items()})
         for member in lacking:
-            member.sae.norm_limit = limits[member.hook_point]
+            member.sae.norm_limit = limits[member.site]
 
 
 def load_pretrained(member: Member) -> None:
@@ -195,12 +215,19 @@ def load_pretrained(member: Member) -> None:
         )
     sae, path = found.get(member.hook_point) or next(iter(found.values()))
     own = member.sae
-    if type(sae) is not type(own) or (sae.d, sae.h) != (own.d, own.h):
+    if type(sae) is not type(own) or (sae.d, sae.h, sae.widths) != (own.d, own.h, own.widths):
         raise UserError(
-            f"{path}: holds a {sae.config.sae_type} SAE with d={sae.d}, h={sae.h}; "
-            f"the config asks for {own.config.sae_type} with d={own.d}, h={own.h} at {member.hook_point}"
+            f"{path}: holds a {sae.config.sae_type} SAE with {_shape(sae)}; "
+            f"the config asks for {own.config.sae_type} with {_shape(own)} at {member.hook_point}"
         )
     state = {name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()}
     own.load_state_dict({name: state.get(name, tensor) for name, tensor in own.state_dict().items()})
     if own.unit_rows and own.config.retrain_saes and own.rescale_rows():
         log.warning("%s: its decoder rows are made 1 long (saes.decoder_norm: free keeps them)", path)
+
+
+def _shape(sae: SAE) -> str:
+    if sae.widths is None:
+        return f"d={sae.d}, h={sae.h}"
+    read, written = ("+".join(map(str, widths)) for widths in sae.widths[:2])
+    return f"widths read {read}, written {written}, h={sae.h}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from optuna.trial import FrozenTrial
 
 from saeopt.config.settings import redact
+from saeopt.config.sites import keys_of
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.metrics import Shown, shown_in
 from saeopt.search.collapse import rule_of
@@ -53,7 +54,7 @@ def study_text(spec: StudySpec) -> str:
         f"- language model: `{model}`",
         f"- text: `{data.get('dataset_name')}`, {data.get('n_train_samples')} samples of"
         f" {data.get('context_length')} tokens",
-        f"- hook points: {', '.join(f'`{h}`' for h in saes.get('sae_positions', []))}",
+        f"- hook points: {', '.join(f'`{h}`' for h in keys_of(saes.get('sae_positions', [])))}",
         f"- sampler: {spec.sampler.type}; objectives: {objectives}; early stopping: {spec.early_stopping.type}",
         f"- run folders: `{spec.runs.resolve()}/<trial>/`",
         f"- a trial whose SAEs have all collapsed (L0 below {rule.min_l0:g} or FVU from {rule.max_fvu:g} on) is shown"

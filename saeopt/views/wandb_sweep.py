@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from saeopt.config.sites import keys_of
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.files import MEAN, write_text
@@ -107,7 +108,7 @@ def _metric(spec: StudySpec) -> dict[str, Any]:
     name, objective = objectives[0]
     if objective.target_l0 is not None:
         raise UserError(f"study '{spec.name}': no run logs the objective '{name}': W&B cannot aim at an L0")
-    hooks = list((spec.base.get("saes") or {}).get("sae_positions") or [])
+    hooks = keys_of((spec.base.get("saes") or {}).get("sae_positions") or [])
     wanted = objective.hook_points if isinstance(objective.hook_points, str) else list(objective.hook_points)
     if wanted == "mean" or wanted == hooks or [wanted] == hooks:
         where = MEAN

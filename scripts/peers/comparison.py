@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peers.fronts import Half, Point
-from saeopt.activations.calibration import CALIBRATION_TOKENS, calibration
+from saeopt.activations.calibration import CALIBRATION_TOKENS, Calibration, calibration
 from saeopt.activations.stream import ActivationStream, Batch
 from saeopt.activations.tokens import TokenData
 from saeopt.config import RunConfig, apply_overrides, read_yaml, validate_run
 from saeopt.config.io import parse_override
+from saeopt.config.sites import Site
 from saeopt.evaluation.evaluate import evaluate, keep_rule, reconstruct
 from saeopt.evaluation.metrics import Accumulator
 from saeopt.saes.base import SAE
@@ -138,14 +139,14 @@ class Comparison:
 
     def _harvest(self, config: RunConfig) -> dict[str, Tensor]:
         """The kept tokens of the training stream, in their order, and of both halves of the held-out documents."""
-        hook, wanted = self.hook, self.steps * self.batch
+        hook, site, wanted = self.hook, Site.of(self.hook), self.steps * self.batch
         tokens = TokenData.load(config.data, self.model)
-        limit = calibration([hook], self.model, tokens, config)[hook].norm_limit
+        limit = calibration([site], self.model, tokens, config)[site].norm_limit
         stream = ActivationStream(self.model, tokens, [hook], config)
         parts, have = [], 0
         while have < wanted:
             batch = next(stream)
-            parts.append(batch.x[hook][batch.keep(hook, limit)].float().cpu())
+            parts.append(batch.x[hook][batch.keep(site.hooks, limit)].float().cpu())
             have += len(parts[-1])
         stream.close()
         found = {"train": torch.cat(parts)[:wanted].contiguous(), "norm_limit": torch.tensor(limit)}
@@ -187,7 +188,8 @@ class Comparison:
                 recipe=config.recipe, device=self.runtime.device,
             )  # fmt: skip
             members.append(Member(str(number), self.hook, config, sae))
-            begin(members[-1], self.x_Nd[:CALIBRATION_TOKENS].cpu(), self.runtime)
+            first_Nd = self.x_Nd[:CALIBRATION_TOKENS].cpu()
+            begin(members[-1], Calibration(first_Nd, first_Nd, math.inf), self.runtime)
         slots = self.batch // members[0].config.data.context_length
         pack = Pack(members, self.runtime, total_samples=self.steps * slots)
         keep_N = torch.ones(self.batch, dtype=torch.bool, device=self.runtime.device)

@@ -95,7 +95,7 @@ def test_every_listed_hook_point_yields_one_vector_per_token_and_can_be_spliced(
     for hook in lm.hook_points:
         x_BTd = lm.activations(TOKENS, [hook])[hook]
         assert x_BTd.shape == (3, 9, lm.width(hook)), hook
-        same = lm.spliced_logits(TOKENS, hook, lambda x: x)
+        same = lm.spliced_logits(TOKENS, {hook: lambda x: x})
         torch.testing.assert_close(same, clean, rtol=1e-3, atol=1e-4, msg=hook)
 
 
@@ -117,7 +117,7 @@ def test_splicing_replaces_the_activations_at_one_hook(hook: str):
         seen["x"] = x_BTd.clone()
         return torch.zeros_like(x_BTd)
 
-    clean, spliced = lm.logits(TOKENS), lm.spliced_logits(TOKENS, hook, zero)
+    clean, spliced = lm.logits(TOKENS), lm.spliced_logits(TOKENS, {hook: zero})
     assert torch.equal(seen["x"], lm.activations(TOKENS, [hook])[hook])
     assert (clean - spliced).abs().max() > 1e-2
     torch.testing.assert_close(lm.logits(TOKENS), clean)

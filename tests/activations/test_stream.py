@@ -163,9 +163,9 @@ def test_norm_outliers_are_masked_at_their_hook_point_alone(file: Path):
     batch = take(open_stream(run_config(file)), 1)[0]
     batch.x["b"][3] *= 100
     limit = batch.x["a"].norm(dim=1).max().item()
-    assert not batch.keep("b", 3 * limit)[3]
-    assert torch.equal(batch.keep("a", limit), batch.keep_N)
-    assert torch.equal(batch.keep("b", math.inf), batch.keep_N)
+    assert not batch.keep(("b",), 3 * limit)[3]
+    assert torch.equal(batch.keep(("a",), limit), batch.keep_N)
+    assert torch.equal(batch.keep(("b",), math.inf), batch.keep_N)
 
 
 def test_one_rule_says_which_tokens_count():

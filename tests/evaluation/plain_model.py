@@ -30,7 +30,8 @@ class PlainModel:
         return self.model(tokens_BT).logits
 
     @torch.no_grad()
-    def spliced_logits(self, tokens_BT: Tensor, hook: str, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    def spliced_logits(self, tokens_BT: Tensor, splices: dict[str, Callable[[Tensor], Tensor]]) -> Tensor:
+        ((hook, fn),) = splices.items()
         self.passes["spliced"] += 1
 
         def replace(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -244,7 +244,7 @@ def test_zero_ablation_of_all_positions_is_offered(make_sae: MakeSAE, model: Pla
     sae = make_sae(16, 32)
     usual, every = (run({HOOK: sae}, model, tokens, ce_ablation=name) for name in ("unmasked", "all"))
     counted = keep(tokens, tokens)[:, :-1]
-    logits = model.spliced_logits(tokens, HOOK, torch.zeros_like)[:, :-1].log_softmax(-1)
+    logits = model.spliced_logits(tokens, {HOOK: torch.zeros_like})[:, :-1].log_softmax(-1)
     nats = -logits.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)[counted].mean().item()
     assert every["ce_zero"] == pytest.approx(nats, rel=1e-5)
     assert usual["ce_zero"] != pytest.approx(nats, rel=1e-5)

@@ -60,8 +60,8 @@ class AutogradPass(Pass):
 
     def _member(self, member: int, sae: SAE, example: Example) -> dict[str, Tensor]:
         place, dtype = example.place, sae.W_enc.dtype
-        x_Nd = example.x_Nd.to(dtype) * sae.scale
-        y_Ne = x_Nd if example.y_Ne is example.x_Nd else example.y_Ne.to(dtype) * sae.scale
+        x_Nd = example.x_Nd.to(dtype) * sae.read_scale
+        y_Ne = x_Nd if example.y_Ne is example.x_Nd else example.y_Ne.to(dtype) * sae.write_scale
         keep_N = None if example.keep_N is None else example.keep_N.to(dtype)
         u_Nh = None
         if sae.needs_noise:
