@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 from urllib.parse import quote
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from saeopt.config.base import StrictModel, Text
 
@@ -90,7 +90,14 @@ class SiteEntry(StrictModel):
         return Site(reads, writes, self.name or "+".join(reads) + "->" + "+".join(writes))
 
 
-Position = Text | SiteEntry
+def _kind(value: object) -> str:
+    return "function-site" if isinstance(value, dict | SiteEntry) else "function-hook"
+
+
+Position = Annotated[
+    Annotated[Text, Tag("function-hook")] | Annotated[SiteEntry, Tag("function-site")], Discriminator(_kind)
+]
+"""The tags are called like pydantic's own steps, which an error's place leaves out."""
 
 
 def as_list(value: object) -> object:
