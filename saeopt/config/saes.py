@@ -40,7 +40,8 @@ class SAEConfig(StrictModel):
     (recipe 1: 0)."""
     decoder_norm: Stack[Literal["free", "unit"] | None] = None
     """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step; null:
-    `unit` for gated and topk, `free` for the others (recipe 1: `free`)."""
+    `unit` for gated and topk (not for a topk transcoder, whose W_dec starts at 0), `free` for the others (recipe 1:
+    `free`)."""
     init_decoder_orthogonal: Member[bool] = True
     """Orthonormal initial decoder (rows, or columns where h > d) instead of random unit rows."""
     encoder_start: Member[Literal["matched", "transpose"] | None] = None

@@ -46,7 +46,7 @@ def _compare(make_config, entry, widths, sae_type):
         "saes.sparsity_warmup_samples": 0, "saes.decoder_norm": "free",
     })  # fmt: skip
     (key,) = config.saes.keys
-    d, e, h = sum(widths.reads), sum(widths.writes), 8
+    d, h = sum(widths.reads), 8
     sae = get_sae(sae_type)(d, h, config.sae_at(key), dtype=torch.float64, widths=widths)
     for parameter in sae.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -199,7 +199,8 @@ def test_a_transcoder_starts_with_a_decoder_of_zeros_and_the_mean(make_config):
         config = make_config(**{"saes.sae_type": sae_type, "saes.sae_positions": [TRANSCODER]})
         sae = get_sae(sae_type)(5, 40, config.saes, dtype=torch.float64, widths=Widths((5,), (3,), False))
         sae.initialise(x, torch.Generator().manual_seed(0), y)
-        assert not sae.W_dec.any() and not sae.unit_rows
+        assert not sae.W_dec.any()
+        assert not sae.unit_rows
         torch.testing.assert_close(sae.b_dec.data, y.mean(0))
         torch.testing.assert_close(sae.W_enc.norm(dim=0), torch.ones(40).double())
 
@@ -223,7 +224,7 @@ def test_positions_that_mean_nothing_are_refused_in_one_line(make_config, positi
 
 def test_a_hook_point_that_the_model_lacks_is_named(make_config, runtime, tmp_path):
     config = make_config(**{"saes.sae_positions": [{"read": READ, "write": "blocks.1.hook_mlp_outt"}]})
-    with pytest.raises(UserError, match="no hook point 'blocks.1.hook_mlp_outt'"):
+    with pytest.raises(UserError, match=r"no hook point 'blocks\.1\.hook_mlp_outt'"):
         train_pack([TrialPlan("a", config, tmp_path / "a")], runtime)
     assert not (tmp_path / "a").exists()
 
@@ -231,7 +232,8 @@ def test_a_hook_point_that_the_model_lacks_is_named(make_config, runtime, tmp_pa
 def test_a_plan_shows_both_widths(make_config, capsys):
     print_dry_run(make_config(**{"saes.sae_positions": [LAYERS[0], {"read": LAYERS, "write": WRITE}]}), "cpu")
     shown = capsys.readouterr().out
-    assert "e written" in shown and " 32 " in shown
+    assert "e written" in shown
+    assert " 32 " in shown
 
 
 @pytest.mark.slow
