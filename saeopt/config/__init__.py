@@ -1,4 +1,4 @@
-"""Config models of a run and of a study; YAML in and out; overrides; the replaced system's field names."""
+"""Config models of a run and of a study; YAML in and out; overrides; SAE-Interpretability's field names."""
 
 from saeopt.config.io import apply_overrides, dump_yaml, load_run_config, read_yaml, recipe_notice, stored, validate_run
 from saeopt.config.keys import stream_key

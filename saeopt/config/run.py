@@ -68,7 +68,7 @@ class DataConfig(StrictModel):
     join_documents: Stream[bool] = True
     """false: no sample holds parts of two documents; short ones are padded, and padding counts nowhere."""
     skip_first_positions: Stream[Span] = 0
-    """Leave the first so many positions of every sample out of normalisation, bias, loss and metrics."""
+    """Positions at the start of every sample that are left out of normalisation, bias, loss and metrics."""
     text_unit: Stream[Literal["auto", "blank_line", "endoftext", "file"]] = "auto"
     """Where documents end in `.txt` files; auto: at `<|endoftext|>` where it occurs, else at blank lines."""
     shuffle_documents: Stream[bool] = True
@@ -79,7 +79,7 @@ class DataConfig(StrictModel):
     mask_special_tokens: Stream[bool] = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
     mask_norm_outliers: Stream[Annotated[Float, Field(gt=1, le=1e6)] | None] = None
-    """Also leave out tokens whose activation norm exceeds so many medians (attention sinks). The median is that of the
+    """Also leave out tokens whose activation norm is above this many medians (attention sinks). The median is that of the
     first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
 
     @field_validator("separator", mode="before")
@@ -162,7 +162,7 @@ class RunConfig(StrictModel):
     lm_dtype: Stream[Literal["auto", "float32", "bfloat16", "float16"]] = "auto"
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on the CPU."""
     lm_processing: Stream[Literal["raw", "compatibility"]] = "raw"
-    """raw: Hugging Face's own values; compatibility: folded and centred weights as the replaced system had."""
+    """raw: Hugging Face's own values; compatibility: folded and centred weights, as SAE-Interpretability had them."""
     lm_batch_size: PackWide[BatchSize | None] = None
     """Sequences per pass of the language model, apart from the SAEs' batch; null: as suits the device."""
     mixed_precision: Stream[Literal["auto", "no", "bf16", "fp16"]] = "auto"
@@ -170,16 +170,17 @@ class RunConfig(StrictModel):
     save_dir: Reporting[Made[Text]] = "output"
     """Run folders are made below it."""
     save_every_n_samples: PackWide[Cadence] = 0
-    """Checkpoint cadence; 0 and null: at the end only."""
+    """Samples between two checkpoints; 0 or null: only at the end."""
     keep_checkpoints: Reporting[PositiveInt | None] = None
     """Weights files kept; null: all."""
     eval_every_n_samples: Stream[Cadence] = 0
-    """Evaluation cadence; 0: at the end, null: never."""
+    """Samples between two evaluations; 0: only at the end. null: never, not even at the end (SAE-Interpretability's
+    meaning, which stored configs rely on; `data.n_eval_samples: 0` says the same more plainly)."""
     ce_ablation: Stream[Ablation] = "unmasked"
     """What `ce_zero`, to which CE recovered compares, sets to 0. unmasked: masked positions keep their activations, as
     in `ce_sae`; all: they are zeroed too, as in sae-lens, which changes CE recovered by up to 0.003."""
     log_every_n_grad_steps: PackWide[Resumable[PositiveInt]] = 20
-    """Metrics are read from the device, logged and written so often."""
+    """Optimiser steps between two times that metrics are read from the device, logged and written."""
     lr: Member[Annotated[Float, Field(ge=1e-12, le=1e30)]] = 1e-3
     """Peak learning rate of Adam."""
     lr_schedule: Member[Literal["cosine", "linear", "constant"] | None] = None
@@ -199,7 +200,8 @@ class RunConfig(StrictModel):
     adam_betas: Stack[tuple[Decay, Decay]] = (0.9, 0.99)
     """Adam's decay rates (recipe 1: 0.9, 0.999)."""
     legacy_scaling: Stack[bool | None] = None
-    """true: loss terms divided as in the replaced system, activations not normalised; null: false, with a notice."""
+    """true: loss terms divided as in SAE-Interpretability, activations not normalised; null: false, and configs that may
+    come from there (they name no recipe) get a notice."""
     recipe: Stack[Literal[1, 2]] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
     """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
     under them). Not written: 2; 1 with `legacy_scaling: true`."""

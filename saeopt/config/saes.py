@@ -36,7 +36,7 @@ class SAEConfig(StrictModel):
     mse_coeff: Stack[Annotated[Float, Field(gt=0, le=1e12)]] = 1.0
     """Weight of the reconstruction term."""
     sparsity_warmup_samples: Member[Span | None] = None
-    """λ rises linearly from 0 over so many samples; null: 5 % of `data.n_train_samples`, 0 where that is null
+    """λ rises linearly from 0 over this many samples; null: 5 % of `data.n_train_samples`, 0 where that is null
     (recipe 1: 0)."""
     decoder_norm: Stack[Literal["free", "unit"] | None] = None
     """`unit` keeps every decoder row at norm 1 by projecting the gradient and renormalising after the step; null:
@@ -53,7 +53,7 @@ class SAEConfig(StrictModel):
     normalize_activations: Member[bool] = True
     """Scale the activations of each hook point by one scalar so that E‖x‖ = √d."""
     dead_after_tokens: Stack[Amount | None] = None
-    """A latent is dead when it has not fired for so many tokens; null: 10M, scaled down for short runs."""
+    """A latent is dead when it has not fired for this many tokens; null: 10M, scaled down for short runs."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None
     """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
     retrain_saes: Stack[bool] = True

@@ -1,4 +1,4 @@
-"""The replaced system's sweep files as studies."""
+"""SAE-Interpretability's sweep files (docs/glossary.md) as studies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gated SAE with hard-concrete gates (the replaced system's; arXiv 2404.16014 and 1712.01312)."""
+"""The gated SAE with hard-concrete gates (SAE-Interpretability's; arXiv 2404.16014 and 1712.01312)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class GatedHardConcreteConfig(NoisyGateConfig):
     aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone."""
     aux_form: Stack[Literal["gated", "seed"]] = "gated"
-    """What reconstructs in the auxiliary term: z ⊙ relu(log α), or z alone as in the replaced system."""
+    """What reconstructs in the auxiliary term: z ⊙ relu(log α), or z alone as in SAE-Interpretability."""
 
 
 class GatedHardConcreteSAE(NoisyGateSAE):

@@ -144,13 +144,14 @@ def make_runtime(device: str) -> Runtime:
 
 
 def notices(config: RunConfig, resumed: bool) -> None:
-    """What λ means here, for those who bring a config of the replaced system, and which defaults hold."""
+    """What λ means here, for those who bring an SAE-Interpretability config, and which defaults hold."""
     if "recipe" not in config.model_fields_set and config.recipe == 2 and not resumed:
         log.info(recipe_notice("the config"))
-    if config.legacy_scaling is None and not resumed and "sparsity_coeff" in config.saes.model_fields_set:
+    may_be_older = config.legacy_scaling is None and "recipe" not in config.model_fields_set
+    if may_be_older and not resumed and "sparsity_coeff" in config.saes.model_fields_set:
         log.info(
             "'saes.sparsity_coeff' is in normalised units here (activations scaled to E|x| = sqrt(d), losses summed"
-            " over d); legacy_scaling: true keeps the replaced system's, false silences this"
+            " over d); legacy_scaling: true keeps SAE-Interpretability's units, false silences this"
         )
 
 

@@ -147,7 +147,7 @@ def test_kustomize_builds_what_the_schema_accepts(folder: Path, tmp_path: Path) 
 
 
 def test_a_worker_under_slurm_hands_back_and_queues_again_on_preemption(tmp_path: Path) -> None:
-    """The batch script with stand-ins for `saeopt` and `scontrol`; README.md says what ran under a real Slurm."""
+    """The batch script with stand-ins for `saeopt` and `scontrol`; docs/operators.md says what ran under a real Slurm."""
     import signal
     import time
 
@@ -182,7 +182,7 @@ def test_the_studys_results_come_to_the_host_and_the_headers_agree() -> None:
     assert study["environment"]["SAEOPT_RESULTS"] == "/results"
     assert set(study["volumes"]) >= set(compose()["x-saeopt"]["volumes"])
     head = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").split("x-saeopt")[0]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "docs" / "operators.md").read_text(encoding="utf-8")
     steps = [line.split("   ")[0].strip("# ") for line in head.splitlines() if line.startswith("#   ")]
     places = [readme.index(step) for step in steps if "--profile" not in step]
     assert places == sorted(places)
