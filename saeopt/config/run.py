@@ -79,8 +79,8 @@ class DataConfig(StrictModel):
     mask_special_tokens: Stream[bool] = True
     """Leave BOS, EOS and padding out of normalisation, bias, loss and metrics."""
     mask_norm_outliers: Stream[Annotated[Float, Field(gt=1, le=1e6)] | None] = None
-    """Also leave out tokens whose activation norm is above this many medians (attention sinks). The median is that of the
-    first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
+    """Also leave out tokens whose activation norm is above this many medians (attention sinks). The median is that of
+    the first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
 
     @field_validator("separator", mode="before")
     @classmethod
@@ -200,8 +200,8 @@ class RunConfig(StrictModel):
     adam_betas: Stack[tuple[Decay, Decay]] = (0.9, 0.99)
     """Adam's decay rates (recipe 1: 0.9, 0.999)."""
     legacy_scaling: Stack[bool | None] = None
-    """true: loss terms divided as in SAE-Interpretability, activations not normalised; null: false, and configs that may
-    come from there (they name no recipe) get a notice."""
+    """true: loss terms divided as in SAE-Interpretability, activations not normalised; null: false, and configs that
+    may come from there (they name no recipe) get a notice."""
     recipe: Stack[Literal[1, 2]] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
     """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
     under them). Not written: 2; 1 with `legacy_scaling: true`."""

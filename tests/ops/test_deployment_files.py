@@ -147,7 +147,7 @@ def test_kustomize_builds_what_the_schema_accepts(folder: Path, tmp_path: Path) 
 
 
 def test_a_worker_under_slurm_hands_back_and_queues_again_on_preemption(tmp_path: Path) -> None:
-    """The batch script with stand-ins for `saeopt` and `scontrol`; docs/operators.md says what ran under a real Slurm."""
+    """The batch script with stand-ins for `saeopt` and `scontrol`; docs/operators.md says what a real one ran."""
     import signal
     import time
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from saeopt.config import load_run_config
+from saeopt.config import load_run_config, validate_run
 from saeopt.errors import UserError
-from saeopt.training.launch import check_processes, make_runtime, out_of_memory
+from saeopt.training.launch import check_processes, make_runtime, notices, out_of_memory
 from saeopt.training.memory import MemberShape, ModelShape, estimate, gpu_step
 from saeopt.training.runtime import Runtime
 
@@ -133,3 +133,14 @@ def test_an_apple_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Runtime().device == torch.device("cpu")
     with pytest.raises(UserError, match="--device mps: must be auto, cpu or cuda"):
         make_runtime("mps")
+
+
+@pytest.mark.parametrize(("own", "told"), [({}, True), ({"recipe": 2}, False), ({"legacy_scaling": False}, False)])
+def test_the_notice_about_units_is_for_configs_that_may_be_sae_interpretabilitys(
+    own: dict[str, object], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    saes = {"sae_type": "relu", "sae_positions": "a", "sparsity_coeff": 1}
+    config = validate_run({"tlens_model_name": "x", "data": {"dataset_name": "x"}, "saes": saes, **own}, "x")
+    with caplog.at_level("INFO", "saeopt"):
+        notices(config, resumed=False)
+    assert ("normalised units" in caplog.text) is told
