@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from saeopt import dashboard, evaluator, study, train, worker
-from saeopt.errors import run_cli
-from saeopt.options import new_app
+from saeopt.options import new_app, run_cli
 
 app = new_app(add_completion=True, no_args_is_help=True)
 app.command("train")(train.train)

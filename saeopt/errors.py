@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-import typer
-
-# newer versions of typer bring a click of their own, older ones use the installed one: find its errors through typer
-_USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-_UNREADABLE = re.compile("[\\ud800-\\udfff]")
-_TILDE = re.compile(r"^(--[\w-]+=|)(~[^/]*)")
-"""Shells leave the `~` of `--option=~/file` as it is."""
 _LONGEST = 1000
 _OTHER_RANK_SECONDS = 5
 """Every rank finds the same mistake: rank 0 tells it, and the launcher ends the others meanwhile."""
@@ -81,32 +70,3 @@ def redact_tracebacks() -> None:
             told(args.exc_type, args.exc_value, args.exc_traceback)
 
     sys.excepthook, threading.excepthook = told, told_of_thread
-
-
-def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
-    """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
-    from saeopt.config.settings import export_tokens, redact
-
-    given = sys.argv[1:] if args is None else args
-    words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
-    redact_tracebacks()
-    if broken := next(filter(_UNREADABLE.search, words), None):
-        fail(f"{broken!a} is no UTF-8 text")
-    try:
-        export_tokens()
-        code = app(args=words, standalone_mode=False)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except UserError as error:
-        fail(redact(str(error)), error.exit_code)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        fail(redact(f"{error.filename}: {error.strerror}"))  # permissions, a full disk, a file system that went away
-    except Exception as error:
-        if not isinstance(error, _USAGE_ERROR):
-            raise
-        fail(redact(str(getattr(error, "format_message", error.__str__)())))
-    sys.exit(code if isinstance(code, int) else 0)

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from saeopt.console import console, set_up_logging
-from saeopt.errors import run_cli
 from saeopt.host.launcher import check_alone
-from saeopt.options import AsJson, Changes, Device, new_app
+from saeopt.options import AsJson, Changes, Device, new_app, run_cli
 from saeopt.runs.names import EVALUATION
 
 app = new_app()

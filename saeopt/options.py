@@ -1,16 +1,26 @@
-"""What the commands share: one kind of application, and the options that several of them take."""
+"""What the commands share: one kind of application, how it ends, and the options that several of them take."""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from saeopt.errors import UserError
+from saeopt.errors import UserError, fail, redact_tracebacks
 
 T = TypeVar("T")
+
+# newer versions of typer bring a click of their own, older ones use the installed one: find its errors through typer
+_USAGE_ERROR = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+_UNREADABLE = re.compile("[\\ud800-\\udfff]")
+_TILDE = re.compile(r"^(--[\w-]+=|)(~[^/]*)")
+"""Shells leave the `~` of `--option=~/file` as it is."""
 
 
 def new_app(**settings: Any) -> typer.Typer:
@@ -68,3 +78,32 @@ def either(argument: T | None, option: T | None, name: str) -> T | None:
     if argument is not None and option is not None and argument != option:
         raise UserError(f"{argument} and {name} {option}: give one of them")
     return option if argument is None else argument
+
+
+def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
+    """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
+    from saeopt.config.settings import export_tokens, redact
+
+    given = sys.argv[1:] if args is None else args
+    words = [_TILDE.sub(lambda m: m[1] + os.path.expanduser(m[2]), word) for word in given]
+    redact_tracebacks()
+    if broken := next(filter(_UNREADABLE.search, words), None):
+        fail(f"{broken!a} is no UTF-8 text")
+    try:
+        export_tokens()
+        code = app(args=words, standalone_mode=False)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except UserError as error:
+        fail(redact(str(error)), error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(redact(f"{error.filename}: {error.strerror}"))  # permissions, a full disk, a file system that went away
+    except Exception as error:
+        if not isinstance(error, _USAGE_ERROR):
+            raise
+        fail(redact(str(getattr(error, "format_message", error.__str__)())))
+    sys.exit(code if isinstance(code, int) else 0)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saeopt.console import console, log
-from saeopt.errors import UserError, run_cli
-from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result
+from saeopt.errors import UserError
+from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result, run_cli
 from saeopt.runs.names import METRICS_FILE
 
 if TYPE_CHECKING:

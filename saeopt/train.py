@@ -16,9 +16,9 @@ if __name__ == "__main__" and not __package__:
 
 import typer
 
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError
 from saeopt.host.launcher import launched
-from saeopt.options import Changes, ConfigArgument, Device, either, new_app
+from saeopt.options import Changes, ConfigArgument, Device, either, new_app, run_cli
 
 if TYPE_CHECKING:
     from saeopt.config import RunConfig

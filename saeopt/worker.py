@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saeopt.config.settings import settings
-from saeopt.errors import UserError, run_cli
-from saeopt.options import Storage, StudyArgument, either, new_app
+from saeopt.errors import UserError
+from saeopt.options import Storage, StudyArgument, either, new_app, run_cli
 
 if TYPE_CHECKING:
     pass

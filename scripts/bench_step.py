@@ -30,9 +30,10 @@ from torch import Tensor
 from saeopt.config.base import explain
 from saeopt.config.run import PerformanceConfig
 from saeopt.console import console
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError
 from saeopt.files import write_json
 from saeopt.host.devices import choose_device
+from saeopt.options import run_cli
 from saeopt.saes.base import SAE
 from saeopt.saes.init import match_norm
 from saeopt.saes.registry import get_sae

@@ -30,7 +30,8 @@ from rich.table import Table
 
 from saeopt.config import RunConfig, validate_run
 from saeopt.console import console, log
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError
+from saeopt.options import run_cli
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.runtime import Runtime
 

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from saeopt.activations.stream import ActivationStream
 from saeopt.config import validate_run
 from saeopt.console import console
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError
 from saeopt.files import atomic_write
+from saeopt.options import run_cli
 from saeopt.training.runtime import Runtime
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

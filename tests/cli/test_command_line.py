@@ -14,7 +14,7 @@ import pytest
 
 from saeopt.cli import app
 from saeopt.config.settings import settings
-from saeopt.errors import run_cli
+from saeopt.options import run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 Call = Callable[..., SimpleNamespace]

@@ -12,7 +12,8 @@ import pytest
 
 from saeopt.config.settings import export_tokens, redact, settings
 from saeopt.console import _Redacting
-from saeopt.errors import UserError, run_cli
+from saeopt.errors import UserError
+from saeopt.options import run_cli
 from saeopt.study import app
 
 
@@ -70,7 +71,7 @@ def test_log_records_are_redacted_after_formatting() -> None:
 def test_tracebacks_of_processes_and_threads_are_redacted() -> None:
     script = """
 import threading
-from saeopt.errors import run_cli
+from saeopt.options import run_cli
 def work():
     raise ValueError("postgresql://u:secret@h/db")
 def app(**_):

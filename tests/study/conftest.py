@@ -14,7 +14,7 @@ import yaml
 from study_outcomes import HOOKS, evaluation
 
 from saeopt.config.settings import settings
-from saeopt.errors import run_cli
+from saeopt.options import run_cli
 from saeopt.study import app
 
 

@@ -133,7 +133,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
 ]
 ONE_AFTER_ANOTHER = """
 import json, sys
-from saeopt.errors import run_cli
+from saeopt.options import run_cli
 from saeopt.train import app
 for args in json.loads(sys.argv[1]):
     sys.stderr.write("=== \\n")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from saeopt import train
-from saeopt.errors import run_cli
+from saeopt.options import run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG, DIGITS, DEEP = "x" * 5000, "9" * 5000, "[" * 5000
