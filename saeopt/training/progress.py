@@ -19,6 +19,7 @@ from rich.table import Column
 
 from saeopt.console import error_console, log
 from saeopt.host.launcher import launched
+from saeopt.metrics import Shown, shown_in
 from saeopt.training.plan import Metrics, Observer
 
 GRACE_SECONDS = 9.0
@@ -161,10 +162,10 @@ class RunObserver(Observer):
 
     def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
         for hook, row in metrics.items():
-            log.info(
-                "sample %s  %s  L0 %.1f  FVU %.4f  CE recovered %.3f",
-                f"{samples:,}", hook, row["l0"], row["fvu"], row.get("ce_recovered", float("nan")),
-            )  # fmt: skip
+            shown = "  ".join(
+                f"{metric.title} {metric.text(row.get(metric.name))}" for metric in shown_in(Shown.HEADLINE)
+            )
+            log.info("sample %s  %s  %s", f"{samples:,}", hook, shown)
         return None
 
     def should_interrupt(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, read_metrics, read_sections
-from saeopt.metrics import METRICS, axis_title
+from saeopt.metrics import METRICS, axis_title, measured_in_training
 from saeopt.runs.names import CURVES, DENSITY, EVALUATION, METRICS_FILE
 from saeopt.search.pareto import Point, pareto_front
 
@@ -91,7 +91,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
             held_out = _series(rows, hook, f"eval_{metric.name}")
             axis.plot(*_series(rows, hook, metric.name), color=colour, label=hook, linewidth=1.3)
             axis.plot(*held_out, color=colour, marker="o", markersize=4, linestyle="--")
-        axis.set_title(metric.axis + ("" if metric.training else " (held out)"), fontsize=10)
+        axis.set_title(metric.axis + ("" if measured_in_training(metric.name) else " (held out)"), fontsize=10)
         axis.set_xlabel("samples")
         if metric.logarithmic:
             _log_scale(axis)

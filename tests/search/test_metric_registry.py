@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from saeopt.evaluation.cross_entropy import CrossEntropy as CrossEntropy
 from saeopt.evaluation.metrics import Accumulator
 from saeopt.metrics import METRICS, Metric, Shown, measured_in_training, value_of
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
+from saeopt.training.progress import Bar, Interrupt, RunObserver
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
 from saeopt.views.best import find_best, load_points
@@ -23,6 +26,7 @@ from saeopt.views.wandb_sweep import export_wandb_sweep
 from saeopt.workers.loop import Options, Worker
 
 HOOK = "blocks.1.hook_resid_pre"
+RUN = Path(__file__).parents[1] / "training" / "runs_2026_11" / "topk" / "metrics.jsonl"
 
 
 def test_what_an_evaluation_measures_is_registered() -> None:
@@ -30,6 +34,22 @@ def test_what_an_evaluation_measures_is_registered() -> None:
     accumulator.update(torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 3))
     measured = {**accumulator.result(), **CrossEntropy().result()}.keys() - {"log10_density"}
     assert measured == {m.name for m in METRICS.values() if m.evaluation}
+
+
+def test_what_training_logs_is_registered() -> None:
+    lines = RUN.read_text(encoding="utf-8").splitlines()
+    logged = {name for line in lines for name in json.loads(line) if not name.startswith("eval_")}
+    assert {m.name for m in METRICS.values() if m.training} == logged & METRICS.keys()
+    held_out = {name.removeprefix("eval_") for line in lines for name in json.loads(line) if name.startswith("eval_")}
+    assert held_out == {m.name for m in METRICS.values() if m.evaluation}
+
+
+def test_an_evaluation_is_logged_with_the_headlines_and_without_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "saeopt"):
+        RunObserver(Interrupt(), Bar(shown=False), lambda folder: None).on_eval(
+            "run", 1000, {HOOK: {"l0": 9.04, "fvu": 0.25}}
+        )
+    assert "L0 9.0  FVU 0.2500  CE recovered –" in caplog.text
 
 
 def test_what_follows_from_others_is_known_wherever_they_are() -> None:
