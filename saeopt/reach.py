@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 from saeopt.activations.local_files import check_sources
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
+from saeopt.metrics import METRICS
 from saeopt.training.dry_run import shapes, weightless
 
 if TYPE_CHECKING:
-    from saeopt.activations.language_model import LanguageModel
+    from saeopt.activations.source import Source
     from saeopt.config.run import RunConfig
     from saeopt.search.space import Cell
     from saeopt.training.memory import MemberShape
+
+
+CROSS_ENTROPIES = tuple(name for name in METRICS if name.startswith("ce_"))
 
 
 def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
@@ -26,7 +30,7 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
     Raises:
         UserError: naming the study, the cell's values and the field.
     """
-    models: dict[object, LanguageModel] = {}
+    models: dict[object, Source] = {}
     seen: set[str] = set()
     for cell in cells:
         config = cell.config
@@ -37,13 +41,14 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
         try:
             check_sources(config.data)
             _check_folders(config)
-            if config.tlens_model_path is None:
+            if config.tlens_model_path is None and config.data.activations is None:
                 continue
             place = (config.model, config.data.context_length, tuple(config.saes.hooks))
             if place not in models:
                 models[place] = weightless(config)[0]
             members = shapes(config, models[place])
             _check_objectives(spec, [m.hook_point for m in members])
+            _check_metrics(spec, config)
             _check_collapse(spec, members)
         except UserError as error:
             values = ", ".join(f"{k}={v}" for k, v in cell.params.items())
@@ -69,6 +74,13 @@ def _check_objectives(spec: StudySpec, hooks: Sequence[str]) -> None:
         absent = [name for name in names if name not in hooks]
         if absent:
             raise UserError(f"'objectives': no SAE trains at {absent[0]} (but at {', '.join(hooks)})")
+
+
+def _check_metrics(spec: StudySpec, config: RunConfig) -> None:
+    """Stored activations have no cross-entropies: every trial would fail at its end."""
+    for objective in spec.objectives:
+        if config.data.activations is not None and objective.metric in ("kl", *CROSS_ENTROPIES):
+            raise UserError(f"'objectives': '{objective.metric}' needs a language model, not 'data.activations'")
 
 
 def _check_collapse(spec: StudySpec, members: Sequence[MemberShape]) -> None:

@@ -30,8 +30,8 @@ from saeopt.errors import UserError
 from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, read_tensor, write_tensors
 
 if TYPE_CHECKING:
-    from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenBatch, TokenData
+    from saeopt.activations.source import Samples, Source
+    from saeopt.activations.tokens import TokenBatch
     from saeopt.config.run import RunConfig
 
 CACHE_VARIABLE = "SAEOPT_ACTIVATION_CACHE"
@@ -44,20 +44,20 @@ _READERS = 4
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 _NOT_IN_KEY = {
     "eval_batch_size", "eval_dataset_name", "eval_column_name", "eval_split", "skip_first_positions",
-    "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens",
+    "mask_special_tokens", "mask_norm_outliers", "shuffle_buffer_tokens", "activations",
 }  # fmt: skip
 
 
 def cache_folder(config: RunConfig) -> Path | None:
     """Where a run's cache lies; None without one."""
     choice = config.activations.cache
-    if choice == "off":
+    if choice == "off" or config.data.activations is not None:
         return None
     root = os.environ.get(CACHE_VARIABLE) if choice == "auto" else choice
     return Path(root).expanduser() if root else None
 
 
-def cache_key(config: RunConfig, model: LanguageModel, tokens: TokenData, world: int, *layout: object) -> str:
+def cache_key(config: RunConfig, model: Source, tokens: Samples, world: int, *layout: object) -> str:
     """Hash of everything that a cached number depends on, the rounding of batched products included.
 
     Names are not enough, because files change under them: some weights and tokens are looked at too.
@@ -87,7 +87,7 @@ class ActivationCache:
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, model: LanguageModel, tokens: TokenData, hooks: Sequence[str],
+        self, folder: Path, config: RunConfig, model: Source, tokens: Samples, hooks: Sequence[str],
         *, world: int, group_slots: int, sequences: int, end: int | None = None,
     ):  # fmt: skip
         self.model, self.tokens, self.config, self.world = model, tokens, config, world

@@ -16,8 +16,7 @@ from torch import Tensor
 from saeopt.activations.masks import keep_norms, keep_tokens, norm_limit, side_by_side
 
 if TYPE_CHECKING:
-    from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenData
+    from saeopt.activations.source import Samples, Source
     from saeopt.config.run import RunConfig
     from saeopt.config.sites import Site
 
@@ -33,9 +32,7 @@ class Calibration(NamedTuple):
     norm_limit: float
 
 
-def calibration(
-    sites: Iterable[Site], model: LanguageModel, tokens: TokenData, config: RunConfig
-) -> dict[Site, Calibration]:
+def calibration(sites: Iterable[Site], model: Source, tokens: Samples, config: RunConfig) -> dict[Site, Calibration]:
     """The first samples of the stream at each site."""
     data, sites = config.data, list(dict.fromkeys(sites))
     hooks = sorted({hook for site in sites for hook in site.hooks})

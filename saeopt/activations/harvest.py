@@ -23,7 +23,7 @@ from saeopt.host.devices import side_stream
 
 if TYPE_CHECKING:
     from saeopt.activations.cache import ActivationCache
-    from saeopt.activations.language_model import LanguageModel
+    from saeopt.activations.source import Source
     from saeopt.activations.tokens import TokenBatch
     from saeopt.config.run import RunConfig
 
@@ -55,7 +55,7 @@ class Harvester:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: Source,
         hooks: Sequence[str],
         config: RunConfig,
         sequences: int,

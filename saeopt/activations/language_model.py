@@ -30,6 +30,7 @@ from saeopt.activations.pretrained import (
     special_token_ids,
 )
 from saeopt.activations.separators import separator_token
+from saeopt.config.sites import Site, resolved
 from saeopt.errors import UserError
 from saeopt.host.pulse import pulse
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from saeopt.config.run import RunConfig
+    from saeopt.config.saes import SAEConfig
 
 
 _NOT_OF_THE_MODEL = {"transformers_version", "dtype", "torch_dtype"}
@@ -57,6 +59,8 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
 
 class LanguageModel:
     """A frozen causal language model and its hook points. Build one with :meth:`load`."""
+
+    predicts = True
 
     def __init__(
         self,
@@ -138,6 +142,10 @@ class LanguageModel:
             return match_hooks(patterns, residual_hooks(len(self._plain.layers)))
         found = match_hooks(patterns, self.hook_points, self._bridge.misnamed)
         return self._bridge.without_aliases(found, patterns)
+
+    def sites(self, saes: SAEConfig) -> list[Site]:
+        """The sites at which a config's SAEs are trained."""
+        return resolved(saes.sae_positions, self.resolve)
 
     def width(self, hook: str) -> int:
         """d at a hook point; heads and other extra axes count as one."""

@@ -101,6 +101,8 @@ def check_sources(data: DataConfig, splits: bool = True) -> None:
     Raises:
         UserError: naming the field.
     """
+    if data.activations is not None:
+        return
     local_files(data.dataset_name)
     if data.eval_dataset_name is not None:
         with of_held_out_data():

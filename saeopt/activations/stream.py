@@ -27,8 +27,7 @@ from saeopt.saes.noise import derived_seed
 
 if TYPE_CHECKING:
     from saeopt.activations.cache import ActivationCache
-    from saeopt.activations.language_model import LanguageModel
-    from saeopt.activations.tokens import TokenData
+    from saeopt.activations.source import Samples, Source
     from saeopt.config.run import RunConfig
 
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32768}
@@ -139,8 +138,8 @@ class ActivationStream:
 
     def __init__(
         self,
-        model: LanguageModel,
-        tokens: TokenData,
+        model: Source,
+        tokens: Samples,
         hooks: Sequence[str],
         config: RunConfig,
         *,
@@ -167,7 +166,7 @@ class ActivationStream:
         self._now: Group | None = None
 
     def _open_cache(
-        self, model: LanguageModel, tokens: TokenData, hooks: Sequence[str], world: int, sequences: int
+        self, model: Source, tokens: Samples, hooks: Sequence[str], world: int, sequences: int
     ) -> ActivationCache | None:
         from saeopt.activations.cache import ActivationCache, cache_folder
 

@@ -18,6 +18,11 @@ COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
 
+_OF_TEXT = (
+    "tokenizer_name", "eval_dataset_name", "eval_column_name", "eval_split", "subset", "prepend_bos", "token_dtype",
+    "skip_first_positions",
+)  # fmt: skip
+
 Ablation = Literal["unmasked", "all"]
 """Positions that `ce_zero` sets to 0."""
 
@@ -28,6 +33,10 @@ class DataConfig(StrictModel):
     dataset_name: Stream[Located[Text]]
     """Hub name, local folder, file or glob: `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, packed
     ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`."""
+    activations: Stream[Located[Text | None]] = None
+    """A safetensors file of activations (`x` [N, d]; `y` [N, e] too where what is written is not what is read), or a
+    folder of such files, one for each site (named like it), in place of a language model and text. A sample is then
+    `context_length` rows; the last `n_eval_samples` samples are held out. There are no cross-entropies."""
     tokenizer_name: Stream[Located[Text | None]] = None
     """Hub name or local folder; null: the language model's own."""
     context_length: Stream[BatchSize] = 1024
@@ -81,6 +90,19 @@ class DataConfig(StrictModel):
     mask_norm_outliers: Stream[Annotated[Float, Field(gt=1, le=1e6)] | None] = None
     """Also leave out tokens whose activation norm is above this many medians (attention sinks). The median is that of
     the first samples at each hook point; it is measured once and stored with the weights. null: keep them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_place_of_text(cls, raw: object) -> object:
+        """Stored activations are the data set, and what speaks of text is not for them."""
+        if not isinstance(raw, dict) or raw.get("activations") is None:
+            return raw
+        if raw.get("dataset_name") not in (None, raw["activations"]):
+            raise ValueError("'activations' stand in for 'dataset_name': give one of them")
+        for name in _OF_TEXT:
+            if raw.get(name) not in (None, False, 0):
+                raise ValueError(f"'{name}' is about text: it has no effect on 'activations'")
+        return {**raw, "dataset_name": raw["activations"]}
 
     @field_validator("separator", mode="before")
     @classmethod
@@ -239,7 +261,10 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.tlens_model_name is None) == (self.tlens_model_path is None):
+        if self.data.activations is not None:
+            if self.model != self.data.activations:
+                raise ValueError("'data.activations' stand in for a language model: leave 'tlens_model_…' out")
+        elif (self.tlens_model_name is None) == (self.tlens_model_path is None):
             raise ValueError("exactly one of 'tlens_model_name' and 'tlens_model_path' must be given")
         if self.tlens_model_path is not None and self.tlens_model_path.endswith(".pt"):
             raise ValueError(
@@ -293,8 +318,8 @@ class RunConfig(StrictModel):
 
     @property
     def model(self) -> str:
-        """Name or path of the language model."""
-        return self.tlens_model_name or self.tlens_model_path or ""
+        """Name or path of the language model, or of the activations that stand in for it."""
+        return self.tlens_model_name or self.tlens_model_path or self.data.activations or ""
 
     @property
     def data_seed(self) -> int:

@@ -69,7 +69,7 @@ class SiteEntry(StrictModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for hooks in (self.read, self.write):
-            if any(c in hook for hook in hooks for c in _PATTERN):
+            if any(map(is_pattern, hooks)):
                 raise ValueError("'read' and 'write' take names of hook points, no patterns")
             if len(set(hooks)) < len(hooks):
                 raise ValueError("a hook point stands twice in 'read' or 'write'")
@@ -103,6 +103,11 @@ Position = Annotated[
 def as_list(value: object) -> object:
     """A single position as a list of one."""
     return [value] if isinstance(value, str | dict | SiteEntry) else value
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a name may mean several hook points."""
+    return any(c in name for c in _PATTERN)
 
 
 def keys_of(positions: Iterable[Position | Mapping[str, Any]]) -> list[str]:

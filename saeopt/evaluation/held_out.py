@@ -13,7 +13,8 @@ from torch import Tensor
 
 from saeopt.activations.calibration import calibration
 from saeopt.activations.language_model import LanguageModel
-from saeopt.activations.tokens import HeldOut, TokenData
+from saeopt.activations.source import Source, open_samples, open_source
+from saeopt.activations.tokens import HeldOut
 from saeopt.config import RunConfig, apply_overrides, load_run_config, validate_run
 from saeopt.config.io import changed
 from saeopt.config.sites import Site
@@ -57,7 +58,8 @@ def measure(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     config, n = (config, 0) if everything else _samples(config, n_eval_samples)
-    lm = LanguageModel.load(config, device)
+    lm = open_source(config, device)
+    cross_entropy = cross_entropy and lm.predicts
     sites = {key: loaded.config.saes.site(key) for key in loaded.saes}
     for key, sae in loaded.saes.items():
         _check_widths(loaded.path, sites[key], sae, lm)
@@ -85,7 +87,7 @@ def measure(
     return rows, conditions(config, lm, seen, cross_entropy)
 
 
-def _check_widths(path: Path, site: Site, sae: SAE, lm: LanguageModel) -> None:
+def _check_widths(path: Path, site: Site, sae: SAE, lm: Source) -> None:
     read, written = (sae.widths.reads, sae.widths.writes) if sae.widths is not None else ((sae.d,), (sae.d,))
     for hooks, widths in ((site.reads, read), (site.writes, written)):
         for hook, width in zip(hooks, widths, strict=True):
@@ -95,21 +97,22 @@ def _check_widths(path: Path, site: Site, sae: SAE, lm: LanguageModel) -> None:
                 raise UserError(f"{path}: the SAE at '{site.key}' has width {width}{where}, the model {have}")
 
 
-def _held_out(config: RunConfig, lm: LanguageModel, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
+def _held_out(config: RunConfig, lm: Source, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
     """Batches of held-out sequences, and how many sequences these are; training data are read only if they must be."""
     batch = config.data.eval_batch_size
     if config.data.eval_data is None:
-        return TokenData.load(config.data, lm).eval_batches(batch), n
+        return open_samples(config.data, lm).eval_batches(batch), n
+    assert isinstance(lm, LanguageModel)
     own = HeldOut.load(config.data.model_copy(update={"n_eval_samples": n}), lm, everything)
     return own.batches(batch), own.n
 
 
-def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: LanguageModel) -> None:
+def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: Source) -> None:
     """Measure the limits of norm outliers where the checkpoint has none, or `--set` asks for others."""
     wanted, had = config.data.mask_norm_outliers, loaded.config.data.mask_norm_outliers
     lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
     if lacking:
-        tokens = TokenData.load(config.data, lm)
+        tokens = open_samples(config.data, lm)
         sites = [loaded.config.saes.site(key) for key in lacking]
         for site, measured in calibration(sites, lm, tokens, config).items():
             loaded.saes[site.key].norm_limit = measured.norm_limit

@@ -10,7 +10,6 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from saeopt.config import RunConfig, dump_yaml
-from saeopt.config.sites import resolved
 from saeopt.console import console, titled
 from saeopt.errors import UserError
 from saeopt.runs.naming import run_name
@@ -22,7 +21,7 @@ from saeopt.training.memory import MemberShape, ModelShape, estimate
 from saeopt.training.setup import dictionary_width, widths_at
 
 if TYPE_CHECKING:
-    from saeopt.activations.language_model import LanguageModel
+    from saeopt.activations.source import Source
 
 
 def print_dry_run(config: RunConfig, device: str) -> None:
@@ -51,13 +50,16 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     )
 
 
-def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
+def weightless(config: RunConfig) -> tuple[Source, ModelShape]:
     """The language model's structure without its weights, and what its memory depends on."""
     from transformers import AutoModelForCausalLM
 
     from saeopt.activations.language_model import LanguageModel, check_hooks
     from saeopt.activations.pretrained import context_length_of, read_model_config
+    from saeopt.activations.stored import StoredActivations
 
+    if config.data.activations is not None:
+        return StoredActivations.load(config), ModelShape(0, 0)
     model_config = read_model_config(config.model, config.tlens_model_path is not None)
     check_hooks(config.saes.hooks, model_config, config.lm_processing == "raw")
     limit = context_length_of(model_config)
@@ -78,10 +80,10 @@ def weightless(config: RunConfig) -> tuple[LanguageModel, ModelShape]:
     return LanguageModel(model, None, nowhere), lm
 
 
-def shapes(config: RunConfig, model: LanguageModel) -> list[MemberShape]:
+def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
     """The members of a run; their parameters are counted on torch's meta device."""
     found = []
-    for site in resolved(config.saes.sae_positions, model.resolve):
+    for site in model.sites(config.saes):
         section, d, widths = config.sae_at(site.key), *widths_at(site, model)
         h = dictionary_width(section.dict_size_to_input_ratio, d)
         sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"), **where(widths))

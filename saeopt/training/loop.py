@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from saeopt.activations.language_model import LanguageModel
+from saeopt.activations.source import Samples, Source
 from saeopt.activations.stream import ActivationStream
-from saeopt.activations.tokens import TokenData
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions, with_conditions
@@ -73,7 +72,7 @@ def train_pack(
 
 class _Loop:
     def __init__(
-        self, trials: list[Trial], model: LanguageModel, tokens: TokenData, runtime: Runtime, observer: Observer
+        self, trials: list[Trial], model: Source, tokens: Samples, runtime: Runtime, observer: Observer
     ) -> None:
         self.trials, self.model, self.tokens = trials, model, tokens
         self.runtime, self.ranks, self.observer = runtime, runtime.ranks, observer
@@ -293,8 +292,9 @@ class _Loop:
         batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, None, axis.size)
         reduce = axis.reduce if axis.size > 1 else None
         rows = evaluate(
-            saes, self.model, batches, data=data, ce_ablation=ablation, device=self.runtime.device, reduce=reduce
-        )
+            saes, self.model, batches, data=data, cross_entropy=self.model.predicts, ce_ablation=ablation,
+            device=self.runtime.device, reduce=reduce,
+        )  # fmt: skip
         found: dict[str, Metrics] = {}
         for (name, hook), row in rows.items():
             found.setdefault(name, {})[hook] = row
@@ -361,7 +361,7 @@ class _Loop:
         for other in together:
             metrics = found.get(other.plan.name, {})
             if self.ranks.is_first and metrics:
-                told = conditions(other.plan.config, self.model, seen)
+                told = conditions(other.plan.config, self.model, seen, self.model.predicts)
                 with self._writing(other):
                     write_json(other.folder.evaluation_path, with_conditions(metrics, told))
             self._write(other, named(metrics))

@@ -92,7 +92,7 @@ def estimate(
     per_token = lm_bytes * _LAYER_COPIES * max(widths.values())
     passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
     step = gpu_step(members, micro, _gpu_products(config)) if on_gpu else _cpu_step(config, members, micro)
-    logits = _evaluation(config, lm.vocabulary, lm_bytes, device_type) if data.n_eval_samples else 0
+    logits = _evaluation(config, lm.vocabulary, lm_bytes, device_type) if data.n_eval_samples and lm.vocabulary else 0
     per_parameter = _PER_PARAMETER_GPU if on_gpu and _gpu_products(config) else _PER_PARAMETER
     accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {

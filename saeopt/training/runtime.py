@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
-from saeopt.activations.language_model import LanguageModel
-from saeopt.activations.tokens import TokenData
+from saeopt.activations.source import Samples, Source, open_samples, open_source
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
@@ -61,17 +60,17 @@ class Runtime:
         """Dtype of the SAEs' matrix products: the config's, `accelerate launch`'s, or bf16 on a GPU."""
         return _DTYPES[precision(config, self.device.type)[0]]
 
-    def language_model(self, config: RunConfig) -> LanguageModel:
-        """The config's language model on this device."""
+    def language_model(self, config: RunConfig) -> Source:
+        """The config's language model on this device, or the files that stand in for it."""
         data = config.data
         tokens = (data.context_length, data.tokenizer_name, data.is_tokenized, data.separator)
         key = (config.model, config.lm_dtype, config.lm_processing, *tokens)
-        return self._keep("model", key, lambda: LanguageModel.load(config, self.device))
+        return self._keep("model", key, lambda: open_source(config, self.device))
 
-    def token_data(self, config: RunConfig, model: LanguageModel) -> TokenData:
+    def token_data(self, config: RunConfig, model: Source) -> Samples:
         """The config's token data, tokenised for `model`."""
         key = (config.model, config.data.model_dump_json(exclude={"train_batch_size", "eval_batch_size"}))
-        return self._keep("tokens", key, lambda: TokenData.load(config.data, model))
+        return self._keep("tokens", key, lambda: open_samples(config.data, model))
 
     def _keep(self, kind: str, key: object, load: Any) -> Any:
         kept = self._kept.get(kind)

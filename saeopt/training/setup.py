@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from saeopt.activations.calibration import Calibration, calibration
-from saeopt.activations.language_model import LanguageModel
-from saeopt.activations.tokens import TokenData
+from saeopt.activations.source import Samples, Source
 from saeopt.config.keys import stream_key
 from saeopt.config.run import RunConfig
-from saeopt.config.sites import Site, resolved
+from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.runs.weights import load_checkpoint
@@ -35,7 +34,7 @@ def check_plans(plans: Sequence[TrialPlan]) -> RunConfig:
     return plans[0].config
 
 
-def total_samples(config: RunConfig, tokens: TokenData, world: int) -> int:
+def total_samples(config: RunConfig, tokens: Samples, world: int) -> int:
     """Samples of the whole run: whole windows over all ranks, rounded up."""
     wanted = config.data.n_train_samples or tokens.n_train_available
     if wanted is None:
@@ -84,13 +83,13 @@ def evaluation_in_samples(config: RunConfig, members: Sequence[Member], lm_param
     return config.data.n_eval_samples * ratio
 
 
-def sites_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list[Site]]:
+def sites_of(plans: Sequence[TrialPlan], model: Source) -> dict[str, list[Site]]:
     """The sites of each trial.
 
     Raises:
         UserError: the model lacks one, also one that `saes.per_hook` names.
     """
-    found = {plan.name: resolved(plan.config.saes.sae_positions, model.resolve) for plan in plans}
+    found = {plan.name: model.sites(plan.config.saes) for plan in plans}
     for plan in plans:
         for hook in set(plan.config.saes.per_hook) - {site.key for site in found[plan.name]}:
             try:
@@ -101,7 +100,7 @@ def sites_of(plans: Sequence[TrialPlan], model: LanguageModel) -> dict[str, list
     return found
 
 
-def blank_members(plan: TrialPlan, sites: Sequence[Site], model: LanguageModel, runtime: Runtime) -> list[Member]:
+def blank_members(plan: TrialPlan, sites: Sequence[Site], model: Source, runtime: Runtime) -> list[Member]:
     """A trial's members with weights of zeros."""
     members = []
     for site in sites:
@@ -120,7 +119,7 @@ def blank_members(plan: TrialPlan, sites: Sequence[Site], model: LanguageModel, 
     return members
 
 
-def widths_at(site: Site, model: LanguageModel) -> tuple[int, Widths | None]:
+def widths_at(site: Site, model: Source) -> tuple[int, Widths | None]:
     """The width that is read at a site, and all widths where it is no autoencoder's."""
     reads, writes = (tuple(map(model.width, hooks)) for hooks in (site.reads, site.writes))
     return sum(reads), None if site.one else Widths(reads, writes, site.reads == site.writes)
@@ -131,9 +130,7 @@ def dictionary_width(ratio: float, d: int) -> int:
     return max(1, round(ratio * d))
 
 
-def calibrate(
-    members: Sequence[Member], model: LanguageModel, tokens: TokenData, config: RunConfig, runtime: Runtime
-) -> None:
+def calibrate(members: Sequence[Member], model: Source, tokens: Samples, config: RunConfig, runtime: Runtime) -> None:
     """Set scale and initial weights of new members from the first samples of the stream.
 
     Every rank reads the same samples and then takes rank 0's weights.
@@ -185,7 +182,7 @@ def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
 
 
 def measure_norm_limits(
-    members: Sequence[Member], model: LanguageModel, tokens: TokenData, config: RunConfig, runtime: Runtime
+    members: Sequence[Member], model: Source, tokens: Samples, config: RunConfig, runtime: Runtime
 ) -> None:
     """Measure what was not stored, by a version that measured in each micro-batch."""
     lacking = [m for m in members if config.data.mask_norm_outliers is not None and m.sae.norm_limit == math.inf]
