@@ -1,9 +1,9 @@
-"""Write activations of a language model to a safetensors file: `x` [N, d] in bfloat16.
+"""Write activations of a language model to a safetensors file: `x` [N, d] in bfloat16, with --write also `y` [N, e].
 
-    python scripts/harvest_activations.py MODEL_DIR TEXT FILE N [--hook blocks.9.hook_resid_pre]
+    python scripts/harvest_activations.py MODEL_DIR TEXT FILE N [--hook blocks.9.hook_resid_pre] [--write HOOK]
 
-For `scripts/bench_step.py --data FILE`. Special tokens are left out, and the first positions of each sequence, where
-many models keep an attention sink of many times the usual norm.
+For `data.activations: FILE` of a config and for `scripts/bench_step.py --data FILE`. Special tokens are left out, and
+the first positions of each sequence, where many models keep an attention sink of many times the usual norm.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main(
     file: Annotated[Path, typer.Argument(help="the safetensors file to write")],
     n: Annotated[int, typer.Argument(min=1, help="number of tokens")],
     hook: Annotated[str, typer.Option(help="hook point")] = "blocks.9.hook_resid_pre",
+    write: Annotated[str | None, typer.Option(help="hook point of y: what a transcoder is to give")] = None,
     context: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 128,
     skip_first: Annotated[int, typer.Option(min=0, help="positions to leave out of each sequence")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU where there is one")] = "auto",
@@ -57,24 +58,29 @@ def main(
     model = runtime.language_model(config)
     tokens = runtime.token_data(config, model)
     available = (tokens.n_train_available or 0) // 8
-    stream = ActivationStream(model, tokens, model.resolve([hook]), config)
-    found: list[torch.Tensor] = []
+    hooks = {"x": hook} if write is None else {"x": hook, "y": write}
+    stream = ActivationStream(model, tokens, model.resolve(list(hooks.values())), config)
+    found: list[dict[str, torch.Tensor]] = []
+    have = 0
     try:
-        while sum(map(len, found)) < n and len(found) < available:
+        while have < n and len(found) < available:
             batch = next(stream)
-            late_N = torch.arange(len(batch.keep_N), device=batch.keep_N.device) % context >= skip_first
-            found.append(batch.x[hook][batch.keep_N & late_N].to("cpu", torch.bfloat16))
+            kept_N = batch.keep_N & (
+                torch.arange(len(batch.keep_N), device=batch.keep_N.device) % context >= skip_first
+            )
+            found.append({name: batch.x[h][kept_N].to("cpu", torch.bfloat16) for name, h in hooks.items()})
+            have += len(found[-1]["x"])
     finally:
         stream.close()
-    if sum(map(len, found)) < n:
-        raise UserError(
-            f"{text}: holds {sum(map(len, found)):,} tokens in whole batches of 8 sequences, {n:,} are wanted"
-        )
-    x_Nd = torch.cat(found)[:n].contiguous()
+    if have < n:
+        raise UserError(f"{text}: holds {have:,} tokens in whole batches of 8 sequences, {n:,} are wanted")
+    whole = {name: torch.cat([part[name] for part in found])[:n].contiguous() for name in hooks}
     with atomic_write(file) as path:
-        save_file({"x": x_Nd}, path)
-    norm_N = x_Nd.float().norm(dim=-1)
-    console.print(f"{file}: x {list(x_Nd.shape)}, norm {norm_N.mean():.2f} in the mean, {norm_N.max():.2f} at most")
+        save_file(whole, path)
+    for name, x_Nd in whole.items():
+        norm_N = x_Nd.float().norm(dim=-1)
+        told = f"norm {norm_N.mean():.2f} in the mean, {norm_N.max():.2f} at most"
+        console.print(f"{file}: {name} {list(x_Nd.shape)}, {told}")
 
 
 if __name__ == "__main__":
