@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
+from saeopt.saes.init import initialise
 from saeopt.saes.numbers import Number, sparsity_coeff
 
 Reduction = Literal["sum", "min", "max"]
@@ -259,8 +260,6 @@ class SAE(nn.Module):
         self, x_Nd: Float[Tensor, "N d"], generator: torch.Generator, y_Ne: Float[Tensor, "N e"] | None = None
     ) -> None:
         """Set the initial weights from normalised, unmasked activations (y None: x) and a CPU generator."""
-        from saeopt.saes.init import initialise
-
         initialise(self, x_Nd, generator, y_Ne)
 
     @torch.no_grad()

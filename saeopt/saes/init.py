@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saeopt.saes.base import SAE
+if TYPE_CHECKING:
+    from saeopt.saes.base import SAE
 
 _MATCH_ROWS = 2048  # tokens on which the encoder's size is matched; more change c by less than a percent
 _MATCH_TOLERANCE = 1e-4
