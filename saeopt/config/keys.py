@@ -10,11 +10,17 @@ from saeopt.config.places import as_typed
 from saeopt.config.roles import MAY_DIFFER, MEMBER_FIELDS
 from saeopt.config.run import RunConfig
 
+_LATER = {"activations"}
+"""Fields of `data` that did not exist when the first studies stored their keys: null is as if they were not there."""
+
 
 def stream_key(config: RunConfig) -> str:
     """Hash of everything that fixes the stream: trials with equal keys may share a pack (hook points may differ)."""
     fixed = as_typed(config.model_dump(mode="json", exclude=set(MEMBER_FIELDS) - {"as_typed"}))
     fixed["data"]["seed"] = config.data_seed
+    for name in _LATER & fixed["data"].keys():
+        if fixed["data"][name] is None:
+            del fixed["data"][name]
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -256,6 +256,7 @@ def test_what_follows_from_the_marks_is_what_older_versions_wrote_down() -> None
     } == MEMBER_FIELDS  # fmt: skip
     assert set(DATA_AND_MODEL) == {
         "tlens_model_name", "tlens_model_path", "data.dataset_name", "data.eval_dataset_name", "data.tokenizer_name",
+        "data.activations",
     }  # fmt: skip
     assert set(PATHS) == {*DATA_AND_MODEL, "saes.pretrained_sae_paths", "activations.cache", "save_dir"}
 
