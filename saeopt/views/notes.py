@@ -47,7 +47,7 @@ def study_text(spec: StudySpec) -> str:
     """What the study is about and where its files are."""
     base, rule = spec.base, rule_of(spec)
     data, saes = base.get("data") or {}, base.get("saes") or {}
-    model = base.get("tlens_model_name") or base.get("tlens_model_path")
+    model = base.get("tlens_model_name") or base.get("tlens_model_path") or base["data"].get("activations")
     objectives = ", ".join(("maximise " if o.maximised else "minimise ") + o.metric for o in spec.objectives)
     lines = [
         f"# {spec.name}",

@@ -13,11 +13,16 @@ from test_processes import ENVIRONMENT, JOB, free_port, weights, write_job
 from transformers import AutoModelForCausalLM
 
 from saeopt.activations.stream import Batch
+from saeopt.config.normalise import normalised
+from saeopt.config.study import study_spec
 from saeopt.errors import UserError
 from saeopt.evaluation.held_out import measure
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import Widths
 from saeopt.saes.registry import get_sae
+from saeopt.search.objectives import objective_names, objective_values
+from saeopt.search.sensible import check_study
+from saeopt.search.space import Space
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.dry_run import print_dry_run
 from saeopt.training.pack import Member, Pack
@@ -258,3 +263,18 @@ def test_two_ranks_train_the_same_transcoder_as_one(make_config, tmp_path):
         evaluated = json.loads((Path(tmp_path) / "two" / name / "evaluation.json").read_text())
         for key, row in results[name].evaluation.items():
             assert evaluated[key]["ce_recovered"] == pytest.approx(row["ce_recovered"], rel=1e-5)
+
+
+def test_a_study_aims_at_sites_and_varies_fields_there_by_their_keys(make_config):
+    base = make_config(**{"saes.sae_positions": [LAYERS[0], TRANSCODER, CROSSCODER]}).model_dump(mode="json")
+    key = f"{READ}->{WRITE}"
+    raw = {"name": "s", "base": base, "space": {"saes.sparsity_coeff@two": [1, 2]}}
+    spec = normalised(study_spec({**raw, "objectives": [{"metric": "fvu", "hook_points": "all"}]}, "s"), "s")
+    assert objective_names(spec) == [f"fvu@{LAYERS[0]}", f"fvu@{key}", "fvu@two"]
+    assert objective_values(spec, {k: {"fvu": 0.5} for k in (LAYERS[0], key, "two")}) == [0.5] * 3
+    cells = Space(spec).grid()
+    assert [cell.config.sae_at("two").sparsity_coeff for cell in cells] == [1, 2]
+    check_study(spec, cells)
+    lost = {"objectives": [{"metric": "fvu", "hook_points": "three"}]}
+    with pytest.raises(UserError, match="no SAE trains at three"):
+        check_study(normalised(study_spec({**raw, **lost}, "s"), "s"), cells)
