@@ -104,11 +104,10 @@ def evaluate(
 ) -> dict[Key, Metrics]:
     """Metrics of every SAE over all batches, as plain Python numbers.
 
-    `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share a site. At a site
-    that writes elsewhere than it reads everything is measured against what it is to give, and its cross-entropies are
-    those with all that it writes replaced, or zeroed, at once. Which positions count follows from `data`, or is said by
-    `keep`. With several ranks each gives its own tokens, and `reduce` sums tensors over them in place; the ranks must
-    name the SAEs in the same order. `progress` gets the number of sequences of each finished batch.
+    `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share one. Everything is
+    measured against what the site is to give, its cross-entropies with all that it writes replaced, or zeroed, at once.
+    Which positions count follows from `data`, or is said by `keep`. With several ranks each gives its own tokens, and
+    `reduce` sums tensors over them in place; all ranks name the SAEs in one order. `progress` counts their sequences.
     """
     if not saes:
         return {}
