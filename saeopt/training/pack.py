@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Member:
         """The SAE section as it holds at this site."""
         return self.sae.config
 
-    @property
+    @cached_property  # asked for in every step
     def site(self) -> Site:
         """What it reads and writes."""
         return self.config.saes.site(self.hook_point)
