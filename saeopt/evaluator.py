@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,10 +71,15 @@ def evaluate_run(
         console.print_json(target.read_text(encoding="utf-8"))
     else:
         print_run(folder, metrics)
-        if target != folder / EVALUATION:
-            console.print(f"{'this one':>10}  {target}", soft_wrap=True)
-        size = f"{told['n_samples']:,} samples of {told['context_length']} tokens"
-        console.print(f"{'data':>10}  {told['data']}: {size}", soft_wrap=True)
+        _print_where(target, target == folder / EVALUATION, told)
+
+
+def _print_where(target: Path, usual: bool, conditions: Mapping[str, Any]) -> None:
+    """Which file, where that is not the usual one, and what was evaluated on."""
+    if not usual:
+        console.print(f"{'this one':>10}  {target}", soft_wrap=True)
+    size = f"{conditions['n_samples']:,} samples of {conditions['context_length']} tokens"
+    console.print(f"{'data':>10}  {conditions['data']}: {size}", soft_wrap=True)
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def _spec(
     max_trials: int | None,
 ) -> StudySpec:
     from saeopt.config.io import read_yaml
-    from saeopt.config.study import study_spec
+    from saeopt.config.study_file import study_spec
     from saeopt.config.sweep import sweep_spec
 
     if file is None:
@@ -140,7 +140,7 @@ def _spec(
 
 def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> StudySpec:
     from saeopt.config.io import changed, validate_run
-    from saeopt.config.study import study_spec
+    from saeopt.config.study_file import study_spec
 
     raw = spec.model_dump(mode="json", by_alias=True)
     if spec.older is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,11 +18,35 @@ from saeopt.config.settings import settings
 from saeopt.errors import UserError
 from saeopt.options import Storage, StudyArgument, either, new_app, run_cli
 
-if TYPE_CHECKING:
-    pass
-
 app = new_app()
 _SAME_REQUEST = 1.0
+
+
+Devices = Annotated[
+    str,
+    typer.Option(
+        envvar="SAEOPT_DEVICES", metavar="LIST", help="auto, or a list (cuda:0,cuda:1 or cpu,cpu): a process each."
+    ),
+]
+Limit = Annotated[int | None, typer.Option(metavar="N", min=1, help="End after N trials (of all devices together).")]
+PackSize = Annotated[str | None, typer.Option(metavar="N", help="Most trials at once, or auto; default: the study's.")]
+IdleTimeout = Annotated[
+    float,
+    typer.Option(
+        envvar="SAEOPT_IDLE_TIMEOUT", metavar="SECONDS", min=0, help="End when no trial has waited for this long."
+    ),
+]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="One trial at a time; the first error ends the worker, with traceback.")
+]
+OnlyBuiltin = Annotated[
+    bool,
+    typer.Option("--only-builtin", envvar="SAEOPT_ONLY_BUILTIN", help="Import no architecture that a study names."),
+]
+OutputRoot = Annotated[
+    Path | None,
+    typer.Option(envvar="SAEOPT_OUTPUT_ROOT", metavar="DIR", help="Refuse studies that write outside of DIR."),
+]
 
 
 @app.command()
@@ -30,50 +54,21 @@ def worker(
     name: StudyArgument = None,
     study: Annotated[str | None, typer.Option("--study", metavar="NAME", help="The same as an option.")] = None,
     storage: Storage = None,
-    devices: Annotated[
-        str,
-        typer.Option(
-            envvar="SAEOPT_DEVICES", metavar="LIST", help="auto, or a list (cuda:0,cuda:1 or cpu,cpu): a process each."
-        ),
-    ] = "auto",
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="End after N trials (of all devices together).")
-    ] = None,
+    devices: Devices = "auto",
+    limit: Limit = None,
     max_trials: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,  # the old name of --limit
-    pack: Annotated[
-        str | None, typer.Option(metavar="N", help="Most trials at once, or auto; default: the study's.")
-    ] = None,
-    idle_timeout: Annotated[
-        float,
-        typer.Option(
-            envvar="SAEOPT_IDLE_TIMEOUT",
-            metavar="SECONDS",
-            min=0,
-            help="End when no trial has waited for this long.",
-        ),
-    ] = 0.0,
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="One trial at a time; the first error ends the worker, with traceback.")
-    ] = False,
-    only_builtin: Annotated[
-        bool,
-        typer.Option("--only-builtin", envvar="SAEOPT_ONLY_BUILTIN", help="Import no architecture that a study names."),
-    ] = False,
-    output_root: Annotated[
-        Path | None,
-        typer.Option(envvar="SAEOPT_OUTPUT_ROOT", metavar="DIR", help="Refuse studies that write outside of DIR."),
-    ] = None,
+    pack: PackSize = None,
+    idle_timeout: IdleTimeout = 0.0,
+    sequential: Sequential = False,
+    only_builtin: OnlyBuiltin = False,
+    output_root: OutputRoot = None,
     show_devices: Annotated[bool, typer.Option("--show-devices", help="List the devices and end.")] = False,
     poll: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.05, help="Time between looks at an empty queue.")
     ] = 1.0,
 ) -> None:
     """Train the trials of a study until none is left."""
-    from saeopt.config.settings import export_tokens
-    from saeopt.console import console, set_up_logging
-    from saeopt.host.launcher import be_alone
-    from saeopt.training.environment import check_environment
-    from saeopt.trials.allowed import ONLY_BUILTIN, OUTPUT_ROOT
+    from saeopt.console import console
     from saeopt.workers import devices as dev
     from saeopt.workers.loop import Options
     from saeopt.workers.on_device import work
@@ -85,20 +80,8 @@ def worker(
     study = either(name, study, "--study") or os.environ.get("SAEOPT_STUDY")
     if study is None:
         raise UserError("STUDY is missing: the name of the study whose trials are to be trained")
-    be_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
-    check_environment()
-    limit = limit or max_trials
-    size = pack_size(pack)
-    set_up_logging()
-    export_tokens()
-    interrupted = stop_on_signals()
-    dev.watch_parent(interrupted)
-    if only_builtin:  # for children too, like what follows
-        os.environ[ONLY_BUILTIN] = "1"
-    if output_root is not None:
-        os.environ[OUTPUT_ROOT] = str(output_root)
-    if storage is not None:  # a command line would show its password
-        os.environ["SAEOPT_STORAGE"] = storage
+    limit, size = limit or max_trials, pack_size(pack)
+    interrupted = _prepare(storage, only_builtin, output_root)
     with _own_gpu(devices, interrupted) as own:
         names = [own] if own else dev.parse_devices(devices)
         if len(names) > 1 and sequential and devices != "auto":
@@ -112,6 +95,30 @@ def worker(
     if fault is not None:  # without the GPU in its hands
         _pause(fault, interrupted)
         raise fault
+
+
+def _prepare(storage: str | None, only_builtin: bool, output_root: Path | None) -> threading.Event:
+    """What every worker does before it trains, for its children too; the event says that it is to end."""
+    from saeopt.config.settings import export_tokens
+    from saeopt.console import set_up_logging
+    from saeopt.host.launcher import be_alone
+    from saeopt.training.environment import check_environment
+    from saeopt.trials.allowed import ONLY_BUILTIN, OUTPUT_ROOT
+    from saeopt.workers.devices import watch_parent
+
+    be_alone("a worker", "--devices says which devices to work on, and any number of workers may run")
+    check_environment()
+    set_up_logging()
+    export_tokens()
+    interrupted = stop_on_signals()
+    watch_parent(interrupted)
+    if only_builtin:
+        os.environ[ONLY_BUILTIN] = "1"
+    if output_root is not None:
+        os.environ[OUTPUT_ROOT] = str(output_root)
+    if storage is not None:  # a command line would show its password
+        os.environ["SAEOPT_STORAGE"] = storage
+    return interrupted
 
 
 def _faulty(action: Callable[[], object]) -> UserError | None:

@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.table import Table
 
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.console import console
 from saeopt.errors import UserError, fail
 from saeopt.search.pareto import Point

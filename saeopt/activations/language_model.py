@@ -175,6 +175,10 @@ class LanguageModel:
         pulse()
         return {h: found[h] for h in hooks}
 
+    def identities(self) -> dict[str, str]:
+        """What a run that goes on must find again."""
+        return {"model": self.identity}
+
     def fingerprint(self) -> str:
         """Changes when the model changes: its configuration, and some values of every parameter."""
         config = getattr(self._model, "config", None)

@@ -59,6 +59,9 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the source changes."""
 
+    def identities(self) -> dict[str, str]:
+        """What a run that goes on must find again: the language model's weights, or each hook point's rows."""
+
 
 class Samples(Protocol):
     """Training and held-out samples in the order that the data seed fixes."""

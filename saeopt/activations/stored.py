@@ -172,9 +172,14 @@ class StoredActivations:
         return self.logits(tokens_BT)
 
     def fingerprint(self) -> str:
-        """Changes with the number of rows and the first of them."""
-        first = {hook: part.x_Nd[0, :8].tolist() for hook, part in sorted(self._parts.items())}
-        return hashlib.sha256(json.dumps([self.n_rows, first]).encode()).hexdigest()[:16]
+        """Changes with the number of rows and with any of 64 rows from all over a file."""
+        return hashlib.sha256(json.dumps(self.identities(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def identities(self) -> dict[str, str]:
+        """Of each hook point: changes with any of 64 rows from all over its file."""
+        rows = torch.linspace(0, self.n_rows - 1, min(64, self.n_rows)).long()
+        hashed = {hook: hashlib.sha256(part.x_Nd[rows].float().numpy().tobytes()) for hook, part in self._parts.items()}
+        return {hook: found.hexdigest()[:16] for hook, found in hashed.items()} | {"rows": str(self.n_rows)}
 
 
 class StoredRows:

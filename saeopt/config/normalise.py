@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from saeopt.config.fields import field_names, field_value, has_field
+from saeopt.config.io import validate_run
 from saeopt.config.names import field_suggestion
 from saeopt.config.places import expanded
 from saeopt.config.study import Dimension, StudySpec
@@ -23,8 +24,6 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
     space = {}
     for name, alternatives in spec.space.items():
         space[name] = [_dimension(spec, name, d, sae_types, source) for d in alternatives]
-    from saeopt.config.io import validate_run
-
     base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
     folder = spec.output_dir or base["save_dir"]
     base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}

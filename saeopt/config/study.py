@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, printable
-from saeopt.config.io import apply_overrides, read_run_yaml, read_yaml, stored, validate_run
-from saeopt.config.places import expanded, first_made
+from saeopt.config.io import apply_overrides, stored, validate_run
+from saeopt.config.places import first_made
 from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 from saeopt.metrics import more_is_better, objective_metrics
@@ -236,6 +236,10 @@ class StudySpec(StrictModel):
         """The same study under recipe 1, where its base config names no recipe and got 2."""
         return self._older
 
+    def set_older(self, older: StudySpec) -> None:
+        """Keep the same study under recipe 1."""
+        self._older = older
+
     def to_json(self) -> str:
         """Canonical text: equal specs give equal texts."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
@@ -254,7 +258,7 @@ class StudySpec(StrictModel):
             made = json.loads(text).get("format", 1) if text.lstrip().startswith("{") else None
             if made != FORMAT:
                 raise UserError(f"the study's format is {made}, this version knows {FORMAT}: use a newer one") from None
-            raise explain(error, "the stored study (made by another version?)", _known_names()) from None
+            raise explain(error, "the stored study (made by another version?)", known_names()) from None
 
     def run_config(self, values: dict[str, Any], source: str | None = None) -> RunConfig:
         """The base config with the values of a cell (`field[@hook point]` → value); :class:`UserError` if invalid."""
@@ -295,38 +299,11 @@ def _is_dimension(entry: object) -> bool:
     return isinstance(entry, dict) and ("values" in entry or "low" in entry)
 
 
-def _known_names() -> dict[tuple[str, ...], list[str]]:
+def known_names() -> dict[tuple[str, ...], list[str]]:
+    """Field names per section, for suggestions."""
     return {
         (): list(StudySpec.model_fields),
         ("sampler",): list(Sampler.model_fields),
         ("early_stopping",): list(EarlyStopping.model_fields),
         ("early_stopping", "collapse"): list(Collapse.model_fields),
     }
-
-
-def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
-    """A spec whose base and space are checked and normalised; :class:`UserError` names `source` and the field."""
-    base = raw.get("base")
-    if isinstance(base, str):
-        try:
-            near = Path(source).parent / expanded(base)
-        except UserError as error:
-            raise UserError(f"{source}: 'base': {error}") from None
-        raw = {**raw, "base": read_run_yaml(near if near.exists() else base)}
-    try:
-        spec = StudySpec.model_validate(raw)
-    except ValidationError as error:
-        raise explain(error, str(source), _known_names()) from None
-    from saeopt.config.normalise import normalised
-
-    found = normalised(spec, str(source))
-    if "recipe" not in spec.base and found.base["recipe"] == 2:
-        found._older = normalised(spec.model_copy(update={"base": stored(spec.base)}), str(source))
-    return found
-
-
-def load_study_spec(path: str | Path) -> StudySpec:
-    """A native study file. `name` defaults to the file's name."""
-    raw = read_yaml(path)
-    raw.setdefault("name", Path(path).stem)
-    return study_spec(raw, path)

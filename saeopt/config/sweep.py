@@ -8,7 +8,8 @@ from typing import Any
 from saeopt.config.base import nearest
 from saeopt.config.fields import field_names
 from saeopt.config.io import read_run_yaml, read_yaml
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
 
 _PLURALS = {

@@ -113,15 +113,16 @@ def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: 
 
 def _check_identity(folder: RunFolder, samples: int, config: RunConfig, identity: Mapping[str, str]) -> None:
     before = stored_identity(folder, samples) or {}
-    where = {
-        "tokens": f"'data.dataset_name': {config.data.dataset_name}",
-        "model": f"the language model {config.model}",
+    data = config.data
+    lacking = {
+        "tokens": f"'data.dataset_name': {data.dataset_name} does not give the tokens",
+        "model": f"the language model {config.model} does not give the model",
     }
     for what, fingerprint in identity.items():
         if before.get(what, fingerprint) != fingerprint:
-            raise UserError(
-                f"{where[what]} does not give the {what} that {folder.path} was trained on: not the same run"
-            )
+            rows = f"'data.activations': {data.activations} does not hold the rows of {what}"
+            lack = lacking[what] if data.activations is None else rows
+            raise UserError(f"{lack} that {folder.path} was trained on: not the same run")
 
 
 def _load(member: Member, weights: dict[str, Tensor]) -> None:

@@ -83,7 +83,7 @@ class _Loop:
             self.total = 0
         self.window = self.config.effective_batch * runtime.ranks.data.size
         self.last_save: int | None = None
-        self.identity = {"tokens": tokens.identity(), "model": model.identity}
+        self.identity = {"tokens": tokens.identity(), **model.identities()}
         self.samples, cursor, states = self._restore()
         self.start = self.samples
         learning = [m for t in trials for m in t.members if m.sae_config.retrain_saes]

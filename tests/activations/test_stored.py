@@ -75,6 +75,15 @@ def test_a_folder_holds_a_file_for_each_site_and_a_cut_run_goes_on_bit_for_bit(r
             assert torch.equal(tensor, cut[key].state_dict()[name]), name
 
 
+def test_a_run_does_not_go_on_with_other_rows(runtime, tmp_path):
+    x = torch.randn(ROWS, 6)
+    given = config(file(tmp_path / "a.safetensors", x=x))
+    train_pack([TrialPlan("a", given, tmp_path / "run")], runtime)
+    file(tmp_path / "a.safetensors", x=x.flip(0))
+    with pytest.raises(UserError, match=r"data\.activations.*does not hold the rows of here that"):
+        train_pack([TrialPlan("a", given, tmp_path / "run", resume=True)], Runtime("cpu"))
+
+
 def test_every_pass_gives_each_sample_once_in_an_order_of_its_own(tmp_path):
     given = config(file(tmp_path / "a.safetensors", x=torch.randn(105, 2)), n_eval_samples=3)
     rows = StoredRows(given.data, StoredActivations.load(given))

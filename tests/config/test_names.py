@@ -10,7 +10,7 @@ import yaml
 
 from saeopt.activations.hook_points import hook_of_module, match_hooks, residual_hooks
 from saeopt.config import load_run_config
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from saeopt.config import RunConfig, dump_yaml, load_run_config, stream_key, validate_run
 from saeopt.config.places import as_typed
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
 from saeopt.options import run_cli
 from saeopt.trials.storage import Store, store_url

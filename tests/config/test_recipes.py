@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from saeopt.config import apply_overrides, dump_yaml, load_run_config, validate_run
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
 from saeopt.training.launch import notices, resolve

@@ -13,7 +13,7 @@ import yaml
 from saeopt.config import apply_overrides, dump_yaml, load_run_config, read_yaml, stream_key, validate_run
 from saeopt.config.marks import Role
 from saeopt.config.roles import DATA_AND_MODEL, MAY_DIFFER, MEMBER_FIELDS, PATHS, REPORTING, sections, walk
-from saeopt.config.study import load_study_spec
+from saeopt.config.study_file import load_study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 
 PASSWORD = "open-sesame-9431"
 

@@ -19,7 +19,8 @@ from _stores import PASSWORD, Server, new_database
 from optuna.trial import TrialState
 from safetensors import safe_open
 
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.trials import claims, states
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study

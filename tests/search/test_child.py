@@ -16,7 +16,8 @@ import psutil
 import pytest
 from _chaos import PRELOAD, run_alone, run_worker
 
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.trials import claims
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.trials import claims
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store

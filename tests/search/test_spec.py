@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from saeopt.config.study import StudySpec, load_study_spec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import load_study_spec, study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
 from saeopt.trials import internals as db

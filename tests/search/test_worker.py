@@ -16,7 +16,8 @@ import pytest
 from _stores import grid_spec
 from optuna_dashboard._app import create_app
 
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError, WorkerFault
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials import claims, endings, presence

@@ -18,7 +18,8 @@ from _stores import grid_spec
 
 from saeopt import worker
 from saeopt.config.settings import settings
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import WorkerFault
 from saeopt.trials import claims, states
 from saeopt.trials import internals as db

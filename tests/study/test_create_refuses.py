@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.trials.create import planned_cells
 
 HOOK = "blocks.1.hook_resid_pre"

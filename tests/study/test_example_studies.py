@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from saeopt.config.study import load_study_spec
+from saeopt.config.study_file import load_study_spec
 from saeopt.trials.create import planned_cells
 from saeopt.views.notes import LIMIT, study_text
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from saeopt.config.study import LARGEST_PACK, load_study_spec
+from saeopt.config.study import LARGEST_PACK
+from saeopt.config.study_file import load_study_spec
 from saeopt.trials.create import planned_cells
 from saeopt.views.preview import packs_of
 

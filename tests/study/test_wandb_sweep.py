@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from saeopt.config import load_run_config
-from saeopt.config.study import StudySpec, study_spec
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
 from saeopt.search.space import Space
 from saeopt.training.loggers import with_means

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from saeopt.activations.stream import Batch
 from saeopt.config.normalise import normalised
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
 from saeopt.evaluation.held_out import measure
 from saeopt.runs.weights import load_checkpoint

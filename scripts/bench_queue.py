@@ -1,6 +1,6 @@
 """What the queue would cost in tables of our own, with Optuna touched through its public storage calls alone.
 
-    python findings/optuna_public_queue.py [postgresql://…]      (default: an SQLite file)
+    python scripts/bench_queue.py [postgresql://…]      (default: an SQLite file)
 
 A prototype of claim, beat, report, give back and end (`OwnQueue`): one row per trial in `saeopt_trials` decides, every
 change of state is one guarded UPDATE there, and Optuna's tables are a copy for samplers and dashboard. Prints the
@@ -20,11 +20,11 @@ from typing import Any
 
 import optuna
 import sqlalchemy as sa
-from optuna.distributions import FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState, create_trial
 
-from saeopt.config.study import study_spec
+from saeopt.config.study_file import study_spec
 from saeopt.trials import claims, endings
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
@@ -59,7 +59,7 @@ class OwnQueue:
 
     def create(self, n: int) -> None:
         """Optuna has no call for many trials: one each, then our rows in one."""
-        space = {"lr": FloatDistribution(1e-6, 1.0)}
+        space: dict[str, BaseDistribution] = {"lr": FloatDistribution(1e-6, 1.0)}
         cells = [create_trial(state=TrialState.WAITING, params={"lr": 1e-3}, distributions=space) for _ in range(n)]
         ids = [self.optuna.create_new_trial(self.study_id, cell) for cell in cells]
         rows = [{"trial_id": t, "study_id": self.study_id, "number": i, "state": "WAITING", "stream": "s"}
@@ -100,7 +100,7 @@ class OwnQueue:
         """Not in one transaction: whoever is taken for dead between the two still writes into Optuna's tables."""
         if self._guarded(token, [trial_id], state="RUNNING"):
             self.optuna.set_trial_intermediate_value(trial_id, step, value)
-            self.optuna.set_trial_system_attr(trial_id, "saeopt:curve", {step: [value]})
+            self.optuna.set_trial_system_attr(trial_id, "saeopt:curve", {str(step): [value]})
 
     def release(self, token: str, trial_id: int) -> None:
         """Back to the queue."""
@@ -164,8 +164,9 @@ def today(store: Store) -> dict[str, str]:
     row["report"], _ = measured(store, lambda: claims.report(store, pack[0], 8, 0.5, curve))
     row["give back"], _ = measured(store, lambda: endings.release(store, pack[1]))
     limits = {"min_l0": -1.0, "max_fvu": -1.0}
-    end = {"constraints": limits, "attrs": EVALUATION}
-    row["end"], _ = measured(store, lambda: endings.finish(store, pack[0], "COMPLETE", [1.0, 2.0], **end))
+    row["end"], _ = measured(
+        store, lambda: endings.finish(store, pack[0], "COMPLETE", [1.0, 2.0], constraints=limits, attrs=EVALUATION)
+    )
     endings.fail(store, pack[2], "no")
     row["retry of a failed trial"], _ = measured(store, lambda: endings.retry(store, key))
     return row
