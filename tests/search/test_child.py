@@ -18,7 +18,7 @@ from _chaos import PRELOAD, run_alone, run_worker
 
 from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
-from saeopt.trials import claims
+from saeopt.trials import endings
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
 
@@ -153,7 +153,7 @@ def test_a_trial_that_ends_its_process_takes_nothing_with_it(
     assert states(store) == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"]
     trial = store.study("s").trials[0]
     assert said in trial.user_attrs["reason"]
-    assert trial.system_attrs[claims.DEATHS] == claims.MAX_DEATHS
+    assert trial.system_attrs[endings.DEATHS] == endings.MAX_DEATHS
 
 
 @pytest.mark.slow
@@ -172,4 +172,4 @@ def test_a_frozen_training_is_ended_and_its_trial_trained_again(
     assert worker.exitcode == 0
     assert states(store) == ["COMPLETE"]
     assert "no progress for 15 s" in (tmp_path / "worker0.log").read_text()
-    assert store.study("s").trials[0].system_attrs[claims.LOSSES] == 1
+    assert store.study("s").trials[0].system_attrs[endings.LOSSES] == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saeopt.config.study_file import study_spec
-from saeopt.trials import claims
+from saeopt.trials import endings
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
 
@@ -53,6 +53,6 @@ def test_an_assertion_on_the_device_fails_its_trials_and_takes_no_other(
     assert [t.state.name for t in trials] == ["FAIL", "FAIL", "COMPLETE", "COMPLETE"], done.stderr[-3000:]
     for trial in trials[:2]:
         assert "CUDA error" in trial.user_attrs["reason"]  # the call that met the broken device says it its own way
-        assert trial.system_attrs[claims.DEATHS] == claims.MAX_DEATHS
-    assert trials[2].system_attrs.get(claims.DEATHS, 0) == 0
+        assert trial.system_attrs[endings.DEATHS] == endings.MAX_DEATHS
+    assert trials[2].system_attrs.get(endings.DEATHS, 0) == 0
     store.close()
