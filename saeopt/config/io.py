@@ -181,8 +181,8 @@ def recipe_notice(source: str | Path) -> str:
     """What a file that names no recipe means now."""
     return (
         f"{source} names no recipe: 2 holds (lr falls to 0 over the last 20 %, λ rises over the first 5 %, Adam's decay"
-        " rates are 0.9 and 0.99, gated and topk keep their decoder rows at norm 1, topk's AuxK and start are its paper's);"
-        " recipe: 1 keeps the older defaults, recipe: 2 silences this"
+        " rates are 0.9 and 0.99, gated and topk keep decoder rows at norm 1, topk's AuxK and start are its paper's"
+        "); recipe: 1 keeps the older defaults, recipe: 2 silences this"
     )
 
 
