@@ -55,6 +55,7 @@ class StoredActivations:
         self.dtype = torch.float32
         self.n_rows = 0
         self._parts: dict[str, _Part] = {}
+        self._hashes: dict[str, str] = {}
         self._files: dict[Path, dict[str, Tensor]] = {}
 
     @classmethod
@@ -120,6 +121,8 @@ class StoredActivations:
                     raise UserError(
                         f"{_FIELD}: {file}: {hook} has width {part.shape[1]}, and {had.x_Nd.shape[1]} in {had.file}"
                     )
+                if had.file != file and not torch.equal(had.x_Nd, part):
+                    raise UserError(f"{_FIELD}: {file} and {had.file} hold different rows of {hook}")
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         """x and y of a file, looked at once."""
@@ -172,14 +175,18 @@ class StoredActivations:
         return self.logits(tokens_BT)
 
     def fingerprint(self) -> str:
-        """Changes with the number of rows and with any of 64 rows from all over a file."""
+        """Changes with any row."""
         return hashlib.sha256(json.dumps(self.identities(), sort_keys=True).encode()).hexdigest()[:16]
 
     def identities(self) -> dict[str, str]:
-        """Of each hook point: changes with any of 64 rows from all over its file."""
-        rows = torch.linspace(0, self.n_rows - 1, min(64, self.n_rows)).long()
-        hashed = {hook: hashlib.sha256(part.x_Nd[rows].float().numpy().tobytes()) for hook, part in self._parts.items()}
-        return {hook: found.hexdigest()[:16] for hook, found in hashed.items()} | {"rows": str(self.n_rows)}
+        """Of each hook point: the same for the same rows."""
+        for hook, part in self._parts.items():
+            if hook not in self._hashes:
+                found = hashlib.sha256()
+                for rows_nd in part.x_Nd.split(_CHECKED_AT_ONCE):
+                    found.update(rows_nd.contiguous().view(torch.uint8).numpy().data)
+                self._hashes[hook] = found.hexdigest()[:16]
+        return dict(self._hashes)
 
 
 class StoredRows:
@@ -192,7 +199,7 @@ class StoredRows:
         if self.n_train < 1:
             raise UserError(
                 f"{_FIELD}: {source.path}: {self.n_rows:,} rows are {samples} samples of {data.context_length}"
-                f" ('data.context_length'), too few to train on with {data.n_eval_samples} of them held out"
+                f" ('data.context_length'), too few where {data.n_eval_samples} of them are held out"
                 " ('data.n_eval_samples')"
             )
         asked = data.n_train_samples

@@ -32,7 +32,7 @@ class DataConfig(StrictModel):
 
     dataset_name: Stream[Located[Text]]
     """Hub name, local folder, file or glob: `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, packed
-    ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`."""
+    ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`. Left out beside `activations`."""
     activations: Stream[Located[Text | None]] = None
     """A safetensors file of activations (`x` [N, d]; `y` [N, e] too where what is written is not what is read), or a
     folder of such files, one for each site (named like it), in place of a language model and text. A sample is then

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from saeopt.config.base import StrictModel, Text
+from saeopt.errors import UserError
 
 _PATTERN = "*?["
 _NAME = re.compile(r"[^\s@=,*?\[\]]+")
@@ -77,8 +78,8 @@ class SiteEntry(StrictModel):
             return self
         if self.read == self.write and len(self.read) == 1:
             raise ValueError("'name': what reads and writes one hook point is called like it")
-        if not _NAME.fullmatch(self.name) or self.name in _TAKEN:
-            raise ValueError(f"'name': no spaces, none of '@=,*?[]', and none of {', '.join(_TAKEN)}")
+        if not _NAME.fullmatch(self.name) or self.name in _TAKEN or not self.name.strip("."):
+            raise ValueError(f"'name': no spaces, not dots alone, none of '@=,*?[]', and none of {', '.join(_TAKEN)}")
         return self
 
     @property
@@ -133,5 +134,9 @@ def resolved(positions: Sequence[Position], resolve: Callable[[Sequence[str]], l
         if isinstance(entry, SiteEntry):
             for hook in entry.site.hooks:
                 resolve([hook])
-            found.setdefault(entry.site.key, entry.site)
+            if found.setdefault(entry.site.key, entry.site) != entry.site:
+                key = entry.site.key
+                raise UserError(
+                    f"'saes.sae_positions': '{key}' is a hook point that is trained too: name the site anew"
+                )
     return list(found.values())

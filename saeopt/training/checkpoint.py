@@ -134,5 +134,5 @@ def _load(member: Member, weights: dict[str, Tensor]) -> None:
 
 
 def _of(tensors: dict[str, Tensor], hook_point: str) -> dict[str, Tensor]:
-    prefix = hook_point + "/"
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    named = [(*key.rpartition("/")[::2], tensor) for key, tensor in tensors.items()]  # a site's key may hold slashes
+    return {name: tensor for key, name, tensor in named if key == hook_point}

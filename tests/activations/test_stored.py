@@ -75,6 +75,18 @@ def test_a_folder_holds_a_file_for_each_site_and_a_cut_run_goes_on_bit_for_bit(r
             assert torch.equal(tensor, cut[key].state_dict()[name]), name
 
 
+def test_two_files_do_not_hold_different_rows_of_one_hook_point(runtime, tmp_path):
+    x, y = torch.randn(ROWS, 6), torch.randn(ROWS, 4)
+    (tmp_path / "files").mkdir()
+    file(tmp_path / "files" / "t.safetensors", x=x, y=y)
+    given = config(tmp_path / "files", ["in", {"read": "in", "write": "out", "name": "t"}])
+    file(tmp_path / "files" / "in.safetensors", x=x)
+    train_pack([TrialPlan("a", given, tmp_path / "same")], runtime)
+    file(tmp_path / "files" / "in.safetensors", x=50 * x)
+    with pytest.raises(UserError, match="hold different rows of in"):
+        train_pack([TrialPlan("a", given, tmp_path / "other")], Runtime("cpu"))
+
+
 def test_a_run_does_not_go_on_with_other_rows(runtime, tmp_path):
     x = torch.randn(ROWS, 6)
     given = config(file(tmp_path / "a.safetensors", x=x))
@@ -105,7 +117,7 @@ def test_every_pass_gives_each_sample_once_in_an_order_of_its_own(tmp_path):
         ({"x": torch.ones(0, 2)}, "is empty"),
         ({"x": torch.full((ROWS, 2), float("nan"))}, "NaN"),
         ({"x": torch.randn(ROWS, 2), "y": torch.randn(9, 2)}, "9 rows"),
-        ({"x": torch.randn(80, 2)}, "too few to train on"),
+        ({"x": torch.randn(80, 2)}, "too few where"),
     ],
 )
 def test_files_that_cannot_be_trained_on_are_refused_in_one_line(runtime, tmp_path, tensors, message):

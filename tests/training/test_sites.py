@@ -159,13 +159,16 @@ def test_both_are_trained_beside_an_autoencoder_and_start_as_the_papers_say(make
 
 
 def test_an_interrupted_transcoder_goes_on_bit_for_bit(make_config, runtime, tmp_path):
-    config = make_config(**{"saes.sae_type": "topk", "saes.k": 4, "saes.sae_positions": [TRANSCODER, CROSSCODER]})
+    positions = [TRANSCODER, CROSSCODER, {**TRANSCODER, "name": "two/1"}]  # a key that begins like another
+    config = make_config(**{"saes.sae_type": "topk", "saes.k": 4, "saes.sae_positions": positions})
     train_pack([TrialPlan("a", config, tmp_path / "whole")], runtime)
     train_pack([TrialPlan("a", config, tmp_path / "cut")], runtime)
     for path in (tmp_path / "cut").rglob("*256*"):
         path.unlink()
     (tmp_path / "cut" / "evaluation.json").unlink()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cut").glob("samples_*.safetensors")}
     train_pack([TrialPlan("a", config, tmp_path / "cut", resume=True)], runtime)
+    assert before == {file: file.stat().st_mtime_ns for file in before}  # it did not start over
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -263,6 +266,12 @@ def test_two_ranks_train_the_same_transcoder_as_one(make_config, tmp_path):
         evaluated = json.loads((Path(tmp_path) / "two" / name / "evaluation.json").read_text())
         for key, row in results[name].evaluation.items():
             assert evaluated[key]["ce_recovered"] == pytest.approx(row["ce_recovered"], rel=1e-5)
+
+
+def test_a_site_is_not_called_like_a_hook_point_that_a_pattern_finds(make_config, runtime, tmp_path):
+    config = make_config(**{"saes.sae_positions": ["blocks.*.hook_mlp_out", {**TRANSCODER, "name": WRITE}]})
+    with pytest.raises(UserError, match="is a hook point that is trained too"):
+        train_pack([TrialPlan("a", config, tmp_path / "a")], runtime)
 
 
 def test_a_study_aims_at_sites_and_varies_fields_there_by_their_keys(make_config):
