@@ -10,8 +10,8 @@ statements (and the transactions) per operation beside those of `saeopt.trials`,
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -192,8 +192,11 @@ def prototype(store: Store) -> dict[str, str]:
 
 def main() -> None:
     """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("storage", nargs="?", help="default: an SQLite file")
+    storage = parser.parse_args().storage
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.open(sys.argv[1] if sys.argv[1:] else f"sqlite:///{folder}/store.db")
+        store = Store.open(storage or f"sqlite:///{folder}/store.db")
         now, own_tables = today(store), prototype(store)
         print(f"{'statements/transactions':26}{'today':>12}{'own tables':>12}")  # noqa: T201
         for name in now:
