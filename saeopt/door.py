@@ -16,7 +16,7 @@ from saeopt.evaluation.metrics import Metrics
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE
 
-Source = str | Path
+Location = str | Path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Run:
         return load(self.folder, device=device)
 
 
-def load(path: Source, *, checkpoint: int | Source | None = None, device: str = "cpu") -> dict[str, SAE]:
+def load(path: Location, *, checkpoint: int | Location | None = None, device: str = "cpu") -> dict[str, SAE]:
     """The SAEs of a run folder (its newest checkpoint, or the one named) or of one weights file, by key.
 
     The key is the hook point's name where an SAE reads and gives back one hook point.
@@ -48,7 +48,7 @@ def load(path: Source, *, checkpoint: int | Source | None = None, device: str = 
 
 
 def load_sae(
-    path: Source, *, site: str | None = None, checkpoint: int | Source | None = None, device: str = "cpu"
+    path: Location, *, site: str | None = None, checkpoint: int | Location | None = None, device: str = "cpu"
 ) -> SAE:
     """One SAE of a run folder or weights file; `site` is its key where there are several.
 
@@ -65,10 +65,10 @@ def load_sae(
 
 
 def train_run(
-    config: RunConfig | Mapping[str, Any] | Source | None = None,
+    config: RunConfig | Mapping[str, Any] | Location | None = None,
     changes: Mapping[str, Any] | None = None,
     *,
-    resume: Source | None = None,
+    resume: Location | None = None,
     device: str = "auto",
 ) -> Run:
     """Train one run as `saeopt train` does, in this process, and return what came of it.
@@ -108,9 +108,9 @@ def train_run(
 
 
 def evaluate_run(
-    path: Source,
+    path: Location,
     *,
-    checkpoint: int | Source | None = None,
+    checkpoint: int | Location | None = None,
     device: str = "auto",
     n_eval_samples: int | None = None,
     data: str | None = None,
@@ -132,7 +132,7 @@ def evaluate_run(
 
 
 def _chosen(
-    config: RunConfig | Mapping[str, Any] | Source | None, changes: Mapping[str, Any], resume: Source | None
+    config: RunConfig | Mapping[str, Any] | Location | None, changes: Mapping[str, Any], resume: Location | None
 ) -> tuple[RunConfig, Path | None]:
     from saeopt.training.launch import resolve
 

@@ -28,7 +28,10 @@ class Source(Protocol):
     device: torch.device
     dtype: torch.dtype
     special_ids: set[int]
-    identity: str
+
+    @property
+    def identity(self) -> str:
+        """The same for the same values."""
 
     @property
     def n_parameters(self) -> int:

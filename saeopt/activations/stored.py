@@ -51,7 +51,6 @@ class StoredActivations:
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device = path, device
         self.special_ids: set[int] = set()
-        self.identity = ""
         self.dtype = torch.float32
         self.n_rows = 0
         self._parts: dict[str, _Part] = {}
@@ -173,6 +172,11 @@ class StoredActivations:
     def spliced_logits(self, tokens_BT: Tensor, splices: Any) -> Tensor:
         """There are none."""
         return self.logits(tokens_BT)
+
+    @property
+    def identity(self) -> str:
+        """The same for the same rows at the same hook points."""
+        return self.fingerprint()
 
     def fingerprint(self) -> str:
         """Changes with any row."""

@@ -26,7 +26,10 @@ _UNFIT = re.compile(r"[^A-Za-z0-9.]+")
 
 class _Model(Protocol):
     dtype: torch.dtype
-    identity: str
+
+    @property
+    def identity(self) -> str:
+        """The same for the same weights."""
 
 
 class Seen:

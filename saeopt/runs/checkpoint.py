@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeopt.config.run import RunConfig
 from saeopt.runs.folder import RunFolder
-from saeopt.runs.tensor_file import read_metadata, read_tensors, write_tensors
+from saeopt.runs.tensor_file import by_site, read_metadata, read_tensors, write_tensors
 from saeopt.runs.weights import save_weights
 
 if TYPE_CHECKING:
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """All of a checkpoint: what the state file says and holds, the weights, and what their file says of each SAE."""
+    """All of a checkpoint: what the state file says, and by site its state, its weights, and what their file says."""
 
     told: dict[str, Any]
-    state: dict[str, Tensor]
-    weights: dict[str, Tensor]
+    state: dict[str, dict[str, Tensor]]
+    weights: dict[str, dict[str, Tensor]]
     described: dict[str, Any]
 
 
@@ -55,7 +55,7 @@ def read_checkpoint(folder: RunFolder, samples: int) -> Stored:
     """
     state, weights = folder.state_path(samples), folder.weights_path(samples)
     described: Any = read_metadata(weights)["hook_points"]
-    return Stored(read_metadata(state), read_tensors(state), read_tensors(weights), described)
+    return Stored(read_metadata(state), by_site(read_tensors(state)), by_site(read_tensors(weights)), described)
 
 
 def identity(folder: RunFolder, samples: int) -> dict[str, str] | None:

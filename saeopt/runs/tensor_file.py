@@ -207,3 +207,12 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     if size != 8 + length + end:
         raise CorruptCheckpoint(f"{path}: truncated or damaged: {size} bytes instead of {8 + length + end}")
     return metadata, header, 8 + length
+
+
+def by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """`SITE/NAME` → tensor as site → name → tensor; a site's key may hold slashes, a tensor's name holds none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        site, _, name = key.rpartition("/")
+        found.setdefault(site, {})[name] = tensor
+    return found

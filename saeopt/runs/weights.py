@@ -18,7 +18,7 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.names import weights_path
-from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+from saeopt.runs.tensor_file import CorruptCheckpoint, by_site, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +72,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
     except (KeyError, TypeError, ValueError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a weights file of this system") from None
     config = validate_run(stored(config_raw), path)
-    by_hook: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        hook, _, name = key.rpartition("/")
-        by_hook.setdefault(hook, {})[name] = tensor
-    saes = {hook: _build(path, config, hook, shape, by_hook.get(hook, {})) for hook, shape in hook_points.items()}
+    found = by_site(tensors)
+    saes = {hook: _build(path, config, hook, shape, found.get(hook, {})) for hook, shape in hook_points.items()}
     return Checkpoint(Path(path), samples, config, saes)
 
 

@@ -90,10 +90,10 @@ def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: 
     stored = read_checkpoint(folder, samples)
     told = stored.told
     threads, processes, stopped, ended = told["threads"], told["world"], told["stopped"], told.get("ended")
-    states = {m.hook_point: _of(stored.state, m.hook_point) for m in members}
+    states = {m.hook_point: stored.state.get(m.hook_point, {}) for m in members}
     found = Restored(samples, told["cursor"], states, None if ended is None else TrialResult(**ended))
     for member in members:
-        _load(member, _of(stored.weights, member.hook_point))
+        _load(member, stored.weights.get(member.hook_point, {}))
         member.sae.norm_limit = stored.described[member.hook_point].get("norm_limit", math.inf)
         member.reason = stopped.get(member.hook_point)
     if threads != torch.get_num_threads():
@@ -131,8 +131,3 @@ def _load(member: Member, weights: dict[str, Tensor]) -> None:
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in weights.items()}:
         raise CorruptCheckpoint(f"its tensors at {member.hook_point} are not those of the config")
     member.sae.load_state_dict(weights)
-
-
-def _of(tensors: dict[str, Tensor], hook_point: str) -> dict[str, Tensor]:
-    named = [(*key.rpartition("/")[::2], tensor) for key, tensor in tensors.items()]  # a site's key may hold slashes
-    return {name: tensor for key, name, tensor in named if key == hook_point}

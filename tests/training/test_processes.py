@@ -36,6 +36,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+BOTH = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+
+
 def write_job(path: Path, configs, **extra) -> str:
     plans = {name: config.model_dump(mode="json") for name, config in configs.items()}
     path.write_text(json.dumps({"plans": plans, "folder": str(path.parent), **extra}))
@@ -44,12 +47,19 @@ def write_job(path: Path, configs, **extra) -> str:
 
 @pytest.mark.slow
 def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config, tmp_path):
-    """Masked separators and outliers, clipping, gate noise, AuxK, a running threshold; float64: only sums differ."""
+    """Masked separators and outliers, clipping, gate noise, AuxK, a running threshold, other sites; only sums differ"""
     kinds = {
         "relu": {"saes.sae_type": "relu"},
         "noisy": {"saes.sae_type": "gated_hard_concrete", "max_grad_norm": 0.1},
         "topk": {"saes.sae_type": "topk", "saes.k": 4, "saes.dead_after_tokens": 64},
         "threshold": {"saes.sae_type": "threshold_sae:ThresholdSAE"},  # by the window's tallies
+        "transcoder": {
+            "saes.sae_type": "topk",
+            "saes.k": 4,
+            "saes.dead_after_tokens": 64,
+            "saes.sae_positions": [{"read": "blocks.1.mlp.hook_in", "write": "blocks.1.hook_mlp_out"}],
+        },
+        "crosscoder": {"saes.sae_type": "relu", "saes.sae_positions": [{"read": BOTH, "write": BOTH, "name": "both"}]},
     }
     sinks = {"data.mask_norm_outliers": 1.1}
     one = {name: make_config(**{**c, **sinks, "data.train_batch_size": 8}) for name, c in kinds.items()}

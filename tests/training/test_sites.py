@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from test_processes import ENVIRONMENT, JOB, free_port, weights, write_job
+from test_processes import weights
 from transformers import AutoModelForCausalLM
 
 from saeopt.activations.stream import Batch
@@ -242,30 +237,6 @@ def test_a_plan_shows_both_widths(make_config, capsys):
     shown = capsys.readouterr().out
     assert "e written" in shown
     assert " 32 " in shown
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_same_transcoder_as_one(make_config, tmp_path):
-    kinds = {
-        "relu": {"saes.sae_positions": [TRANSCODER], "data.mask_norm_outliers": 1.5},
-        "topk": {"saes.sae_type": "topk", "saes.k": 4, "saes.dead_after_tokens": 64, "data.mask_norm_outliers": 1.5,
-                 "saes.sae_positions": [TRANSCODER, CROSSCODER]},
-    }  # fmt: skip
-    one = {name: make_config(**{**c, "data.train_batch_size": 8}) for name, c in kinds.items()}
-    two = {name: make_config(**{**c, "data.train_batch_size": 4}) for name, c in kinds.items()}
-    (tmp_path / "two").mkdir()
-    job = write_job(tmp_path / "two" / "job.json", two, dtype="float64")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    subprocess.run([*command, f"--master_port={free_port()}", str(JOB), job], check=True, env=ENVIRONMENT)
-    runtime = Runtime("cpu", weights_dtype=torch.float64)
-    results = train_pack([TrialPlan(n, c, tmp_path / "one" / n) for n, c in one.items()], runtime)
-    for name in kinds:
-        single, double = weights(tmp_path / "one" / name), weights(tmp_path / "two" / name)
-        for key, tensor in single.items():
-            torch.testing.assert_close(double[key], tensor, rtol=1e-7, atol=1e-10, msg=f"{name} {key}")
-        evaluated = json.loads((Path(tmp_path) / "two" / name / "evaluation.json").read_text())
-        for key, row in results[name].evaluation.items():
-            assert evaluated[key]["ce_recovered"] == pytest.approx(row["ce_recovered"], rel=1e-5)
 
 
 def test_a_site_is_not_called_like_a_hook_point_that_a_pattern_finds(make_config, runtime, tmp_path):
