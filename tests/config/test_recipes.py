@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
+from saeopt.saes.registry import get_sae
 from saeopt.training.launch import notices, resolve
 
 SEED = Path(__file__).parent / "seed" / "relu.yaml"
@@ -43,6 +45,20 @@ def test_a_hand_written_file_gets_recipe_2_and_a_notice(raw, tmp_path, caplog):
     (notice,) = [r.getMessage() for r in caplog.records if "recipe" in r.getMessage()]
     assert "\n" not in notice
     assert all(words in notice for words in ("recipe: 1", "lr falls to 0", "λ rises", "0.99", "norm 1", "AuxK"))
+
+
+def test_what_was_stored_before_topk_started_as_in_its_paper_keeps_its_start(raw, tmp_path):
+    raw = raw | {"recipe": 2, "saes": raw["saes"] | {"sae_type": "topk"}}
+    starts = {}
+    for name in ("run.yaml", "final_config.yaml"):
+        config = load_run_config(written(tmp_path, raw, name))
+        starts[name] = get_sae("topk")(8, 64, config.saes, recipe=config.recipe).encoder_start
+    assert starts == {"run.yaml": "transpose", "final_config.yaml": "matched"}
+    study = study_spec({"name": "s", "base": raw, "space": {"seed": [0, 1]}}, "s.yaml")
+    assert StudySpec.from_json(study.to_json()).base["saes"]["encoder_start"] is None
+    old = json.loads(study.to_json())
+    del old["base"]["saes"]["encoder_start"]
+    assert StudySpec.from_json(json.dumps(old)).base["saes"]["encoder_start"] == "matched"
 
 
 @pytest.mark.parametrize("recipe", [1, 2])
