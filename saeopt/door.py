@@ -122,12 +122,12 @@ def evaluate_run(
     Raises:
         UserError: no such run, or data and model that do not fit it.
     """
-    from saeopt.evaluation.held_out import config_of, measure
+    from saeopt.evaluation.held_out import config_of, measure, on_other_data
     from saeopt.host.devices import choose_device
 
     chosen = choose_device(device)
     loaded = load_checkpoint(path, checkpoint, chosen)
-    config = config_of(Path(path), loaded, [] if data is None else [f"data.eval_dataset_name={data}"])
+    config = config_of(Path(path), loaded, on_other_data(loaded, data))
     return measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)[0]
 
 

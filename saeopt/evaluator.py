@@ -48,7 +48,7 @@ def evaluate_run(
     Writes evaluation.json and plots into the run folder; other data and other settings go to a file of their own.
     """
     from saeopt.evaluation.conditions import file_for, settings, with_conditions
-    from saeopt.evaluation.held_out import config_of, is_older, measure
+    from saeopt.evaluation.held_out import config_of, is_older, measure, on_other_data
     from saeopt.files import write_json
     from saeopt.host.devices import choose_device
     from saeopt.runs.weights import load_checkpoint
@@ -59,7 +59,7 @@ def evaluate_run(
     check_alone("evaluate", "call it without a launcher")
     chosen = choose_device(device)
     loaded = load_checkpoint(run_dir, checkpoint, chosen)
-    config = config_of(run_dir, loaded, [*(overrides or []), *([f"data.eval_dataset_name={data}"] if data else [])])
+    config = config_of(run_dir, loaded, [*(overrides or []), *on_other_data(loaded, data)])
     metrics, told = measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)
     folder, run = loaded.path.parent, config_of(run_dir, loaded, [])
     own = settings(run, run.data.n_eval_samples)

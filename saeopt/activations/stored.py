@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from saeopt.config.saes import SAEConfig
 
 _CHECKED_AT_ONCE = 2**16
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FIELD = "'data.activations'"
 
 
@@ -129,11 +130,14 @@ class StoredActivations:
             return self._files[file]
         try:
             with safe_open(file, "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys() if name in ("x", "y")}  # noqa: SIM118
+                held = list(opened.keys())
+                tensors = {name: opened.get_tensor(name) for name in ("x", "y") if name in held}
         except FileNotFoundError:
             raise UserError(f"{_FIELD}: {file}: no such file") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{_FIELD}: {file}: cannot be read: {' '.join(str(error).split())[:150]}") from None
+        if "x" not in held:
+            raise UserError(f"{_FIELD}: {file}: holds no tensor 'x' (but {', '.join(sorted(held)) or 'nothing'})")
         for name, x_Nd in tensors.items():
             self._check(file, name, x_Nd)
         self._files[file] = tensors
@@ -141,8 +145,8 @@ class StoredActivations:
 
     def _check(self, file: Path, name: str, x_Nd: Tensor) -> None:
         problem = None
-        if x_Nd.dim() != 2 or not x_Nd.is_floating_point():
-            problem = f"has shape {list(x_Nd.shape)} and type {x_Nd.dtype}: it must be [N, width] of a float type"
+        if x_Nd.dim() != 2 or x_Nd.dtype not in _DTYPES:
+            problem = f"has shape {list(x_Nd.shape)} and type {x_Nd.dtype}: it must be [N, width], 16 to 64 bit floats"
         elif x_Nd.numel() == 0:
             problem = "is empty"
         elif self.n_rows not in (0, len(x_Nd)):

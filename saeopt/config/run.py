@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    create_model,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
 from saeopt.config.marks import Located, Made, Member, PackWide, Reporting, Resumable, Slow, Stack, Stream
@@ -103,6 +111,14 @@ class DataConfig(StrictModel):
             if raw.get(name) not in (None, False, 0):
                 raise ValueError(f"'{name}' is about text: it has no effect on 'activations'")
         return {**raw, "dataset_name": raw["activations"]}
+
+    @model_serializer(mode="wrap")
+    def _without_the_stand_in(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`dataset_name` that repeats `activations` is not written: who changes the one would have to know both."""
+        found: dict[str, Any] = dump(self)
+        if self.activations is not None:
+            found.pop("dataset_name", None)
+        return found
 
     @field_validator("separator", mode="before")
     @classmethod

@@ -37,6 +37,20 @@ def config_of(run_dir: Path, loaded: Checkpoint, overrides: list[str]) -> RunCon
     return validate_run(changed(raw, overrides), loaded.path, overrides)
 
 
+def on_other_data(loaded: Checkpoint, data: str | None) -> list[str]:
+    """The overrides that have a run evaluated on other data than its own.
+
+    Raises:
+        UserError: the run has no language model to read text with.
+    """
+    if data is not None and loaded.config.data.activations is not None:
+        raise UserError(
+            f"{data}: the run was trained on stored activations; data.activations set to another file evaluates on the"
+            " last samples of that one"
+        )
+    return [] if data is None else [f"data.eval_dataset_name={data}"]
+
+
 def is_older(loaded: Checkpoint) -> bool:
     """Whether the folder holds a newer checkpoint, whose evaluation is the result of the run."""
     newest = list_checkpoints(loaded.path.parent)[:1]

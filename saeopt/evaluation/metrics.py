@@ -33,6 +33,8 @@ Reduce: TypeAlias = Callable[[Sequence[Tensor]], None]
 Metrics: TypeAlias = dict[str, Any]
 """Metrics of one SAE as plain Python values, ready for JSON: numbers, and the histogram (:func:`scalars` drops it)."""
 
+_SCALARS = 7
+"""Sums that are single numbers; Σx and firing counts come behind them."""
 DENSITY_EDGES = [-7.0 + 0.25 * i for i in range(29)]
 """Edges of the log10 density histogram, 1e-7 to 1; rarer latents count in the first bin."""
 
@@ -96,7 +98,7 @@ class Accumulator:
     ) -> None:
         self.d, self.h, self.scale, self.norm_h = d, h, scale, norm_h
         # n, l1, squared error, Σ‖x‖², cosine, ‖x̂‖, ‖x‖; then Σx (d) and firing counts (h): one tensor, one reduction
-        self.sums = torch.zeros(7 + d + h, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(_SCALARS + d + h, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(
@@ -122,15 +124,15 @@ class Accumulator:
             x_hat_norm_N.sum(),
             x_norm_N.sum(),
         ]
-        self.sums[:7] += torch.stack([row.double() for row in rows])
-        self.sums[7 : 7 + self.d] += x_Nd.sum(0)
-        self.sums[7 + self.d :] += ((f_Nh != 0) & keep_N1).sum(0)
+        self.sums[:_SCALARS] += torch.stack([row.double() for row in rows])
+        self.sums[_SCALARS : _SCALARS + self.d] += x_Nd.sum(0)
+        self.sums[_SCALARS + self.d :] += ((f_Nh != 0) & keep_N1).sum(0)
 
     def result(self) -> Metrics:
         """The metrics of everything added so far; NaN where nothing was."""
         sums = self.sums.cpu()
-        n, l1, error, square, cosine, x_hat_norm, x_norm = sums[:7].tolist()
-        mean_d, fired_h = sums[7 : 7 + self.d] / n, sums[7 + self.d :]
+        n, l1, error, square, cosine, x_hat_norm, x_norm = sums[:_SCALARS].tolist()
+        mean_d, fired_h = sums[_SCALARS : _SCALARS + self.d] / n, sums[_SCALARS + self.d :]
         fvu = divide(error, square - n * float(mean_d.square().sum()))
         alive = int((fired_h > 0).sum())
         return {

@@ -199,7 +199,9 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
                 raise ValueError("truncated")
             raw = file.read(length)
         header = json.loads(raw)
-        metadata = header.pop("__metadata__")
+        metadata = header.pop("__metadata__", None)
+        if metadata is None:
+            raise ValueError("it is none of saeopt's (no metadata)")
         _check_header(raw, metadata)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:

@@ -52,7 +52,7 @@ def study_text(spec: StudySpec) -> str:
     lines = [
         f"# {spec.name}",
         f"- language model: `{model}`",
-        f"- text: `{data.get('dataset_name')}`, {data.get('n_train_samples')} samples of"
+        f"- data: `{data.get('activations') or data.get('dataset_name')}`, {data.get('n_train_samples')} samples of"
         f" {data.get('context_length')} tokens",
         f"- hook points: {', '.join(f'`{h}`' for h in keys_of(saes.get('sae_positions', [])))}",
         f"- sampler: {spec.sampler.type}; objectives: {objectives}; early stopping: {spec.early_stopping.type}",

@@ -117,7 +117,7 @@ class Outcomes:
             attrs[REASON] = reason
         limits = self._constraints(result, reason, pruned=values is None)
         how = "complete" if values is not None else "no candidate" if result.status == "finished" else "stopped early"
-        outcome = f"{how}{': ' + reason if reason else ''}"
+        outcome = reason if reason and reason.startswith(how) else f"{how}{': ' + reason if reason else ''}"
         monitoring.on_trial_end(
             self.store, self.study_id, claim.trial_id, spec, outcome, claim=claim, evaluation=result.evaluation
         )

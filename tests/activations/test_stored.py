@@ -8,11 +8,14 @@ from safetensors.torch import save_file
 
 from saeopt.activations.stored import StoredActivations, StoredRows
 from saeopt.config import validate_run
+from saeopt.config.study_file import study_spec
 from saeopt.errors import UserError
-from saeopt.evaluation.held_out import measure
+from saeopt.evaluation.held_out import config_of, measure, on_other_data
 from saeopt.runs.weights import load_checkpoint
+from saeopt.search.space import Space
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.dry_run import print_dry_run
+from saeopt.training.launch import resolve
 from saeopt.training.runtime import Runtime
 
 ROWS, HELD_OUT = 1000, 10
@@ -96,6 +99,29 @@ def test_a_run_does_not_go_on_with_other_rows(runtime, tmp_path):
         train_pack([TrialPlan("a", given, tmp_path / "run", resume=True)], Runtime("cpu"))
 
 
+def test_files_that_have_moved_are_named_once(runtime, tmp_path):
+    x = torch.randn(ROWS, 6)
+    given = config(file(tmp_path / "a.safetensors", x=x))
+    train_pack([TrialPlan("a", given, tmp_path / "run")], runtime)
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    folder, moved = tmp_path / "run", f"data.activations={tmp_path}/b.safetensors"
+    resumed, _ = resolve(None, [moved], folder)
+    assert resumed.data.activations == resumed.data.dataset_name == f"{tmp_path}/b.safetensors"
+    assert train_pack([TrialPlan("a", resumed, folder, resume=True)], Runtime("cpu"))["a"].status == "finished"
+    loaded = load_checkpoint(folder)
+    measured, _ = measure(loaded, config_of(folder, loaded, [moved]), torch.device("cpu"), None, True)
+    assert measured["here"]["n_tokens"] == HELD_OUT * 8
+    with pytest.raises(UserError, match=r"other: the run was trained on stored activations; data\.activations"):
+        on_other_data(loaded, "other")
+
+
+def test_a_study_may_vary_the_files(tmp_path):
+    paths = [str(file(tmp_path / f"{name}.safetensors", x=torch.randn(ROWS, 6))) for name in "ab"]
+    base = config(paths[0]).model_dump(mode="json")
+    spec = study_spec({"name": "s", "base": base, "space": {"data.activations": paths}}, "s.yaml")
+    assert [cell.config.data.activations for cell in Space(spec).grid()] == paths
+
+
 def test_every_pass_gives_each_sample_once_in_an_order_of_its_own(tmp_path):
     given = config(file(tmp_path / "a.safetensors", x=torch.randn(105, 2)), n_eval_samples=3)
     rows = StoredRows(given.data, StoredActivations.load(given))
@@ -113,7 +139,8 @@ def test_every_pass_gives_each_sample_once_in_an_order_of_its_own(tmp_path):
     [
         ({"z": torch.ones(ROWS, 2)}, "holds no tensor 'x'"),
         ({"x": torch.ones(ROWS)}, r"has shape \[1000\]"),
-        ({"x": torch.ones(ROWS, 2).long()}, "of a float type"),
+        ({"x": torch.ones(ROWS, 2).long()}, "16 to 64 bit floats"),
+        ({"x": torch.ones(ROWS, 2).to(torch.float8_e4m3fn)}, "16 to 64 bit floats"),
         ({"x": torch.ones(0, 2)}, "is empty"),
         ({"x": torch.full((ROWS, 2), float("nan"))}, "NaN"),
         ({"x": torch.randn(ROWS, 2), "y": torch.randn(9, 2)}, "9 rows"),
