@@ -169,11 +169,11 @@ class Bench:
 
     def step(self, stack: Stack) -> None:
         """One step on the next batch."""
-        case, slots = self.case, math.gcd(self.case.batch, 8)
+        case, samples = self.case, math.gcd(self.case.batch, 8)
         x_Nd = self.batches[self.steps_done % len(self.batches)]
-        first_slot = self.steps_done * slots
+        first_sample = self.steps_done * samples
         self.steps_done += 1
-        stack.step(Example(x_Nd, x_Nd, None, Place(first_slot, slots, case.batch // slots)), self.numbers)
+        stack.step(Example(x_Nd, x_Nd, None, Place(first_sample, samples, case.batch // samples)), self.numbers)
 
     def settled(self, steps: int) -> list[SAE]:
         """Members after so many steps of training."""

@@ -1,11 +1,11 @@
 """Activations on disk, so that several runs on one host push the same text through the language model once.
 
-A shard holds the activations of some consecutive slots at one hook point, in the language model's own dtype (or
+A shard holds the activations of some consecutive samples at one hook point, in the language model's own dtype (or
 `activations.dtype`), as a checksummed file that appears whole or not at all. Whoever needs a shard that is not there
 harvests it under a lock and goes on; whoever comes meanwhile waits and reads. Threads read and verify the next shards
 while one is trained on; they never use the language model.
 
-Suffixes: n slots, T positions, N = n·T tokens, d width.
+Suffixes: n samples, T positions, N = n·T tokens, d width.
 """
 
 from __future__ import annotations
@@ -81,29 +81,30 @@ class ActivationCache:
 
     Args:
         folder: the cache's root; the stream gets a folder of its own in it.
-        group_slots: slots over all ranks that are harvested together (a shard holds whole groups).
+        group_samples: samples over all ranks that are harvested together (a shard holds whole groups).
         sequences: of a rank's sequences in such a group so many go through the model at once.
-        end: slots of the whole run where its last group is cut there; None: groups are whole.
+        end: samples of the whole run where its last group is cut there; None: groups are whole.
     """
 
     def __init__(
         self, folder: Path, config: RunConfig, model: Source, tokens: Samples, hooks: Sequence[str],
-        *, world: int, group_slots: int, sequences: int, end: int | None = None,
+        *, world: int, group_samples: int, sequences: int, end: int | None = None,
     ):  # fmt: skip
         self.model, self.tokens, self.config, self.world = model, tokens, config, world
         self.sequences = sequences
         self.T = config.data.context_length
-        self.batch, self.group_slots = config.data.train_batch_size, group_slots
+        self.batch, self.group_samples = config.data.train_batch_size, group_samples
         self.dtype = model.dtype if config.activations.dtype == "auto" else _DTYPES[config.activations.dtype]
         self.widths = {hook: model.width(hook) for hook in hooks}
-        per_slot = cache_bytes(1, self.T, [max(self.widths.values())], self.dtype)
+        per_sample = cache_bytes(1, self.T, [max(self.widths.values())], self.dtype)
         needed = config.data.n_train_samples or tokens.n_train_available
-        groups = max(1, SHARD_BYTES // (per_slot * group_slots))
-        self._needed = end if needed is None or end is not None else -(-needed // group_slots) * group_slots
-        self.shard_slots = groups * group_slots if self._needed is None else min(groups * group_slots, self._needed)
+        groups = max(1, SHARD_BYTES // (per_sample * group_samples))
+        self._needed = end if needed is None or end is not None else -(-needed // group_samples) * group_samples
+        whole = groups * group_samples
+        self.shard_samples = whole if self._needed is None else min(whole, self._needed)
         # A wider hook point makes shorter shards: without their length here two sets of hook points would take each
         # other's shards for damaged and overwrite them for ever.
-        layout = (self.dtype, sequences, group_slots, self.shard_slots, *([] if end is None else [end]))
+        layout = (self.dtype, sequences, group_samples, self.shard_samples, *([] if end is None else [end]))
         self.folder = folder / cache_key(config, model, tokens, world, *layout)
         self.limit = self._room()
         self._pin = model.device.type == "cuda"
@@ -112,11 +113,11 @@ class ActivationCache:
         self._coming: dict[tuple[str, int], Future[Tensor | None]] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="saeopt-cache")
         self._reader: Iterator[TokenBatch] | None = None
-        self._reader_slot = -1
+        self._reader_sample = -1
         self._cursor: dict[str, Any] = {}
 
     def _room(self) -> int:
-        """Slots that may lie on the disk; shards beyond are harvested each time anew."""
+        """Samples that may lie on the disk; shards beyond are harvested each time anew."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -134,45 +135,45 @@ class ActivationCache:
 
         def missing(shards: int) -> int:
             """Bytes still to be written for so many shards."""
-            slots = min(shards * self.shard_slots, most)
-            return sum(max(0, slots * bytes_ - have.get(name, 0)) for name, bytes_ in size.items())
+            samples = min(shards * self.shard_samples, most)
+            return sum(max(0, samples * bytes_ - have.get(name, 0)) for name, bytes_ in size.items())
 
-        shards = bisect_right(range(-(-most // self.shard_slots) + 1), room, key=missing) - 1
-        slots = min(shards * self.shard_slots, most)
-        if wanted is not None and slots < wanted:
+        shards = bisect_right(range(-(-most // self.shard_samples) + 1), room, key=missing) - 1
+        samples = min(shards * self.shard_samples, most)
+        if wanted is not None and samples < wanted:
             log.info(
                 "the activation cache holds %d of %d samples (room for %.1f GB more, %.1f GB would hold all)",
-                slots, wanted, room / 2**30, wanted * sum(size.values()) / 2**30,
+                samples, wanted, room / 2**30, wanted * sum(size.values()) / 2**30,
             )  # fmt: skip
-        return slots if wanted is not None else slots // self.shard_slots * self.shard_slots
+        return samples if wanted is not None else samples // self.shard_samples * self.shard_samples
 
-    def _slots(self, number: int) -> int:
-        """Slots of a shard; the last one may be shorter."""
-        first = number * self.shard_slots
-        return self.shard_slots if self._needed is None else min(self.shard_slots, self._needed - first)
+    def _samples(self, number: int) -> int:
+        """Samples of a shard; the last one may be shorter."""
+        first = number * self.shard_samples
+        return self.shard_samples if self._needed is None else min(self.shard_samples, self._needed - first)
 
-    def covers(self, slot: int) -> bool:
-        """Whether the group that begins at a slot may be cached."""
-        n = self._group(slot)
-        return slot % self.group_slots == 0 and n > 0 and slot + n <= self.limit
+    def covers(self, sample: int) -> bool:
+        """Whether the group that begins at a sample may be cached."""
+        n = self._group(sample)
+        return sample % self.group_samples == 0 and n > 0 and sample + n <= self.limit
 
-    def _group(self, slot: int) -> int:
-        """Slots of the group that begins at a slot; the last one may be cut."""
-        return self.group_slots if self._needed is None else min(self.group_slots, self._needed - slot)
+    def _group(self, sample: int) -> int:
+        """Samples of the group that begins at a sample; the last one may be cut."""
+        return self.group_samples if self._needed is None else min(self.group_samples, self._needed - sample)
 
     def note(self, cursor: Mapping[str, Any]) -> None:
         """A place from which a streamed data set can be read on, should shards behind it be missing."""
         if cursor:
             self._cursor = dict(cursor)
 
-    def read(self, hook: str, first_slot: int, n: int) -> Tensor:
-        """x_Nd of n consecutive slots, on the CPU (pinned for a GPU); not to be written to."""
+    def read(self, hook: str, first_sample: int, n: int) -> Tensor:
+        """x_Nd of n consecutive samples, on the CPU (pinned for a GPU); not to be written to."""
         parts = []
         while n > 0:
-            number, within = divmod(first_slot, self.shard_slots)
+            number, within = divmod(first_sample, self.shard_samples)
             rows_nTd = self._shard(hook, number)[within : within + n]
             parts.append(rows_nTd)
-            first_slot, n = first_slot + len(rows_nTd), n - len(rows_nTd)
+            first_sample, n = first_sample + len(rows_nTd), n - len(rows_nTd)
         x_nTd = parts[0] if len(parts) == 1 else torch.cat(parts)
         return x_nTd.flatten(0, 1)
 
@@ -207,8 +208,8 @@ class ActivationCache:
     def _read_ahead(self, hook: str, number: int) -> None:
         """Have the shards behind one read, as far as they are there; forget those that nobody came for."""
         self._coming = {k: f for k, f in self._coming.items() if k[1] >= number}
-        large = cache_bytes(self.shard_slots, self.T, [self.widths[hook]], self.dtype) > SHARD_BYTES  # one whole group
-        for following in range(number + 1, number + (2 if large else 3)):
+        shard = cache_bytes(self.shard_samples, self.T, [self.widths[hook]], self.dtype)
+        for following in range(number + 1, number + (2 if shard > SHARD_BYTES else 3)):
             key = (hook, following)
             if key not in self._coming and self._path(*key).is_file():
                 self._coming[key] = self._pool.submit(self._open, *key)
@@ -221,7 +222,7 @@ class ActivationCache:
         """
         path = self._path(hook, number)
         try:
-            if read_metadata(path).get("slots") != [number * self.shard_slots, self._slots(number)]:
+            if read_metadata(path).get("slots") != [number * self.shard_samples, self._samples(number)]:
                 raise CorruptCheckpoint(f"{path}: holds other samples")
             return read_tensor(path, "x", self.dtype, self._pin)
         except CorruptCheckpoint as error:
@@ -245,7 +246,7 @@ class ActivationCache:
             for hook in missing if mine else []:  # under the lock nobody else writes it: its writer was killed
                 for leftover in self._path(hook, number).parent.glob(f".{number:06}.safetensors.*.tmp"):
                     leftover.unlink(missing_ok=True)
-            first, n = number * self.shard_slots, self._slots(number)
+            first, n = number * self.shard_samples, self._samples(number)
             x = self._harvest(first, n, missing, mine)
             try:
                 for hook in missing:
@@ -258,29 +259,29 @@ class ActivationCache:
         return {}
 
     def _harvest(self, first: int, n: int, hooks: Sequence[str], mine: Turn | None) -> dict[str, Tensor]:
-        """x_nTd of a shard's slots, in the very same passes as without a cache."""
+        """x_nTd of a shard's samples, in the very same passes as without a cache."""
         x = {h: torch.empty(n, self.T, self.widths[h], dtype=self.dtype) for h in hooks}
         micro = self.batch * self.world
-        for group in range(first, first + n, self.group_slots):
+        for group in range(first, first + n, self.group_samples):
             size = self._group(group)
             tokens_nT = torch.cat(self._read_tokens(group, size))
-            slots_mrb = torch.arange(size).view(size // micro, self.world, self.batch)
+            samples_mrb = torch.arange(size).view(size // micro, self.world, self.batch)
             for rank in range(self.world):
-                for rows in slots_mrb[:, rank].flatten().split(self.sequences):
+                for rows in samples_mrb[:, rank].flatten().split(self.sequences):
                     for hook, x_bTd in self.model.activations(tokens_nT[rows], list(hooks), self._compiled).items():
                         x[hook][group - first + rows] = x_bTd.to("cpu", self.dtype)
                     if mine is not None:
                         mine.progress()
         return x
 
-    def _read_tokens(self, slot: int, n: int) -> list[Tensor]:
+    def _read_tokens(self, sample: int, n: int) -> list[Tensor]:
         """The n sequences of a group, over all ranks."""
         micro = self.batch * self.world
-        if self._reader is None or self._reader_slot > slot:
-            self._reader, self._reader_slot = self.tokens.train(slot, micro, cursor=self._cursor), slot
-        while self._reader_slot < slot:  # what another process has harvested; to begin anew would cost all before it
+        if self._reader is None or self._reader_sample > sample:
+            self._reader, self._reader_sample = self.tokens.train(sample, micro, cursor=self._cursor), sample
+        while self._reader_sample < sample:  # another process has harvested these; to begin anew would cost all before
             next(self._reader)
-            self._reader_slot += micro
+            self._reader_sample += micro
         parts = [next(self._reader) for _ in range(n // micro)]
-        self._reader_slot = slot + n
+        self._reader_sample = sample + n
         return [p.tokens_bT for p in parts]

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupTokens:
-    """The token batches of a group, its first slot over all ranks, and the seed of its order if it is shuffled."""
+    """The token batches of a group, its first sample over all ranks, and the seed of its order if it is shuffled."""
 
     parts: list[TokenBatch]
-    first_slot: int
+    first_sample: int
     seed: int | None
 
 
@@ -90,9 +90,9 @@ class Harvester:
     def _cached(self, group: GroupTokens) -> Iterator[dict[str, Tensor]] | None:
         """x_Nd per hook point of each micro-batch of a group, from the cache; None if it does not go so far."""
         cache, hooks = self.cache, list(self.hooks)
-        if cache is None or not cache.covers(group.first_slot):
+        if cache is None or not cache.covers(group.first_sample):
             return None
-        return ({h: cache.read(h, p.first_slot, len(p.tokens_bT)) for h in hooks} for p in group.parts)
+        return ({h: cache.read(h, p.first_sample, len(p.tokens_bT)) for h in hooks} for p in group.parts)
 
     def _fresh(self, tokens_nT: Tensor) -> Iterator[dict[str, Tensor]]:
         """x_Nd per hook point of each pass of the language model."""

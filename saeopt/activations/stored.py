@@ -223,16 +223,16 @@ class StoredRows:
         self, start: int, batch: int, rank: int = 0, world: int = 1, cursor: dict[str, Any] | None = None
     ) -> Iterator[TokenBatch]:
         """Micro-batches without end, ranks in order, every pass in an order of its own."""
-        slot, pass_, order = start, -1, torch.empty(0)
+        sample, pass_, order = start, -1, torch.empty(0)
         while True:
             numbers = []
-            for s in range(slot + rank * batch, slot + (rank + 1) * batch):
+            for s in range(sample + rank * batch, sample + (rank + 1) * batch):
                 if s // self.n_train != pass_:
                     pass_ = s // self.n_train
                     order = self._order(pass_)
                 numbers.append(int(order[s % self.n_train]))
-            slot += world * batch
-            yield TokenBatch(self._rows(torch.tensor(numbers)), slot - (world - rank) * batch, {"slot": slot})
+            sample += world * batch
+            yield TokenBatch(self._rows(torch.tensor(numbers)), sample - (world - rank) * batch, {"slot": sample})
 
     def _order(self, pass_: int) -> Tensor:
         if not self.data.shuffle_documents:

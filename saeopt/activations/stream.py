@@ -1,6 +1,6 @@
 """The stream of activations that a pack trains on.
 
-Tokens are read ahead by a thread. Micro-batches are harvested in groups at fixed slot numbers, so that a run that
+Tokens are read ahead by a thread. Micro-batches are harvested in groups at fixed sample numbers, so that a run that
 resumes inside a group harvests it again and sees the same bits. A group is as many micro-batches as one
 pass of the language model takes, or, with `data.shuffle_buffer_tokens`, as many as the shuffle buffer holds; the last
 shuffled group ends with the run, which would not train on all of its tokens otherwise.
@@ -39,14 +39,14 @@ class Batch:
     """One micro-batch of one rank, on the device of the language model; valid until the next one is asked for.
 
     `keep_N` follows from the token ids alone; :meth:`keep` leaves out the norm outliers of a site too. With a
-    shuffle buffer the rows are tokens of the whole buffer, and the slots number the rows and nothing else.
+    shuffle buffer the rows are tokens of the whole buffer, and the samples number the rows and nothing else.
     """
 
     x: dict[str, Tensor]
     keep_N: Tensor
-    first_slot: int
-    n_slots: int
-    tokens_per_slot: int
+    first_sample: int
+    n_samples: int
+    tokens_per_sample: int
     _joined: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False)
     _kept: dict[tuple[tuple[str, ...], float], Tensor] = field(default_factory=dict, repr=False)
 
@@ -67,15 +67,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How micro-batches fall into groups: group g starts at slot `origin + g · group · samples`."""
+    """How micro-batches fall into groups: group g starts at sample `origin + g · group · samples`."""
 
     samples: int
-    """Slots of one micro-batch over all ranks."""
+    """Samples of one micro-batch over all ranks."""
     group: int
     """Micro-batches of a group."""
     origin: int = 0
     end: int | None = None
-    """Slots of the whole run; None: without end."""
+    """Samples of the whole run; None: without end."""
     whole: bool = True
     """Whether the last group is a whole one, and reaches past the end."""
 
@@ -92,19 +92,19 @@ class Schedule:
             group = 1
         return cls(samples, max(1, group), start % samples, end, whole=not data.shuffle_buffer_tokens)
 
-    def locate(self, slot: int) -> tuple[int, int]:
-        """The group of a slot, and the number of its micro-batch in the group."""
-        return divmod((slot - self.origin) // self.samples, self.group)
+    def locate(self, sample: int) -> tuple[int, int]:
+        """The group of a sample, and the number of its micro-batch in the group."""
+        return divmod((sample - self.origin) // self.samples, self.group)
 
-    def slot(self, group: int) -> int:
-        """The first slot of a group."""
+    def sample(self, group: int) -> int:
+        """The first sample of a group."""
         return self.origin + group * self.group * self.samples
 
     def left(self, group: int) -> int | None:
         """Micro-batches from a group on; None: without end."""
         if self.end is None:
             return None
-        left = max(0, -(-(self.end - self.slot(group)) // self.samples))
+        left = max(0, -(-(self.end - self.sample(group)) // self.samples))
         return -(-left // self.group) * self.group if self.whole else left
 
     def size(self, group: int) -> int:
@@ -152,7 +152,7 @@ class ActivationStream:
         self.config, self.rank = config, rank
         self.schedule = Schedule.of(config, model.device, world, start, end)
         self._group, self._micro = self.schedule.locate(start)
-        first = self.schedule.slot(self._group)
+        first = self.schedule.sample(self._group)
         self._cursor: dict[str, Any] = dict(cursor or {})
         sequences = even_share(
             self.schedule.group * config.data.train_batch_size, sequences_per_pass(config, model.device)
@@ -173,9 +173,9 @@ class ActivationStream:
         folder = cache_folder(self.config)
         if folder is None:
             return None
-        slots, end = self.schedule.group * self.schedule.samples, None if self.schedule.whole else self.schedule.end
+        samples, end = self.schedule.group * self.schedule.samples, None if self.schedule.whole else self.schedule.end
         cache = ActivationCache(
-            folder, self.config, model, tokens, hooks, world=world, group_slots=slots, sequences=sequences, end=end
+            folder, self.config, model, tokens, hooks, world=world, group_samples=samples, sequences=sequences, end=end
         )
         cache.note(self._cursor)
         return cache
@@ -188,7 +188,7 @@ class ActivationStream:
         seed = None
         if self.config.data.shuffle_buffer_tokens:
             seed = derived_seed("activation shuffle", self.config.data_seed, number, self.rank)
-        return GroupTokens(parts, self.schedule.slot(number), seed)
+        return GroupTokens(parts, self.schedule.sample(number), seed)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -212,9 +212,9 @@ class ActivationStream:
         return Batch(
             x={hook: x_Nd[span] for hook, x_Nd in group.x.items()},
             keep_N=group.keep_N[span],
-            first_slot=part.first_slot,
-            n_slots=len(part.tokens_bT),
-            tokens_per_slot=data.context_length,
+            first_sample=part.first_sample,
+            n_samples=len(part.tokens_bT),
+            tokens_per_sample=data.context_length,
         )
 
     def cursor(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Token sequences for training and evaluation: packed documents in an order that the data seed alone fixes.
 
-A slot is one training sequence of `context_length` tokens; slots are numbered without end, over all passes.
+A sample is one sequence of `context_length` tokens; samples are numbered without end, over all passes.
 Suffixes: b sequences of one rank, n sequences, T positions.
 """
 
@@ -42,7 +42,7 @@ class TokenBatch(NamedTuple):
     """One rank's part of a micro-batch, and the cursor of what lies behind the whole micro-batch."""
 
     tokens_bT: Tensor
-    first_slot: int
+    first_sample: int
     cursor: dict[str, Any]
 
 
@@ -53,7 +53,7 @@ class TokenData:
         self.engine, self.data = engine, data
         self.held_out = engine.held_out if held_out is None else held_out
         self._samples = _Samples(data, bos)
-        self.tokens_per_slot = data.context_length
+        self.tokens_per_sample = data.context_length
         self._fresh_tokens = self._samples.fresh_tokens
         self._told = False
         self._check_sizes()
@@ -112,21 +112,21 @@ class TokenData:
     def train(
         self, start: int, batch: int, rank: int = 0, world: int = 1, cursor: dict[str, Any] | None = None
     ) -> Iterator[TokenBatch]:
-        """Micro-batches without end: batch i holds slots start + [i·world·batch, (i+1)·world·batch), ranks in order.
+        """Micro-batches without end: batch i holds samples start + [i·world·batch, (i+1)·world·batch), ranks in order.
 
         Args:
-            start: slots consumed before.
+            start: samples consumed before.
             batch: sequences per rank.
             cursor: what a batch carried that ended at `start`; spares a stream the reading of what was consumed.
         """
         reader = self._reader(start, cursor or {})
-        slot = start
+        sample = start
         while True:
-            first = slot + rank * batch
+            first = sample + rank * batch
             tokens = self._sequences(reader, world * batch)[rank * batch : (rank + 1) * batch]
-            slot += world * batch
+            sample += world * batch
             self._tell_repeated(reader.position)
-            yield TokenBatch(tokens, first, self._cursor(slot, reader.position))
+            yield TokenBatch(tokens, first, self._cursor(sample, reader.position))
 
     def calibration(self, n: int) -> Tensor:
         """tokens_nT: the first n training sequences. Moves no cursor."""
@@ -163,11 +163,11 @@ class TokenData:
             reader.read(self._fresh_tokens)
         return reader
 
-    def _cursor(self, slot: int, position: Position) -> dict[str, Any]:
+    def _cursor(self, sample: int, position: Position) -> dict[str, Any]:
         if self.engine.tokens_per_pass is not None:
-            return {"slot": slot}
+            return {"slot": sample}
         where = {"pass": position.pass_, "unit": position.unit, "offset": position.offset, "state": position.state}
-        return {"slot": slot, **where}
+        return {"slot": sample, **where}
 
     def _tell_repeated(self, position: Position) -> None:
         if position.pass_ > 0 and not self._told:

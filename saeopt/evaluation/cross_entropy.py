@@ -1,6 +1,6 @@
 """What the language model loses when x̂ takes the place of x.
 
-Shape suffixes: B sequences, T positions, V vocabulary, P = B·T positions in a row, d model width.
+Shape suffixes: B samples, T positions, V vocabulary, P = B·T positions in a row, d model width.
 
 Masked positions (special tokens, norm outliers) keep their own activations in every pass. The prediction made AT
 position t (of token t+1) counts when position t is unmasked and t+1 exists: these are the positions at which the SAE
@@ -30,8 +30,8 @@ LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**31}
 """Memory for one pass's logits in float32."""
 
 
-def sequences_at_once(n_positions: int, vocabulary: int, device: torch.device) -> int:
-    """How many sequences of `n_positions` tokens fit into the memory for logits, at least one."""
+def samples_at_once(n_positions: int, vocabulary: int, device: torch.device) -> int:
+    """How many samples of `n_positions` tokens fit into the memory for logits, at least one."""
     return max(1, LOGITS_BYTES.get(device.type, 2**28) // (4 * n_positions * vocabulary))
 
 
@@ -81,7 +81,7 @@ def pass_sums(
     *,
     with_kl: bool,
 ) -> Float[Tensor, " two"]:
-    """(Σ cross-entropy of `other`, Σ KL(clean ‖ other)) over the counted positions, one sequence at a time.
+    """(Σ cross-entropy of `other`, Σ KL(clean ‖ other)) over the counted positions, one sample at a time.
 
     The KL is 0 where it is not asked for.
     """
@@ -89,7 +89,7 @@ def pass_sums(
     sums = torch.zeros(2, dtype=torch.float64, device=other_BTV.device)
     for row in range(
         len(tokens_BT)
-    ):  # temporaries of one sequence only: log-softmaxes of a batch would triple the memory
+    ):  # temporaries of one sample only: log-softmaxes of a batch would triple the memory
         sums[0] += sum_counted(cross_entropy_P(other_BTV[row, :-1], tokens_BT[row, 1:]), counted_BT[row])
         if with_kl:
             sums[1] += sum_counted(kl_P(clean_BTV[row, :-1], other_BTV[row, :-1]), counted_BT[row])

@@ -1,6 +1,6 @@
 """Evaluate any number of SAEs on held-out tokens: the language model runs once per batch for all of them.
 
-Shape suffixes: B sequences, T positions, N = B·T tokens, d width read, e width written, h dictionary width.
+Shape suffixes: B samples, T positions, N = B·T tokens, d width read, e width written, h dictionary width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from saeopt.activations.masks import keep_mask, side_by_side
 from saeopt.config.run import Ablation, DataConfig
 from saeopt.config.sites import Site
-from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, sequences_at_once, splicer
+from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, samples_at_once, splicer
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
 from saeopt.saes.base import SAE
 
@@ -107,7 +107,7 @@ def evaluate(
     `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share one. Everything is
     measured against what the site is to give, its cross-entropies with all that it writes replaced, or zeroed, at once.
     Which positions count follows from `data`, or is said by `keep`. With several ranks each gives its own tokens, and
-    `reduce` sums tensors over them in place; all ranks name the SAEs in one order. `progress` counts their sequences.
+    `reduce` sums tensors over them in place; all ranks name the SAEs in one order. `progress` counts their samples.
     """
     if not saes:
         return {}
@@ -117,7 +117,7 @@ def evaluate(
     hooks = list(dict.fromkeys(hook for member in members.values() for hook in member.site.hooks))
     places = list(dict.fromkeys(member.place for member in members.values()))
     rules = {place: keep or keep_rule(lm, data, place[1]) for place in places}
-    rows = 1  # sequences whose logits are held at once; more from when the size of the vocabulary is known
+    rows = 1  # samples whose logits are held at once; more from when the size of the vocabulary is known
     for batch in tokens:
         tokens_BT = batch.to(device)
         x = lm.activations(tokens_BT, hooks)
@@ -133,7 +133,7 @@ def evaluate(
                 x_here = {hook: x[hook][part] for hook in place[0].hooks}
                 _evaluate_site(here, lm, tokens_BT[part], x_here, kept[place][part], clean_BTV, ce_ablation)
             if clean_BTV is not None:
-                rows = sequences_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
+                rows = samples_at_once(tokens_BT.shape[1], clean_BTV.shape[-1], device)
         if progress is not None:
             progress(len(batch))
     if reduce is not None:

@@ -112,7 +112,7 @@ def _check_widths(path: Path, site: Site, sae: SAE, lm: Source) -> None:
 
 
 def _held_out(config: RunConfig, lm: Source, n: int, everything: bool) -> tuple[Iterator[Tensor], int]:
-    """Batches of held-out sequences, and how many sequences these are; training data are read only if they must be."""
+    """Batches of held-out samples, and how many samples these are; training data are read only if they must be."""
     batch = config.data.eval_batch_size
     if config.data.eval_data is None:
         return open_samples(config.data, lm).eval_batches(batch), n
@@ -150,7 +150,7 @@ def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:
 
 
 def _first(batches: Iterator[Tensor], n: int) -> Iterator[Tensor]:
-    """The first n sequences of the batches."""
+    """The first n samples of the batches."""
     for batch in batches:
         yield batch[:n]
         n -= len(batch)

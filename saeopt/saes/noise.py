@@ -1,4 +1,4 @@
-"""Gate noise without a running state: a function of member seed, sample slot, token and latent."""
+"""Gate noise without a running state: a function of member seed, sample sample, token and latent."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def derived_seed(*parts: int | str) -> int:
 
 
 def uniform(
-    seed: int, first_slot: int, n_slots: int, tokens_per_slot: int, h: int, device: torch.device | str = "cpu"
+    seed: int, first_sample: int, n_samples: int, tokens_per_sample: int, h: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """u_Nh in [1e-6, 1 − 1e-6], float32, for N = n_slots · tokens_per_slot tokens.
+    """u_Nh in [1e-6, 1 − 1e-6], float32, for N = n_samples · tokens_per_sample tokens.
 
-    The generator is reseeded per slot, so that batch sizes and ranks do not matter. Values differ between
+    The generator is reseeded per sample, so that batch sizes and ranks do not matter. Values differ between
     the CPU and a GPU, where they are :func:`hashed_uniform`.
     """
     if torch.device(device).type == "cuda":
         # filled on the device: a copy from the host would synchronise
         seeds = torch.full((1,), seed, dtype=torch.int64, device=device)
-        first = torch.full((), first_slot, dtype=torch.int64, device=device)
-        return hashed_uniform(row_keys(seeds, first, n_slots, tokens_per_slot), h)[0]
-    u_Nh = torch.empty(n_slots * tokens_per_slot, h, device=device)
+        first = torch.full((), first_sample, dtype=torch.int64, device=device)
+        return hashed_uniform(row_keys(seeds, first, n_samples, tokens_per_sample), h)[0]
+    u_Nh = torch.empty(n_samples * tokens_per_sample, h, device=device)
     generator = torch.Generator(device=u_Nh.device)
-    for slot in range(n_slots):
-        generator.manual_seed(derived_seed("noise", seed, first_slot + slot))
-        rows = u_Nh[slot * tokens_per_slot : (slot + 1) * tokens_per_slot]
+    for sample in range(n_samples):
+        generator.manual_seed(derived_seed("noise", seed, first_sample + sample))
+        rows = u_Nh[sample * tokens_per_sample : (sample + 1) * tokens_per_sample]
         rows.uniform_(generator=generator)
     return u_Nh.clamp_(TINY, 1 - TINY)
 
@@ -53,13 +53,13 @@ def _mix32(z: Tensor) -> Tensor:
     return z ^ ((z >> 16) & 0xFFFF)
 
 
-def row_keys(seed_M: Tensor, first_slot: Tensor, n_slots: int, tokens_per_slot: int) -> Tensor:
-    """Two 32-bit keys per member and token, (2, M, N), from int64 seeds and the global number of the first slot."""
-    rows_N = torch.arange(n_slots * tokens_per_slot, device=seed_M.device)
-    slot_N = first_slot.to(torch.int64) + torch.div(rows_N, tokens_per_slot, rounding_mode="floor")
-    token_N = rows_N % tokens_per_slot
-    by_slot_MN = _mix64(_mix64(seed_M.to(torch.int64)).unsqueeze(1) + slot_N * -0x61C8864680B583EB)
-    key_MN = _mix64(by_slot_MN + token_N * -0x61C8864680B583EB)
+def row_keys(seed_M: Tensor, first_sample: Tensor, n_samples: int, tokens_per_sample: int) -> Tensor:
+    """Two 32-bit keys per member and token, (2, M, N), from int64 seeds and the global number of the first sample."""
+    rows_N = torch.arange(n_samples * tokens_per_sample, device=seed_M.device)
+    sample_N = first_sample.to(torch.int64) + torch.div(rows_N, tokens_per_sample, rounding_mode="floor")
+    token_N = rows_N % tokens_per_sample
+    by_sample_MN = _mix64(_mix64(seed_M.to(torch.int64)).unsqueeze(1) + sample_N * -0x61C8864680B583EB)
+    key_MN = _mix64(by_sample_MN + token_N * -0x61C8864680B583EB)
     return torch.stack([key_MN.to(torch.int32), (key_MN >> 32).to(torch.int32)])
 
 

@@ -14,7 +14,7 @@ from saeopt.saes.numbers import Progress
 from saeopt.saes.registry import get_sae
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
 
-D, H, SLOTS, TOKENS = 6, 15, 8, 5
+D, H, SAMPLES, TOKENS = 6, 15, 8, 5
 OPTIONS = StackOptions(dead_after_tokens=60)
 
 
@@ -42,13 +42,13 @@ def build(
     return sae
 
 
-def activations(n: int = SLOTS * TOKENS, d: int = D, seed: int = 1) -> Tensor:
+def activations(n: int = SAMPLES * TOKENS, d: int = D, seed: int = 1) -> Tensor:
     """Activations with a mean that is not 0."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, d, generator=generator, dtype=torch.float64) + torch.linspace(-1, 1, d, dtype=torch.float64)
 
 
-def step_inputs(sae: SAE, n: int = SLOTS * TOKENS, **fields: Any) -> StepInputs:
+def step_inputs(sae: SAE, n: int = SAMPLES * TOKENS, **fields: Any) -> StepInputs:
     """Noise and a mask of dead latents where the architecture takes them; λ = 0.3, β = 0.7."""
     u_Nh = uniform(5, 0, n, 1, sae.h).double() if sae.needs_noise else None
     dead_h = torch.arange(sae.h) % 2 == 0 if sae.needs_dead else None
@@ -86,7 +86,7 @@ def examples(n: int, dtype: torch.dtype = torch.float64, d: int = D) -> list[Exa
     for i in range(n):
         x_Nd = (2 * activations(d=d, seed=10 + i)).to(dtype)
         keep_N = torch.arange(len(x_Nd)) % (3 + i % 3) != 0 if i % 3 else None
-        made.append(Example(x_Nd, x_Nd, keep_N, Place(i * SLOTS, SLOTS, TOKENS)))
+        made.append(Example(x_Nd, x_Nd, keep_N, Place(i * SAMPLES, SAMPLES, TOKENS)))
     return made
 
 
@@ -94,4 +94,4 @@ def joined(window: Sequence[Example]) -> Example:
     """Micro-batches as one."""
     x_Nd = torch.cat([e.x_Nd for e in window])
     keep_N = torch.cat([torch.ones(len(e.x_Nd)).bool() if e.keep_N is None else e.keep_N for e in window])
-    return Example(x_Nd, x_Nd, keep_N, Place(window[0].place.first_slot, SLOTS * len(window), TOKENS))
+    return Example(x_Nd, x_Nd, keep_N, Place(window[0].place.first_sample, SAMPLES * len(window), TOKENS))

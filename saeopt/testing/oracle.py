@@ -24,7 +24,7 @@ def train_plainly(sae: SAE, data: Sequence[Example], parts: int, seed: int) -> N
         inputs = StepInputs(
             sparsity_coeff=given["sparsity_coeff"],
             beta=given.get("beta", 1.0),
-            u_Nh=uniform(seed, place.first_slot, place.n_slots, place.tokens_per_slot, sae.h).to(x_Nd)
+            u_Nh=uniform(seed, place.first_sample, place.n_samples, place.tokens_per_sample, sae.h).to(x_Nd)
             if sae.needs_noise
             else None,
             dead_h=sae.tokens_since_fired >= OPTIONS.dead_after_tokens if sae.needs_dead else None,

@@ -84,8 +84,8 @@ def estimate(
     members = list(members)
     on_gpu, data = device_type == "cuda", config.data
     micro = data.train_batch_size * data.context_length
-    sequences = config.lm_batch_size or (_GPU_PASS_TOKENS if on_gpu else micro) // data.context_length
-    per_pass = max(1, sequences) * data.context_length
+    samples = config.lm_batch_size or (_GPU_PASS_TOKENS if on_gpu else micro) // data.context_length
+    per_pass = max(1, samples) * data.context_length
     group = max(micro, per_pass // micro * micro, _round_up(data.shuffle_buffer_tokens, micro))
     widths = {hook: width for m in members for hook, width in (m.by_hook or {m.hook_point: m.d}).items()}
     activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
@@ -157,10 +157,10 @@ def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int
 
 
 def _evaluation(config: RunConfig, vocabulary: int, lm_bytes: int, device_type: str) -> int:
-    """Clean and spliced logits of as many sequences as evaluation takes at once, and one sequence in float32."""
-    sequence = config.data.context_length * vocabulary
-    at_once = min(config.data.eval_batch_size, max(1, _LOGITS.get(device_type, 2**28) // (4 * sequence)))
-    return sequence * (2 * lm_bytes * at_once + 3 * 4)
+    """Clean and spliced logits of as many samples as evaluation takes at once, and one sample in float32."""
+    sample = config.data.context_length * vocabulary
+    at_once = min(config.data.eval_batch_size, max(1, _LOGITS.get(device_type, 2**28) // (4 * sample)))
+    return sample * (2 * lm_bytes * at_once + 3 * 4)
 
 
 def _round_up(n: int, unit: int) -> int:

@@ -68,7 +68,7 @@ class _Group:
 
     def example(self, batch: Batch) -> Example:
         """What these members see of a batch."""
-        site, place = self.members[0].site, Place(batch.first_slot, batch.n_slots, batch.tokens_per_slot)
+        site, place = self.members[0].site, Place(batch.first_sample, batch.n_samples, batch.tokens_per_sample)
         x_Nd = batch.at(site.reads)
         y_Ne = x_Nd if site.reads == site.writes else batch.at(site.writes)
         return Example(x_Nd, y_Ne, self.keep_N(batch), place)

@@ -190,13 +190,13 @@ class Comparison:
             members.append(Member(str(number), self.hook, config, sae))
             first_Nd = self.x_Nd[:CALIBRATION_TOKENS].cpu()
             begin(members[-1], Calibration(first_Nd, first_Nd, math.inf), self.runtime)
-        slots = self.batch // members[0].config.data.context_length
-        pack = Pack(members, self.runtime, total_samples=self.steps * slots)
+        samples = self.batch // members[0].config.data.context_length
+        pack = Pack(members, self.runtime, total_samples=self.steps * samples)
         keep_N = torch.ones(self.batch, dtype=torch.bool, device=self.runtime.device)
         for step in range(self.steps):
             x_Nd = self.x_Nd[step * self.batch : (step + 1) * self.batch]
-            batch = Batch({self.hook: x_Nd}, keep_N, step * slots, slots, self.batch // slots)
-            pack.step(iter([batch]), (step + 1) * slots)
+            batch = Batch({self.hook: x_Nd}, keep_N, step * samples, samples, self.batch // samples)
+            pack.step(iter([batch]), (step + 1) * samples)
         for job, member in zip(jobs, members, strict=True):
             state = {name: t.detach().float() for name, t in member.sae.folded().named_parameters()}
             save_file({name: t.cpu().contiguous() for name, t in state.items()}, job.path(self.out))

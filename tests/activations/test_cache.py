@@ -29,12 +29,12 @@ from saeopt.errors import UserError
 from saeopt.runs.tensor_file import verify
 
 __all__ = ["file", "way"]
-PER_SLOT = 16 * 4 * 4  # bytes of one hook point
+PER_SAMPLE = 16 * 4 * 4  # bytes of one hook point
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "SHARD_BYTES", 10 * PER_SLOT)
+    monkeypatch.setattr(cache_module, "SHARD_BYTES", 10 * PER_SAMPLE)
 
 
 def cached(config: RunConfig, folder: Path, **settings: object) -> RunConfig:
@@ -65,8 +65,8 @@ def test_a_cached_stream_gives_the_same_bits_cold_warm_and_resumed(
     resumed = open_stream(config, start=22, cursor=stream.cursor())
     stream.close()
     assert all(same(a, b) for a, b in zip(take(resumed, 20), wanted[11:], strict=False))
-    per_slot = cache_bytes(1, 16, [4, 4], torch.float32)
-    assert sum(p.stat().st_size for p in shards(tmp_path)) == pytest.approx(61 * per_slot, rel=0.35)
+    per_sample = cache_bytes(1, 16, [4, 4], torch.float32)
+    assert sum(p.stat().st_size for p in shards(tmp_path)) == pytest.approx(61 * per_sample, rel=0.35)
 
 
 def test_ranks_read_their_own_rows(file: Path, tmp_path: Path):
@@ -103,7 +103,7 @@ def test_a_wider_hook_point_beside_it_does_not_make_a_shard_look_damaged(
 ):
     config = cached(run_config(file, n_train_samples=40), tmp_path)
     for again in range(2):
-        for hooks in (["a"], HOOKS):  # shards of ten slots and of five
+        for hooks in (["a"], HOOKS):  # shards of ten samples and of five
             model = OneWideHook()
             stream = ActivationStream(model, TokenData.load(config.data, model), hooks, config)
             for batch in take(stream, 20):
@@ -169,13 +169,13 @@ def test_other_tokens_and_other_weights_never_share_a_cache(file: Path, tmp_path
 
 
 def test_the_size_is_known_beforehand_and_kept(file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    limit = 25 * 2 * PER_SLOT
+    limit = 25 * 2 * PER_SAMPLE
     config = cached(run_config(file, n_train_samples=100), tmp_path, cache_max_gb=limit / 2**30)
     plain = take(open_stream(run_config(file, n_train_samples=100)), 45)
     assert all(same(a, b) for a, b in zip(take(open_stream(config), 45), plain, strict=True))
     stored = sum(p.stat().st_size for p in shards(tmp_path))
     assert 0 < stored <= limit + 1000 * len(shards(tmp_path))
-    assert len(shards(tmp_path)) == 2 * 2  # two shards of ten slots, two hook points
+    assert len(shards(tmp_path)) == 2 * 2  # two shards of ten samples, two hook points
 
 
 def test_hook_points_of_several_runs_share_what_is_allowed(file: Path, tmp_path: Path):
@@ -185,11 +185,11 @@ def test_hook_points_of_several_runs_share_what_is_allowed(file: Path, tmp_path:
         take(ActivationStream(model, TokenData.load(config.data, model), hooks, config), 30)
         return sum(model.sequences)
 
-    limit = 78 * PER_SLOT / 2**30
+    limit = 78 * PER_SAMPLE / 2**30
     assert [read(["a"], limit) for _ in range(2)] == [60, 0]
     assert [read(["b"], limit) for _ in range(2)] == [60, 50]  # one shard of ten fits beside them
     assert [read(HOOKS, limit) for _ in range(2)] == [50, 50]
-    assert sum(p.stat().st_size for p in shards(tmp_path)) <= 78 * PER_SLOT + 1000 * len(shards(tmp_path))
+    assert sum(p.stat().st_size for p in shards(tmp_path)) <= 78 * PER_SAMPLE + 1000 * len(shards(tmp_path))
     assert read(HOOKS, 1.0) == 50
 
 
@@ -197,10 +197,10 @@ def test_what_others_have_cached_is_no_room_for_this_run(file: Path, tmp_path: P
     config = cached(run_config(file, n_train_samples=60), tmp_path)
     model = FakeModel()
     take(ActivationStream(model, TokenData.load(config.data, model), ["a"], config), 30)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=45 * PER_SLOT))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=45 * PER_SAMPLE))
     stream = ActivationStream(model, TokenData.load(config.data, model), ["b"], config)
     take(stream, 30)
-    assert len(shards(tmp_path)) == 6 + 2  # half of 45 slots: two shards
+    assert len(shards(tmp_path)) == 6 + 2  # half of 45 samples: two shards
 
 
 def test_a_stored_precision_rounds_and_changes_nothing_else(file: Path, tmp_path: Path):
@@ -224,7 +224,7 @@ def test_auto_means_the_folder_that_a_worker_names(file: Path, tmp_path: Path, m
 
 
 def _write(raw: dict[str, object], folder: str, out: multiprocessing.Queue) -> None:  # type: ignore[type-arg]
-    cache_module.SHARD_BYTES = 10 * PER_SLOT
+    cache_module.SHARD_BYTES = 10 * PER_SAMPLE
     torch.set_num_threads(1)
     model = FakeModel()
     batches = take(open_stream(cached(validate_run(raw, "test"), Path(folder)), model), 20)
@@ -313,8 +313,8 @@ def test_shards_hold_what_they_say(file: Path, tmp_path: Path):
 
     config = cached(run_config(file, n_train_samples=25), tmp_path)
     take(open_stream(config), 13)
-    slots = [json.dumps(read_metadata(p)["slots"]) for p in shards(tmp_path) if p.parent.name == "a"]
-    assert slots == ["[0, 10]", "[10, 10]", "[20, 6]"]
+    samples = [json.dumps(read_metadata(p)["slots"]) for p in shards(tmp_path) if p.parent.name == "a"]
+    assert samples == ["[0, 10]", "[10, 10]", "[20, 6]"]
 
 
 def test_a_file_that_has_changed_has_a_cache_of_its_own(file: Path, way: bool):

@@ -65,7 +65,7 @@ def test_shards_that_vanish_or_break_ahead_are_harvested_once(
     wanted = take(open_stream(plain, rank=world - 1, world=world), 20)
     take(open_stream(config, rank=world - 1, world=world), 20)
     broken, gone = (p for p in shards(tmp_path) if p.parent.name == "b" and p.stem[-1] in "12")
-    slots = sum(read_metadata(p)["slots"][1] for p in (broken, gone))  # type: ignore[index, misc]
+    samples = sum(read_metadata(p)["slots"][1] for p in (broken, gone))  # type: ignore[index, misc]
     content = bytearray(broken.read_bytes())
     content[-9] ^= 0xFF
     broken.write_bytes(content)
@@ -74,7 +74,7 @@ def test_shards_that_vanish_or_break_ahead_are_harvested_once(
     with caplog.at_level(logging.WARNING, "saeopt"):
         got = take(open_stream(config, model, rank=world - 1, world=world), 20)
     assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
-    assert sum(model.sequences) == slots
+    assert sum(model.sequences) == samples
     assert sum("harvested again" in record.getMessage() for record in caplog.records) == 1
 
 

@@ -128,7 +128,7 @@ def test_every_pass_gives_each_sample_once_in_an_order_of_its_own(tmp_path):
     batches = rows.train(0, 5, 1, 2)
     second = [next(batches).tokens_bT for _ in range(2)][1]
     assert torch.equal(second, next(rows.train(10, 5, 1, 2)).tokens_bT)
-    firsts = torch.stack([next(rows.train(slot, 1)).tokens_bT[0, 0] for slot in range(20)]).view(2, 10)
+    firsts = torch.stack([next(rows.train(sample, 1)).tokens_bT[0, 0] for sample in range(20)]).view(2, 10)
     assert [sorted(order.tolist()) for order in firsts] == [list(range(0, 80, 8))] * 2
     assert firsts[0].tolist() != firsts[1].tolist()
     assert torch.cat(list(rows.eval_batches(2))).flatten().tolist() == list(range(80, 104))

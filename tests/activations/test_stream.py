@@ -56,7 +56,7 @@ def take(stream: ActivationStream, n: int) -> list[Batch]:
 
 
 def same(one: Batch, other: Batch) -> bool:
-    fields = [(b.first_slot, b.n_slots, b.tokens_per_slot) for b in (one, other)]
+    fields = [(b.first_sample, b.n_samples, b.tokens_per_sample) for b in (one, other)]
     tensors = [(*(b.x[h] for h in HOOKS), b.keep_N) for b in (one, other)]
     return fields[0] == fields[1] and all(torch.equal(s, t) for s, t in zip(*tensors, strict=True))
 
@@ -92,15 +92,15 @@ def test_ranks_share_each_micro_batch_in_order(file: Path, way: bool, world: int
         parts = [rank[i] for rank in ranks]
         assert torch.equal(torch.cat([p.x["b"] for p in parts]), batch.x["b"])
         assert torch.equal(torch.cat([p.keep_N for p in parts]), batch.keep_N)
-        assert [p.first_slot for p in parts] == [batch.first_slot + 2 * r for r in range(world)]
+        assert [p.first_sample for p in parts] == [batch.first_sample + 2 * r for r in range(world)]
 
 
-def test_rows_belong_to_their_slots_and_tokens(file: Path):
+def test_rows_belong_to_their_samples_and_tokens(file: Path):
     config, model = run_config(file), FakeModel()
     stream = open_stream(config, model)
     tokens = TokenData.load(config.data, model).calibration(20)
     for batch in take(stream, 10):
-        rows_bT = tokens[batch.first_slot : batch.first_slot + batch.n_slots]
+        rows_bT = tokens[batch.first_sample : batch.first_sample + batch.n_samples]
         assert torch.equal(batch.x["a"], model.activations(rows_bT, ["a"])["a"].flatten(0, 1))
         assert torch.equal(batch.keep_N, keep_mask(rows_bT, model.special_ids))
         assert batch.keep_N.sum() < rows_bT.numel()

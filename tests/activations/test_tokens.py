@@ -1,4 +1,4 @@
-"""Token data: nothing lost or doubled, held-out documents apart, the same slots however they are read."""
+"""Token data: nothing lost or doubled, held-out documents apart, the same samples however they are read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load(file: object, way: str = "table", model: FakeModel | None = None, **cha
 
 
 def flat(tokens: TokenData, n: int, start: int = 0, batch: int = 1, **where: int) -> list[list[int]]:
-    """The sequences of the slots from `start` on, until n are there."""
+    """The sequences of the samples from `start` on, until n are there."""
     parts = itertools.islice(tokens.train(start, batch, **where), -(-n // batch))
     return [row for part in parts for row in part.tokens_bT.tolist()][:n]
 
@@ -96,17 +96,17 @@ def test_held_out_documents_are_never_trained_on(file: Path, way: str):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("start", [0, 6, 42, 90])
-def test_every_split_over_ranks_and_starts_gives_the_same_slots(file: Path, way: str, world: int, start: int):
+def test_every_split_over_ranks_and_starts_gives_the_same_samples(file: Path, way: str, world: int, start: int):
     tokens = load(file, way)
     whole = flat(tokens, 140)
     readers = [tokens.train(start, 2, rank, world) for rank in range(world)]
-    slot = start
+    sample = start
     for _ in range(5):
         for reader in readers:
             part = next(reader)
-            assert part.first_slot == slot
-            assert part.tokens_bT.tolist() == whole[slot : slot + 2]
-            slot += 2
+            assert part.first_sample == sample
+            assert part.tokens_bT.tolist() == whole[sample : sample + 2]
+            sample += 2
 
 
 def test_a_cursor_goes_on_where_a_stream_stopped_and_reads_nothing_twice(
@@ -117,19 +117,19 @@ def test_a_cursor_goes_on_where_a_stream_stopped_and_reads_nothing_twice(
     whole = flat(tokens, 130)
     for cursor in cursors:
         again = load(file, way)
-        slot = cursor["slot"]
+        sample = cursor["slot"]
         read: list[int] = []
         if way == "stream":
             blocks = again.engine._blocks
             monkeypatch.setattr(
                 again.engine, "_blocks", lambda state, b=blocks, r=read: (r.append(0) or x for x in b(state))
             )
-        part = next(again.train(slot, 3, cursor=cursor))
-        assert (part.first_slot, part.tokens_bT.tolist()) == (slot, whole[slot : slot + 3])
+        part = next(again.train(sample, 3, cursor=cursor))
+        assert (part.first_sample, part.tokens_bT.tolist()) == (sample, whole[sample : sample + 3])
         assert len(read) <= 4  # three sequences of 16 tokens never span more blocks
 
 
-def test_a_stream_without_a_cursor_still_finds_the_slot(file: Path):
+def test_a_stream_without_a_cursor_still_finds_the_sample(file: Path):
     tokens = load(file, "stream")
     assert flat(tokens, 3, start=70) == flat(tokens, 73)[70:]
 

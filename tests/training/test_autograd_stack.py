@@ -17,7 +17,7 @@ from saeopt.training.step.choose import make_stack, reference_stack
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
 from saeopt.training.step.stack import Stack
 
-D, TOKENS, SLOTS = 6, 5, 8
+D, TOKENS, SAMPLES = 6, 5, 8
 OPTIONS = StackOptions(dead_after_tokens=60)
 
 Row = dict[str, float]
@@ -46,20 +46,21 @@ def make(sae_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, **fie
 def window(step: int, masked: bool = True) -> Example:
     """The eight samples of a step, in raw units, every seventh token masked (more in the first samples)."""
     generator = torch.Generator().manual_seed(step)
-    x_Nd = 5 * torch.randn(SLOTS * TOKENS, D, generator=generator, dtype=torch.float64) + 1
+    x_Nd = 5 * torch.randn(SAMPLES * TOKENS, D, generator=generator, dtype=torch.float64) + 1
     keep_N = torch.arange(len(x_Nd)) % 7 != 0
     keep_N[:9] = False
-    return Example(x_Nd, x_Nd, keep_N if masked else None, Place(step * SLOTS, SLOTS, TOKENS))
+    return Example(x_Nd, x_Nd, keep_N if masked else None, Place(step * SAMPLES, SAMPLES, TOKENS))
 
 
 def cut(example: Example, parts: int) -> list[Example]:
     """The same samples as so many micro-batches."""
     place, rows = example.place, len(example.x_Nd) // parts
-    slots, found = place.n_slots // parts, []
+    samples, found = place.n_samples // parts, []
     for i in range(parts):
         here = slice(i * rows, (i + 1) * rows)
         x_Nd, keep_N = example.x_Nd[here], None if example.keep_N is None else example.keep_N[here]
-        found.append(Example(x_Nd, x_Nd, keep_N, Place(place.first_slot + i * slots, slots, place.tokens_per_slot)))
+        where = Place(place.first_sample + i * samples, samples, place.tokens_per_sample)
+        found.append(Example(x_Nd, x_Nd, keep_N, where))
     return found
 
 
@@ -146,9 +147,9 @@ def test_a_step_is_adam_on_the_loss_of_the_spec(sae_type: str, decoder_norm: str
     for step in range(15):
         batch = window(step)
         x_Nd, keep_N = batch.x_Nd[batch.keep_N] * plain.scale, batch.keep_N
-        u_Nh = (
-            uniform(7, batch.place.first_slot, SLOTS, TOKENS, plain.h).double()[keep_N] if plain.needs_noise else None
-        )
+        u_Nh = None
+        if plain.needs_noise:
+            u_Nh = uniform(7, batch.place.first_sample, SAMPLES, TOKENS, plain.h).double()[keep_N]
         dead_h = plain.tokens_since_fired >= 60
         forward = plain.training_forward(x_Nd, StepInputs(0.3, 0.6, u_Nh, dead_h if plain.needs_dead else None))
         n = len(x_Nd)
@@ -269,7 +270,7 @@ def test_a_window_of_masked_tokens_alone_is_harmless(sae_type: str, kind: str) -
     stack, batch = four(sae_type, kind), window(0)
     before = [{k: v.clone() for k, v in sae.state_dict().items()} for sae in stack.saes]
     nothing_N = torch.zeros(len(batch.x_Nd), dtype=torch.bool)
-    masked = Example(batch.x_Nd, batch.x_Nd, nothing_N, Place(0, SLOTS, TOKENS))
+    masked = Example(batch.x_Nd, batch.x_Nd, nothing_N, Place(0, SAMPLES, TOKENS))
     stack.accumulate(masked, [NUMBERS] * 4)
     stack.apply([NUMBERS] * 4)
     for sae, old in zip(stack.saes, before, strict=True):

@@ -26,7 +26,7 @@ def wide(variant: dict[str, Any], h: int = 320) -> dict[str, Any]:
 
 def both(variant: dict[str, Any], autocast: torch.dtype | None, accumulation: int = 1, steps: int = 30) -> Any:
     options = StackOptions(dead_after_tokens=2000, autocast=autocast)
-    data = batches(steps, torch.float32, "cuda", slots=64, d=variant["d"])
+    data = batches(steps, torch.float32, "cuda", samples=64, d=variant["d"])
     one, other = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
     for sae in one + other:
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_topk_of_wide_dictionaries(h: int, k: int | list[int]) -> None:
 def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
-    data = batches(20, torch.float32, "cuda", slots=64, d=48)
+    data = batches(20, torch.float32, "cuda", samples=64, d=48)
     first, second = make_members(variant, 3, torch.float32, "cuda"), make_members(variant, 3, torch.float32, "cuda")
     stack, again = fused(first, options, [1, 2, 3]), fused(second, options, [1, 2, 3])
     train(stack, data[:10], rows=NUMBERS)
@@ -99,7 +99,7 @@ def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
 def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
-    data = batches(60, torch.float32, "cuda", slots=64, d=48)
+    data = batches(60, torch.float32, "cuda", samples=64, d=48)
     first, second = (make_members(variant, 3, torch.float32, "cuda", seed=seed) for seed in (0, 1))
     stack, again = fused(first, options, [1, 2, 3]), fused(second, options, [1, 2, 3])
     train(stack, data[:40], rows=NUMBERS)
@@ -115,7 +115,7 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
 def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
-    data = batches(60, torch.float32, "cuda", slots=64, d=48)
+    data = batches(60, torch.float32, "cuda", samples=64, d=48)
     plain, graphed = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
     for saes, performance in ((plain, PerformanceConfig(graphs="off")), (graphed, PerformanceConfig())):
         stack = make_stack(saes, [1, 2, 3], options, performance)
@@ -130,7 +130,7 @@ def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(varian
 def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
-    data = batches(40, torch.float32, "cuda", slots=64, d=48)
+    data = batches(40, torch.float32, "cuda", samples=64, d=48)
     alone, ranked = (make_members(variant, 3, torch.float32, "cuda") for _ in range(2))
     train(fused(alone, options, [1, 2, 3]), data, 1, NUMBERS)
     stack = fused(ranked, options, [1, 2, 3])
@@ -152,7 +152,7 @@ def test_a_broken_member_changes_no_more(variant: dict[str, Any], broken: dict[s
     if variant["sae_type"] == "topk" and "lr" not in broken:
         pytest.skip("topk has no λ")
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
-    data = batches(20, torch.float32, "cuda", slots=64, d=48)
+    data = batches(20, torch.float32, "cuda", samples=64, d=48)
     saes = make_members(wide(variant), 3, torch.float32, "cuda")
     stack = fused(saes, options, [1, 2, 3])
     train(stack, data[:10], rows=NUMBERS)

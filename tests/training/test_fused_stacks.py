@@ -81,14 +81,14 @@ def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: st
     return saes
 
 
-def batches(n: int, dtype: torch.dtype, device: str = "cpu", slots: int = 6, d: int = D) -> list[Example]:
+def batches(n: int, dtype: torch.dtype, device: str = "cpu", samples: int = 6, d: int = D) -> list[Example]:
     generator = torch.Generator().manual_seed(7)
     made = []
     for i in range(n):
-        x_Nd = torch.randn(slots * T, d, generator=generator, dtype=torch.float64) * 2 + 0.5
-        keep_N = torch.rand(slots * T, generator=generator) > 0.25 if i % 3 else None
+        x_Nd = torch.randn(samples * T, d, generator=generator, dtype=torch.float64) * 2 + 0.5
+        keep_N = torch.rand(samples * T, generator=generator) > 0.25 if i % 3 else None
         x_Nd, keep_N = x_Nd.to(device, dtype), None if keep_N is None else keep_N.to(device)
-        made.append(Example(x_Nd, x_Nd, keep_N, Place(i * slots, slots, T)))
+        made.append(Example(x_Nd, x_Nd, keep_N, Place(i * samples, samples, T)))
     return made
 
 

@@ -22,8 +22,8 @@ from saeopt.training.step.gpu import graphs as graphs_module
 from saeopt.training.step.stack import Stack
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-D, SLOTS, T = 48, 64, 5
-DEAD_AFTER = 3 * SLOTS * T
+D, SAMPLES, T = 48, 64, 5
+DEAD_AFTER = 3 * SAMPLES * T
 RELU, GATED, CONCRETE, GATED_CONCRETE = VARIANTS[0], VARIANTS[3], VARIANTS[6], VARIANTS[9]
 TOPK = {"sae_type": "topk", "k": 12, "aux_k": 16}
 WIDE_TOPK = {**TOPK, "h": 1024, "k": 5}  # another share of dead latents, other places for them
@@ -74,10 +74,10 @@ def data_of(hook: int, windows: int, micro: int) -> list[list[Example]]:
     for window in range(windows):
         batches = []
         for i in range(micro):
-            x_Nd = torch.randn(SLOTS * T, D, generator=generator) + means[window // 9 % 2]
-            keep_N = (torch.rand(SLOTS * T, generator=generator) > 0.25).cuda() if window % 3 == 2 else None
+            x_Nd = torch.randn(SAMPLES * T, D, generator=generator) + means[window // 9 % 2]
+            keep_N = (torch.rand(SAMPLES * T, generator=generator) > 0.25).cuda() if window % 3 == 2 else None
             x_Nd = x_Nd.cuda()
-            batches.append(Example(x_Nd, x_Nd, keep_N, Place((window * micro + i) * SLOTS, SLOTS, T)))
+            batches.append(Example(x_Nd, x_Nd, keep_N, Place((window * micro + i) * SAMPLES, SAMPLES, T)))
         made.append(batches)
     return made
 

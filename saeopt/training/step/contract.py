@@ -27,11 +27,11 @@ EXTRA = "extra."
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the stream an example's tokens lie: token t of slot s is row (s − first_slot) · tokens_per_slot + t."""
+    """Where an example's tokens lie: token t of sample s is row (s − first_sample) · tokens_per_sample + t."""
 
-    first_slot: int
-    n_slots: int
-    tokens_per_slot: int
+    first_sample: int
+    n_samples: int
+    tokens_per_sample: int
 
 
 @dataclass(frozen=True)

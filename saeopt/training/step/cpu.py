@@ -110,7 +110,7 @@ class DensePass(Pass):
         storage = self.storage
         if not storage.saes[member].needs_noise:
             return None
-        where = (place.first_slot, place.n_slots, place.tokens_per_slot)
+        where = (place.first_sample, place.n_samples, place.tokens_per_sample)
         return uniform(self.seeds[member], *where, storage.h, storage.device).to(storage.dtype)
 
     def _add(self, parts: Parts, member: int, found: Found) -> None:

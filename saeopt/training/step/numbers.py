@@ -9,8 +9,8 @@ from torch import Tensor
 
 from saeopt.training.step.contract import Numbers
 
-FIRST_SLOT = "first_slot"
-"""The number of a micro-batch's first slot, on which gate noise depends."""
+FIRST_SAMPLE = "first_sample"
+"""The number of a micro-batch's first sample, on which gate noise depends."""
 
 
 class Table:
@@ -21,26 +21,27 @@ class Table:
     """
 
     def __init__(self, names: Iterable[str], size: int, device: torch.device) -> None:
-        self.names = {name: at for at, name in enumerate([*names, FIRST_SLOT])}
+        self.names = {name: at for at, name in enumerate([*names, FIRST_SAMPLE])}
         self.on_device = torch.zeros(size, len(self.names), dtype=torch.float64, device=device)
         self.rows: Sequence[Numbers] = ()
-        self.first_slot = 0
+        self.first_sample = 0
         self._sent: list[list[float]] = []
         self._moving: list[str] = []
 
-    def set(self, rows: Sequence[Numbers], first_slot: int) -> None:
+    def set(self, rows: Sequence[Numbers], first_sample: int) -> None:
         """The numbers of a micro-batch; `rows` must not be changed afterwards."""
-        if rows is not self.rows or first_slot != self.first_slot:
-            self.rows, self.first_slot = rows, first_slot
-            self._moving = [n for n in self.names if n != FIRST_SLOT and isinstance(rows[0][n], Tensor)]
+        if rows is not self.rows or first_sample != self.first_sample:
+            self.rows, self.first_sample = rows, first_sample
+            self._moving = [n for n in self.names if n != FIRST_SAMPLE and isinstance(rows[0][n], Tensor)]
             self._send()
         for name in self._moving:
             self.column(name).copy_(torch.stack([torch.as_tensor(row[name]) for row in rows]))
 
     def _send(self) -> None:
-        known = [n for n in self.names if n != FIRST_SLOT]
+        known = [n for n in self.names if n != FIRST_SAMPLE]
         numbers = [
-            [0.0 if n in self._moving else float(row[n]) for n in known] + [float(self.first_slot)] for row in self.rows
+            [*(0.0 if n in self._moving else float(row[n]) for n in known), float(self.first_sample)]
+            for row in self.rows
         ]
         if numbers != self._sent:
             self._sent, sent = numbers, torch.tensor(numbers, dtype=torch.float64)

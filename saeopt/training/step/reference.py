@@ -65,7 +65,7 @@ class AutogradPass(Pass):
         keep_N = None if example.keep_N is None else example.keep_N.to(dtype)
         u_Nh = None
         if sae.needs_noise:
-            where = (place.first_slot, place.n_slots, place.tokens_per_slot)
+            where = (place.first_sample, place.n_samples, place.tokens_per_sample)
             u_Nh = uniform(self.seeds[member], *where, sae.h, x_Nd.device).to(dtype)
         dead_h = sae.tokens_since_fired >= self.options.dead_after_tokens if sae.needs_dead else None
         inputs = step_inputs(sae, self.table.rows[member], u_Nh, dead_h, keep_N)

@@ -149,7 +149,7 @@ class Stack:
 
         A member whose loss, gradient or step is not finite is left as it was, now and in every later window.
         """
-        self.table.set(numbers, self.table.first_slot)
+        self.table.set(numbers, self.table.first_sample)
         self.graphs(("apply", self.shape), lambda: self._finish(self.parts[self.shape]))
         self.micro_batches = 0
 
@@ -164,9 +164,9 @@ class Stack:
         first = self.micro_batches == 0
         shape = self.passes.before(example, first=first)
         self.shape = shape if first else self.shape
-        self.table.set(numbers, example.place.first_slot if self.saes[0].needs_noise else 0)
+        self.table.set(numbers, example.place.first_sample if self.saes[0].needs_noise else 0)
         given = tuple(None if t is None else (tuple(t.shape), t.dtype) for t in _inputs(example))
-        return (*given, example.place.n_slots, self.shape)
+        return (*given, example.place.n_samples, self.shape)
 
     def _add_up(self, parts: Parts, first: bool) -> None:
         if not self.assembly.fixed_sums:

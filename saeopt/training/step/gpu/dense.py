@@ -22,7 +22,7 @@ from saeopt.training.step.contract import Example, Optimiser, Parts, Pass, Stack
 from saeopt.training.step.dense import ALONE, Architecture, Found, Given, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.optimiser import GpuOptimiser
-from saeopt.training.step.numbers import FIRST_SLOT, Table
+from saeopt.training.step.numbers import FIRST_SAMPLE, Table
 from saeopt.training.step.optimiser import PULL
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import VECTORS, Packed
@@ -76,8 +76,8 @@ class GpuDensePass(Pass):
         """As the contract says."""
         storage, table, place, keys = self.storage, self.table, example.place, None
         if self.needs_noise:
-            first_slot = table.on_device[0, table.names[FIRST_SLOT]]
-            keys = row_keys(self.seed_M, first_slot, place.n_slots, place.tokens_per_slot)
+            first_sample = table.on_device[0, table.names[FIRST_SAMPLE]]
+            keys = row_keys(self.seed_M, first_sample, place.n_samples, place.tokens_per_sample)
         for name in self.numbers:  # a buffer with a number's name holds its last value
             if name in storage.buffers:
                 storage.buffers[name].copy_(table.column(name))
