@@ -53,7 +53,6 @@ def evaluate_run(
     from saeopt.host.devices import choose_device
     from saeopt.runs.weights import load_checkpoint
     from saeopt.views.plots import plot_run
-    from saeopt.views.report import print_run
 
     set_up_logging()
     check_alone("evaluate", "call it without a launcher")
@@ -67,16 +66,18 @@ def evaluate_run(
     write_json(target, with_conditions(metrics, told))
     if target == folder / EVALUATION:
         plot_run(folder)
+    _show(folder, target, metrics, told, as_json)
+
+
+def _show(folder: Path, target: Path, metrics: Mapping[str, Any], conditions: Mapping[str, Any], as_json: bool) -> None:
+    """The metrics, which file they are in, where that is not the usual one, and what was evaluated on."""
+    from saeopt.views.report import print_run
+
     if as_json:
         console.print_json(target.read_text(encoding="utf-8"))
-    else:
-        print_run(folder, metrics)
-        _print_where(target, target == folder / EVALUATION, told)
-
-
-def _print_where(target: Path, usual: bool, conditions: Mapping[str, Any]) -> None:
-    """Which file, where that is not the usual one, and what was evaluated on."""
-    if not usual:
+        return
+    print_run(folder, metrics)
+    if target != folder / EVALUATION:
         console.print(f"{'this one':>10}  {target}", soft_wrap=True)
     size = f"{conditions['n_samples']:,} samples of {conditions['context_length']} tokens"
     console.print(f"{'data':>10}  {conditions['data']}: {size}", soft_wrap=True)

@@ -32,6 +32,7 @@ from saeopt.config import RunConfig, validate_run
 from saeopt.console import console, log
 from saeopt.errors import UserError
 from saeopt.options import run_cli
+from saeopt.saes.registry import sae_config_class
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.runtime import Runtime
 
@@ -202,22 +203,24 @@ def main(
                 "n_train_samples": batch * accumulation * steps, "train_batch_size": batch,
             },
         }  # fmt: skip
-        configs = {}
-        for i in range(trials):
-            saes = {"sae_type": sae_type, "sae_positions": hooks.split(","), "dict_size_to_input_ratio": ratio}
-            saes |= {"k": 16 * 2 ** (i % 4)} if sae_type == "topk" else {"sparsity_coeff": 0.5 * 1.3**i}
-            configs[f"trial{i}"] = validate_run({**raw, "lr": 1e-3 * 1.05**i, "saes": saes}, "bench_sweep")
+        configs = configs_of(raw, trials, sae_type, hooks, ratio)
         numbers = measure(configs, runtime, folder, repeats, rounds, alone, cache)
     numbers |= {"model": model, "hooks": hooks, "sae_type": sae_type, "trials": trials, "ratio": ratio, "batch": batch}
-    numbers |= {
-        "context": context,
-        "accumulation": accumulation,
-        "device": str(runtime.device),
-        "threads": torch.get_num_threads(),
-    }
+    numbers |= {"context": context, "accumulation": accumulation, "device": str(runtime.device)}
+    numbers["threads"] = torch.get_num_threads()
     show(numbers)
     if json_path is not None:
         json_path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def configs_of(raw: dict[str, Any], trials: int, sae_type: str, hooks: str, ratio: float) -> dict[str, RunConfig]:
+    """The sweep's trials."""
+    configs, fields = {}, sae_config_class(sae_type).model_fields
+    for i in range(trials):
+        saes = {"sae_type": sae_type, "sae_positions": hooks.split(","), "dict_size_to_input_ratio": ratio}
+        saes |= {"k": 16 * 2 ** (i % 4)} if "k" in fields else {"sparsity_coeff": 0.5 * 1.3**i}
+        configs[f"trial{i}"] = validate_run({**raw, "lr": 1e-3 * 1.05**i, "saes": saes}, "bench_sweep")
+    return configs
 
 
 class Found(dict[str, Any]):

@@ -3,7 +3,7 @@
     python scripts/harvest_activations.py MODEL_DIR TEXT FILE N [--hook blocks.9.hook_resid_pre] [--write HOOK]
 
 For `data.activations: FILE` of a config and for `scripts/bench_step.py --data FILE`. Special tokens are left out, and
-the first positions of each sequence, where many models keep an attention sink of many times the usual norm.
+the first positions of each sample, where many models keep an attention sink of many times the usual norm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from safetensors.torch import save_file
 
 from saeopt.activations.stream import ActivationStream
-from saeopt.config import validate_run
+from saeopt.config import RunConfig, validate_run
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.files import atomic_write
@@ -24,6 +24,31 @@ from saeopt.options import run_cli
 from saeopt.training.runtime import Runtime
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def harvested(
+    config: RunConfig, runtime: Runtime, hooks: dict[str, str], n: int, skip_first: int
+) -> list[dict[str, torch.Tensor]]:
+    """Activations of whole micro-batches, at least n tokens, by what each hook point is called in the file."""
+    model = runtime.language_model(config)
+    tokens = runtime.token_data(config, model)
+    batch_size, context = config.data.train_batch_size, config.data.context_length
+    stream = ActivationStream(model, tokens, model.resolve(list(hooks.values())), config)
+    found: list[dict[str, torch.Tensor]] = []
+    have = 0
+    try:
+        while have < n and len(found) < (tokens.n_train_available or 0) // batch_size:
+            batch = next(stream)
+            position_N = torch.arange(len(batch.keep_N), device=batch.keep_N.device) % context
+            kept_N = batch.keep_N & (position_N >= skip_first)
+            found.append({name: batch.x[h][kept_N].to("cpu", torch.bfloat16) for name, h in hooks.items()})
+            have += len(found[-1]["x"])
+    finally:
+        stream.close()
+    if have < n:
+        text = config.data.dataset_name
+        raise UserError(f"{text}: holds {have:,} tokens in whole batches of {batch_size} samples, {n:,} are wanted")
+    return found
 
 
 @app.command()
@@ -34,8 +59,8 @@ def main(
     n: Annotated[int, typer.Argument(min=1, help="number of tokens")],
     hook: Annotated[str, typer.Option(help="hook point")] = "blocks.9.hook_resid_pre",
     write: Annotated[str | None, typer.Option(help="hook point of y: what a transcoder is to give")] = None,
-    context: Annotated[int, typer.Option(min=2, help="tokens of a sequence")] = 128,
-    skip_first: Annotated[int, typer.Option(min=0, help="positions to leave out of each sequence")] = 1,
+    context: Annotated[int, typer.Option(min=2, help="tokens of a sample")] = 128,
+    skip_first: Annotated[int, typer.Option(min=0, help="positions to leave out of each sample")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU where there is one")] = "auto",
 ) -> None:
     """Harvest N tokens of activations."""
@@ -54,26 +79,8 @@ def main(
         },
         "the command line",
     )  # fmt: skip
-    runtime = Runtime(device)
-    model = runtime.language_model(config)
-    tokens = runtime.token_data(config, model)
-    available = (tokens.n_train_available or 0) // 8
     hooks = {"x": hook} if write is None else {"x": hook, "y": write}
-    stream = ActivationStream(model, tokens, model.resolve(list(hooks.values())), config)
-    found: list[dict[str, torch.Tensor]] = []
-    have = 0
-    try:
-        while have < n and len(found) < available:
-            batch = next(stream)
-            kept_N = batch.keep_N & (
-                torch.arange(len(batch.keep_N), device=batch.keep_N.device) % context >= skip_first
-            )
-            found.append({name: batch.x[h][kept_N].to("cpu", torch.bfloat16) for name, h in hooks.items()})
-            have += len(found[-1]["x"])
-    finally:
-        stream.close()
-    if have < n:
-        raise UserError(f"{text}: holds {have:,} tokens in whole batches of 8 sequences, {n:,} are wanted")
+    found = harvested(config, Runtime(device), hooks, n, skip_first)
     whole = {name: torch.cat([part[name] for part in found])[:n].contiguous() for name in hooks}
     with atomic_write(file) as path:
         save_file(whole, path)

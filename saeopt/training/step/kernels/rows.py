@@ -51,6 +51,37 @@ def _decoder_rows(
 
 
 @triton.jit
+def _restore_rows(
+    w_ptr, low_ptr, norm_ptr, factor_ptr, row_norm_ptr, member, r, rm, base, norm, D,
+    MODE: tl.constexpr, LOW: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Rows after Adam as MODE wants them, with their norms, factors and copies."""
+    inverse = 1.0 / tl.maximum(norm, 1e-12)
+    row_norm = 1.0
+    one = tl.full([R], 1.0, tl.float32)
+    if MODE >= 2:
+        row_norm = tl.load(row_norm_ptr + member)
+        if MODE == 3:
+            tl.store(factor_ptr + r, one * row_norm, mask=rm)
+            tl.store(norm_ptr + r, one, mask=rm)
+        else:
+            tl.store(factor_ptr + r, inverse * row_norm, mask=rm)
+            tl.store(norm_ptr + r, norm, mask=rm)
+    for c0 in range(0, D, C):
+        c = c0 + tl.arange(0, C)
+        mask = rm[:, None] & (c < D)[None, :]
+        at = base + c[None, :]
+        w = tl.load(w_ptr + at, mask=mask, other=0.0)
+        factor = inverse * row_norm
+        if MODE != 2:
+            w = w * inverse[:, None]
+            tl.store(w_ptr + at, w, mask=mask)
+            factor = one * row_norm
+        if LOW:
+            tl.store(low_ptr + at, w * factor[:, None], mask=mask)
+
+
+@triton.jit
 def _adam(
     g_ptr, w_ptr, m_ptr, v_ptr, low_ptr, coefficients_ptr, norm_ptr, factor_ptr, row_norm_ptr, scalars_ptr,
     H, D, b1, b2, eps,
@@ -66,8 +97,6 @@ def _adam(
     go = tl.load(scalars_ptr + member * 4 + 3)
     if go > 0:
         base = r[:, None] * D
-        scale = tl.full([R], 1.0, tl.float32)
-        pull = tl.zeros([R], tl.float32)
         if DECODER:
             scale = tl.load(coefficients_ptr + 2 * r, mask=rm, other=0.0)
             pull = tl.load(coefficients_ptr + 2 * r + 1, mask=rm, other=0.0)
@@ -98,30 +127,10 @@ def _adam(
             if MODE == 0:
                 tl.store(norm_ptr + r, norm, mask=rm)
             else:
-                tl.debug_barrier()  # the rows are read again below, by other threads than those that wrote them
-                inverse = 1.0 / tl.maximum(norm, 1e-12)
-                row_norm = 1.0
-                one = tl.full([R], 1.0, tl.float32)
-                if MODE >= 2:
-                    row_norm = tl.load(row_norm_ptr + member)
-                    if MODE == 3:
-                        tl.store(factor_ptr + r, one * row_norm, mask=rm)
-                        tl.store(norm_ptr + r, one, mask=rm)
-                    else:
-                        tl.store(factor_ptr + r, inverse * row_norm, mask=rm)
-                        tl.store(norm_ptr + r, norm, mask=rm)
-                for c0 in range(0, D, C):
-                    c = c0 + tl.arange(0, C)
-                    mask = rm[:, None] & (c < D)[None, :]
-                    at = base + c[None, :]
-                    w = tl.load(w_ptr + at, mask=mask, other=0.0)
-                    factor = inverse * row_norm
-                    if MODE != 2:
-                        w = w * inverse[:, None]
-                        tl.store(w_ptr + at, w, mask=mask)
-                        factor = one * row_norm
-                    if LOW:
-                        tl.store(low_ptr + at, w * factor[:, None], mask=mask)
+                tl.debug_barrier()  # the rows are read again there, by other threads than those that wrote them
+                _restore_rows(
+                    w_ptr, low_ptr, norm_ptr, factor_ptr, row_norm_ptr, member, r, rm, base, norm, D, MODE, LOW, R, C
+                )
 
 
 @triton.jit
