@@ -17,6 +17,7 @@ from saeopt.activations.masks import keep_mask, side_by_side
 from saeopt.config.run import Ablation, DataConfig
 from saeopt.config.sites import Site
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, samples_at_once, splicer
+from saeopt.evaluation.decoder import Projections, some_positions
 from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
 from saeopt.saes.base import SAE
 
@@ -48,12 +49,18 @@ class _Member:
     site: Site
     sae: SAE
     sums: Accumulator
+    projections: Projections
     cross_entropy: CrossEntropy
 
     @property
     def place(self) -> tuple[Site, float]:
         """What says which tokens count: the site and its limit for outliers."""
         return self.site, self.sae.norm_limit
+
+    @property
+    def all_sums(self) -> tuple[Tensor, ...]:
+        """What ranks add up."""
+        return self.sums.sums, self.projections.sums, self.cross_entropy.sums
 
 
 @torch.no_grad()
@@ -137,7 +144,7 @@ def evaluate(
         if progress is not None:
             progress(len(batch))
     if reduce is not None:
-        reduce([sums for member in members.values() for sums in (member.sums.sums, member.cross_entropy.sums)])
+        reduce([sums for member in members.values() for sums in member.all_sums])
     return {key: _result(member, cross_entropy) for key, member in members.items()}
 
 
@@ -147,7 +154,8 @@ def _member(key: object, value: SAE | tuple[str | Site, SAE]) -> _Member:
     if sae.widths is not None:
         W_dec, scale = W_dec / sae.write_scale, sae.ones()
     sums = Accumulator(sae.e, sae.h, scale=scale, norm_h=W_dec.norm(dim=-1), device=device)
-    return _Member(Site.of(site) if isinstance(site, str) else site, sae, sums, CrossEntropy(device))
+    site = Site.of(site) if isinstance(site, str) else site
+    return _Member(site, sae, sums, Projections(sae), CrossEntropy(device))
 
 
 def _evaluate_site(
@@ -168,7 +176,10 @@ def _evaluate_site(
         zeroed_BTV = lm.spliced_logits(tokens_BT, dict.fromkeys(site.writes, splicer(None, zeroed_BT)))
         zero = pass_sums(clean_BTV, zeroed_BTV, tokens_BT, keep_BT, with_kl=False)
         del zeroed_BTV
+    projected_N = keep_N & some_positions(keep_BT.shape, keep_N.device).flatten()
+    some_Me = (x_Nd if y_Ne is None else y_Ne)[projected_N]
     for member in members:
+        member.projections.update(some_Me)
         y_hat_BTe = reconstruct(member.sae, x_Nd, keep_N, member.sums, y_Ne).unflatten(0, keep_BT.shape)
         if clean_BTV is not None:
             parts = y_hat_BTe.split([x[hook].shape[-1] for hook in site.writes], dim=-1)
@@ -179,5 +190,5 @@ def _evaluate_site(
 
 
 def _result(member: _Member, cross_entropy: bool) -> Metrics:
-    metrics = member.sums.result()
+    metrics = {**member.sums.result(), **member.projections.result()}
     return {**metrics, **member.cross_entropy.result()} if cross_entropy else metrics

@@ -14,8 +14,10 @@ from _stores import grid_spec
 
 from saeopt import metrics as registry
 from saeopt.evaluation.cross_entropy import CrossEntropy as CrossEntropy
+from saeopt.evaluation.decoder import Projections
 from saeopt.evaluation.metrics import Accumulator
 from saeopt.metrics import METRICS, Metric, Shown, measured_in_training, value_of
+from saeopt.testing.cases import build
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.training.progress import Bar, Interrupt, RunObserver
 from saeopt.trials.create import create_study
@@ -32,16 +34,17 @@ RUN = Path(__file__).parents[1] / "training" / "runs_2026_11" / "topk" / "metric
 def test_what_an_evaluation_measures_is_registered() -> None:
     accumulator = Accumulator(2, 3)
     accumulator.update(torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 3))
-    measured = {**accumulator.result(), **CrossEntropy().result()}.keys() - {"log10_density"}
+    decoder = Projections(build("relu")).result()
+    measured = {**accumulator.result(), **CrossEntropy().result(), **decoder}.keys() - {"log10_density"}
     assert measured == {m.name for m in METRICS.values() if m.evaluation}
 
 
 def test_what_training_logs_is_registered() -> None:
     lines = RUN.read_text(encoding="utf-8").splitlines()
     logged = {name for line in lines for name in json.loads(line) if not name.startswith("eval_")}
-    assert {m.name for m in METRICS.values() if m.training} == logged & METRICS.keys()
+    assert {m.name for m in METRICS.values() if m.training} == (logged & METRICS.keys()) | {"sparsity_coeff"}
     held_out = {name.removeprefix("eval_") for line in lines for name in json.loads(line) if name.startswith("eval_")}
-    assert held_out == {m.name for m in METRICS.values() if m.evaluation}
+    assert held_out | {"c_dec", "s_dec"} == {m.name for m in METRICS.values() if m.evaluation}
 
 
 def test_an_evaluation_is_logged_with_the_headlines_and_without_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
