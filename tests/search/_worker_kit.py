@@ -1,0 +1,89 @@
+"""Workers whose training is pretended."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from _stores import grid_spec
+
+from saeopt.config.study import StudySpec
+from saeopt.training.plan import Observer, TrialPlan, TrialResult
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
+from saeopt.workers.loop import Options, Worker
+
+HOOK = "blocks.1.hook_resid_pre"
+TOTAL = 64
+
+
+class OutOfMemoryError(RuntimeError):
+    """What torch raises bears this name."""
+
+
+Measure = Callable[[TrialPlan, int], dict[str, float]]
+
+
+def good(plan: TrialPlan, samples: int) -> dict[str, float]:
+    return {"l0": 20.0, "fvu": 0.2}
+
+
+class Trainer:
+    """Pretends to train; remembers the packs."""
+
+    def __init__(self, measure: Measure = good, before: Callable[[list[str]], None] = lambda names: None) -> None:
+        self.measure, self.before = measure, before
+        self.packs: list[list[str]] = []
+
+    def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+        self.packs.append([p.name for p in plans])
+        self.before(self.packs[-1])
+        results: dict[str, TrialResult] = {}
+        for plan in plans:
+            observer.on_start(plan.name, 0, TOTAL)
+        for samples in range(4, TOTAL + 1, 4):
+            if observer.should_interrupt():
+                break
+            observer.progress(samples, TOTAL, 1000.0)
+            for plan in plans:
+                if plan.name not in results:
+                    reason = observer.on_log(plan.name, samples, {HOOK: self.measure(plan, samples)})
+                    time.sleep(0.01)
+                    if reason:
+                        results[plan.name] = TrialResult("stopped", samples, reason)
+        for plan in plans:
+            if plan.name not in results:
+                done = samples >= TOTAL
+                evaluation = {HOOK: self.measure(plan, samples)} if done else {}
+                results[plan.name] = TrialResult("finished" if done else "interrupted", samples, None, evaluation)
+        return results
+
+
+def start(store: Store, spec: StudySpec, trainer: Trainer, pack: int = 4, **options: Any) -> Worker:
+    create_study(store, spec)
+    settings = Options(poll=0.05, **options)
+    return Worker(store, spec.name, settings, trainer, lambda space: pack, threading.Event())
+
+
+def run_in_step(store: Store, spec: StudySpec, measure: Measure) -> None:
+    """One trial after another, each step after the verdict on the one before: verdicts come from a thread."""
+    trainer = Trainer()
+    worker = start(store, spec, trainer, pack=1)
+
+    def after_reports(plan: TrialPlan, samples: int) -> dict[str, float]:
+        worker.reports.flush(30.0)
+        return measure(plan, samples)
+
+    trainer.measure = after_reports
+    worker.run()
+
+
+def spec_in(folder: Path, n: int = 6, **fields: Any) -> StudySpec:
+    return grid_spec(n, output_dir=str(folder / "out"), heartbeat=0.2, grace=1.0, **fields)
+
+
+def states(store: Store) -> list[str]:
+    return [t.state.name for t in store.study("s").trials]
