@@ -22,6 +22,7 @@ from saeopt.config.saes import SAEConfig
 PositiveInt = Annotated[Int, Field(gt=0, le=10**9)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Cadence = Span | None
+NEWEST_RECIPE: Literal[2] = 2
 COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
@@ -240,7 +241,9 @@ class RunConfig(StrictModel):
     legacy_scaling: Stack[bool | None] = None
     """true: loss terms divided as in SAE-Interpretability, activations not normalised; null: false, and configs that
     may come from there (they name no recipe) get a notice."""
-    recipe: Stack[Literal[1, 2]] = Field(default_factory=lambda given: 1 if given.get("legacy_scaling") else 2)
+    recipe: Stack[Literal[1, 2]] = Field(
+        default_factory=lambda given: 1 if given.get("legacy_scaling") else NEWEST_RECIPE
+    )
     """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
     under them). Not written: 2; 1 with `legacy_scaling: true`."""
     threads: PackWide[Resumable[Annotated[Int, Field(gt=0, le=1024)] | None]] = None
@@ -256,14 +259,17 @@ class RunConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _first_version(cls, raw: object) -> object:
-        """Under recipe 1 what is left to the recipe is written out, as the first version did."""
-        if not isinstance(raw, dict) or str(raw.get("recipe", 1 if raw.get("legacy_scaling") is True else 2)) != "1":
+    def _as_recipes_were(cls, raw: object) -> object:
+        """What is left to an older recipe is written out, as those versions did."""
+        if not isinstance(raw, dict):
             return raw
-        saes = raw.get("saes")
+        recipe = str(raw.get("recipe", 1 if raw.get("legacy_scaling") is True else NEWEST_RECIPE))
+        if recipe not in ("1", "2"):
+            return raw
+        saes, left = raw.get("saes"), _RECIPE_2_SAES if recipe == "2" else _RECIPE_1_SAES
         if isinstance(saes, dict):
-            saes = saes | {name: value for name, value in _RECIPE_1_SAES.items() if saes.get(name) is None}
-        return {**_RECIPE_1, **raw, "saes": saes, "lr_schedule": raw.get("lr_schedule") or "cosine"}
+            raw = {**raw, "saes": saes | {name: value for name, value in left.items() if saes.get(name) is None}}
+        return raw if recipe == "2" else {**_RECIPE_1, **raw, "lr_schedule": raw.get("lr_schedule") or "cosine"}
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -301,6 +307,8 @@ class RunConfig(StrictModel):
                 f"'warmup_samples' ({self.warmup_samples}) + 'cooldown_samples' ({self.cooldown_samples or 0})"
                 f" exceed 'data.n_train_samples' ({n})"
             )
+        if self.legacy_scaling and isinstance(self.saes.normalize_activations, str):
+            raise ValueError("'legacy_scaling: true' leaves activations as they are: no 'saes.normalize_activations'")
         warmup = self.saes.sparsity_warmup_samples
         if n is not None and warmup is not None and warmup > n:
             raise ValueError(f"'saes.sparsity_warmup_samples' ({warmup}) exceeds 'data.n_train_samples' ({n})")
@@ -354,4 +362,5 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
 
 
 _RECIPE_1 = {"min_lr_factor": 0.1, "adam_betas": (0.9, 0.999)}
-_RECIPE_1_SAES = {"decoder_norm": "free", "encoder_start": "matched", "sparsity_warmup_samples": 0}
+_RECIPE_2_SAES = {"normalize_activations": True}
+_RECIPE_1_SAES = {**_RECIPE_2_SAES, "decoder_norm": "free", "encoder_start": "matched", "sparsity_warmup_samples": 0}

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from saeopt.config.base import Amount, Float, Span, StrictModel, Text, Weight
 from saeopt.config.marks import Located, Mark, Member, Reporting, Shape, Slow, Stack, WholeRun, fields_with
 from saeopt.config.names import Known, suggestion
 from saeopt.config.sites import Position, Site, SiteEntry, as_list, hooks_of, keys_of
+
+
+def _normalisation(value: object) -> object:
+    """`scale` and `none` as configs have always written them."""
+    words = {"scale": True, "true": True, "none": False, "false": False}
+    found = words.get(value.lower(), value.lower()) if isinstance(value, str) else value
+    if found is None or isinstance(found, bool) or found in ("mean_scale", "whiten"):
+        return found
+    raise ValueError("must be mean_scale, scale (= true), none (= false) or whiten")
+
+
+Normalisation = Annotated[bool | Literal["mean_scale", "whiten"] | None, BeforeValidator(_normalisation)]
 
 
 class SAEConfig(StrictModel):
@@ -50,8 +62,11 @@ class SAEConfig(StrictModel):
     bias_init: Member[Literal["geometric_median", "mean", "zero"]] = "geometric_median"
     """What b_dec starts from, over the first batch; where what is written is not what is read, the mean stands for the
     geometric median."""
-    normalize_activations: Member[bool] = True
-    """Scale the activations of each hook point by one scalar so that E‖x‖ = √d."""
+    normalize_activations: Member[Normalisation] = None
+    """What is done to the activations of each hook point and undone behind the SAE; measured once, on the first
+    batches' unmasked tokens. `scale` (= true): one scalar makes E‖x‖ = √d; `mean_scale`: the mean μ is taken away and
+    E‖x − μ‖ = √d; `whiten`: (x − μ)(C + ε·I)^(−1/2), C the covariance, ε 0.001 of its mean eigenvalue, scaled to √d;
+    `none` (= false); null: `scale`. The loss, `b_dec` and λ are in these units."""
     dead_after_tokens: Stack[Amount | None] = None
     """A latent is dead when it has not fired for this many tokens; null: 10M, scaled down for short runs."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None

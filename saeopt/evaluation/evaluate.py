@@ -151,8 +151,8 @@ def evaluate(
 def _member(key: object, value: SAE | tuple[str | Site, SAE]) -> _Member:
     site, sae = value if isinstance(value, tuple) else (str(key), value)
     device, W_dec, scale = sae.W_enc.device, sae.W_dec.detach(), sae.scale
-    if sae.widths is not None:
-        W_dec, scale = W_dec / sae.write_scale, sae.ones()
+    if sae.widths is not None or sae.whitens:
+        W_dec, scale = sae.raw_rows(W_dec), sae.ones()
     sums = Accumulator(sae.e, sae.h, scale=scale, norm_h=W_dec.norm(dim=-1), device=device)
     site = Site.of(site) if isinstance(site, str) else site
     return _Member(site, sae, sums, Projections(sae), CrossEntropy(device))

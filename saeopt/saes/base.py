@@ -3,7 +3,7 @@
 Shape suffixes: N tokens, d width read, e width written (d for an autoencoder), h dictionary width. Rows of W_dec are
 features.
 :meth:`SAE.encode`, :meth:`SAE.decode` and :meth:`SAE.forward` take and give raw activations; everything else, and so
-everything that an architecture defines, works on normalised activations x · scale.
+everything that an architecture defines, works on normalised activations (:mod:`saeopt.saes.normalisation`).
 """
 
 from __future__ import annotations
@@ -23,18 +23,10 @@ from torch import Tensor, nn
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.init import initialise
+from saeopt.saes.normalisation import Normalised, Widths, kind_of
 from saeopt.saes.numbers import Number, sparsity_coeff
 
 Reduction = Literal["sum", "min", "max"]
-
-
-class Widths(NamedTuple):
-    """Widths of the hook points that a dictionary reads and of those that it writes; x and y are these side by side."""
-
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    same: bool
-    """Whether it writes what it reads (a crosscoder); else it is a transcoder."""
 
 
 def where(widths: Widths | None) -> dict[str, Any]:
@@ -114,7 +106,7 @@ def with_target(forward: Callable[..., Forward]) -> Callable[..., Forward]:
     return either
 
 
-class SAE(nn.Module):
+class SAE(Normalised):
     """Base of all architectures: a subclass gives `code`, `training_forward` and its extra parameters.
 
     Source of the common form: Anthropic, April 2024 update; Bricken et al. 2023.
@@ -164,6 +156,7 @@ class SAE(nn.Module):
         start = "matched" if recipe == 1 else self.default_encoder_start
         self.encoder_start = config.encoder_start or start
         self.dtype, self.device = dtype, device
+        self.normalisation = kind_of(config, legacy_scaling=legacy_scaling, recipe=recipe)
         self.norm_limit = math.inf
         """Raw norm above which a token is left out at its site (`data.mask_norm_outliers`)."""
         self.unit_lengths: Tensor | None
@@ -174,14 +167,8 @@ class SAE(nn.Module):
         for name in self.latent_vectors:
             setattr(self, name, self.parameter(h))
         self.b_dec = self.parameter(self.e)
-        self.scale: Tensor
-        """What normalises x: one number, or one per hook point read."""
-        self.scale_written: Tensor
-        """One number per hook point written, where these are not one hook point that is read as well."""
         self.tokens_since_fired: Tensor
-        self.register_buffer("scale", self.ones() if widths is None else self.ones(len(widths.reads)))
-        if widths is not None:
-            self.register_buffer("scale_written", self.ones(len(widths.writes)))
+        self._start_normalisation(self.d, self.e, self.b_dec.detach())
         self.register_buffer("tokens_since_fired", torch.zeros(h, dtype=torch.int64, device=device))
         self.build()
 
@@ -202,16 +189,6 @@ class SAE(nn.Module):
         return self.widths is not None and not self.widths.same
 
     @property
-    def read_scale(self) -> Tensor:
-        """What x is multiplied by: one number, or d of them."""
-        return self.scale if self.widths is None else _spread(self.scale, self.widths.reads)
-
-    @property
-    def write_scale(self) -> Tensor:
-        """What y is multiplied by: one number, or e of them."""
-        return self.scale if self.widths is None else _spread(self.scale_written, self.widths.writes)
-
-    @property
     def selected(self) -> int:
         """Latents kept per token where the code is a selection of so many; else 0."""
         return 0
@@ -227,12 +204,12 @@ class SAE(nn.Module):
     # ---- what people call: raw activations in raw units
     def encode(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N h"]:
         """The evaluation code f of raw activations: the code that was trained, in normalised units."""
-        f_Nh = self.code(x_Nd.to(self.W_enc.dtype) * self.read_scale)
+        f_Nh = self.code(self.normalised(x_Nd))
         return f_Nh if self.unit_lengths is None else f_Nh * self.unit_lengths
 
     def decode(self, f_Nh: Float[Tensor, "*N h"]) -> Float[Tensor, "*N e"]:
         """Raw activations from a code."""
-        return self.reconstruct(f_Nh) / self.write_scale
+        return self.raw(self.reconstruct(f_Nh))
 
     def forward(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N e"]:
         """Reconstruction of y, in raw units, from raw activations."""
@@ -309,15 +286,28 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> Self:
-        """A copy with scale 1: the scale is folded into the weights (W_enc · s, W_dec / s), the code is unchanged."""
+        """A copy that reads and gives raw activations without normalising them (mean 0, scale 1, no whitening).
+
+        What normalises goes into the weights: W_enc · s, W_dec / s and, in b_dec, the mean. The code is unchanged.
+        """
         other = copy.deepcopy(self)
-        other.W_enc.mul_(self.read_scale.view(-1, 1))
-        other.b_dec.div_(self.write_scale)
-        other.W_dec.div_(self.write_scale)
-        other.scale.fill_(1.0)
-        if other.widths is not None:
-            other.scale_written.fill_(1.0)
+        for encoder, own in zip(other.encoders(), self.encoders(), strict=True):
+            encoder.copy_(self.raw_reading(own))
+        other.W_dec.copy_(self.raw_rows(self.W_dec))
+        other.b_dec.copy_(self.raw(self.b_dec))
+        other._forget_normalisation()
+        if self.centres and self.widths is not None:
+            other.shift_code(-self.mean)
         return other
+
+    def encoders(self) -> list[nn.Parameter]:
+        """The (d, h) matrices that read normalised activations."""
+        return [self.W_enc]
+
+    @torch.no_grad()
+    def shift_code(self, shift_d: Tensor) -> None:
+        """Move biases so that x has the code that x + shift had, where b_dec is not taken from what is read."""
+        self.b_enc.add_(shift_d @ self.W_enc)
 
     def decoder_rows(self) -> Float[Tensor, "h e"]:
         """The rows that :meth:`reconstruct` adds up."""
@@ -364,10 +354,6 @@ class SAE(nn.Module):
     def masked(f_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
         """The code with the rows of masked tokens set to 0."""
         return f_Nh if keep_N is None else f_Nh * keep_N.unsqueeze(-1)
-
-
-def _spread(scale: Tensor, widths: tuple[int, ...]) -> Tensor:
-    return scale.repeat_interleave(torch.tensor(widths, device=scale.device), output_size=sum(widths))
 
 
 _NORMALISED = ("training_forward", "code", "reconstruct", "initialise", "measure", "start_encoder")

@@ -72,6 +72,13 @@ class GatedSAE(SAE):
         magnitude_Nh = MAGNITUDES[self.config.magnitude_activation](self.r_mag.exp() * shared_Nh + self.b_mag)
         return gate_Nh, magnitude_Nh * (gate_Nh > 0)
 
+    @torch.no_grad()
+    def shift_code(self, shift_d: Tensor) -> None:
+        """As in the base; both halves see the same product."""
+        shared_h = shift_d @ self.W_enc
+        self.b_gate.add_(shared_h)
+        self.b_mag.add_(self.r_mag.exp() * shared_h)
+
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse`, `sparsity` and `aux`."""
         gate_Nh, f_Nh = self.gate_and_code(x_Nd)

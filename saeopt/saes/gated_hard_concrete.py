@@ -11,7 +11,7 @@ from saeopt.config.base import Weight
 from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import Forward, StepInputs
-from saeopt.saes.gated import MAGNITUDES
+from saeopt.saes.gated import MAGNITUDES, GatedSAE
 from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
 
 
@@ -39,9 +39,11 @@ class GatedHardConcreteSAE(NoisyGateSAE):
     b_mag: nn.Parameter
     r_mag: nn.Parameter
 
+    shift_code = GatedSAE.shift_code
+
     def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """log α and the magnitude."""
-        shared_Nh = (x_Nd - self.b_dec) @ self.W_enc
+        shared_Nh = self.centred(x_Nd) @ self.W_enc
         magnitude = MAGNITUDES[self.config.magnitude_activation]
         return shared_Nh + self.b_gate, magnitude(self.r_mag.exp() * shared_Nh + self.b_mag)
 

@@ -190,15 +190,24 @@ class HardConcreteSAE(NoisyGateSAE):
 
     @torch.no_grad()
     def folded(self) -> Self:
-        """As in the base; the decoder's units go into `row_norm`, and the gates see raw activations too."""
+        """As in the base; the decoder's units go into `row_norm`."""
         other = super().folded()
-        if self.widths is None:
+        if self.widths is None and not self.whitens:
             other.row_norm.div_(self.scale)
-        else:  # hook points with scales of their own: each row gets a norm of its own
-            other.row_norm = (self.decoder_rows() / self.write_scale).norm(dim=-1, keepdim=True)
-        if self.config.input_dependent_gates:
-            other.W_gate.mul_(self.read_scale.view(-1, 1))
+        else:  # directions with units of their own: each row gets a norm of its own
+            other.row_norm = self.raw_rows(self.decoder_rows()).norm(dim=-1, keepdim=True)
         return other
+
+    def encoders(self) -> list[nn.Parameter]:
+        """The gates' too."""
+        return [self.W_enc, self.W_gate] if self.config.input_dependent_gates else [self.W_enc]
+
+    @torch.no_grad()
+    def shift_code(self, shift_d: Tensor) -> None:
+        """As in the base; the gates have a matrix of their own."""
+        super().shift_code(shift_d)
+        if self.config.input_dependent_gates:
+            self.b_gate.add_(shift_d @ self.W_gate)
 
     @torch.no_grad()
     def unit_decoder(self) -> Self:

@@ -12,16 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeopt.config.run import PerformanceConfig
-from saeopt.saes.base import SAE
+from saeopt.saes.base import SAE, Widths
 from saeopt.saes.registry import get_sae
 from saeopt.testing.cases import (
     OPTIONS,
+    D,
     activations,
     build,
     examples,
     gradients,
     joined,
     loss,
+    normalise_awkwardly,
     row,
     step_inputs,
 )
@@ -72,10 +74,29 @@ class ArchitectureContract:
 
     def test_encode_and_decode_take_and_give_raw_activations(self) -> None:
         sae, x_Nd = self.sae(), 30 * activations()
-        assert torch.equal(sae.encode(x_Nd), sae.code(x_Nd * sae.scale))
+        assert torch.equal(sae.encode(x_Nd), sae.code(sae.normalised(x_Nd)))
         assert torch.equal(sae.decode(sae.encode(x_Nd)), sae(x_Nd))
         single = x_Nd.float()
         assert torch.equal(sae(single.view(-1, 5, sae.d)).flatten(0, 1), sae(single.double()))
+
+    def test_every_normalisation_folds_into_the_weights(self) -> None:
+        for kind in ("none", "scale", "mean_scale", "whiten"):
+            for widths in (None, Widths((D,), (4,), False), Widths((2, 4), (2, 4), True)):
+                fields = {**self.fields, "normalize_activations": kind}
+                try:
+                    sae = build(self.sae_type, fields, widths=widths)
+                except TypeError:  # a class that knows no other sites than autoencoders'
+                    continue
+                normalise_awkwardly(sae)
+                x_Nd, folded = 3 * activations() + 2, sae.folded()
+                code, x_hat = sae.encode(x_Nd), sae(x_Nd)
+                assert code.count_nonzero() > 0
+                torch.testing.assert_close(sae.normalised_written(x_hat), sae.reconstruct(code))
+                for form in (folded, folded.folded()):
+                    torch.testing.assert_close(form.code(x_Nd), code, msg=f"{kind} {widths}: {{}}".format)
+                    torch.testing.assert_close(form.encode(x_Nd), code)
+                    torch.testing.assert_close(form.reconstruct(code), x_hat)
+                    torch.testing.assert_close(form.decode(code), x_hat)
 
     def test_the_unit_decoder_reconstructs_alike_from_rows_of_norm_1(self) -> None:
         sae, x_Nd = self.sae(), 30 * activations()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeopt.saes.base import SAE, StepInputs
+from saeopt.saes.base import SAE, StepInputs, Widths, where
 from saeopt.saes.noise import uniform
 from saeopt.saes.numbers import Progress
 from saeopt.saes.registry import get_sae
@@ -28,17 +28,32 @@ def build(
     legacy: bool = False,
     recipe: int = 2,
     dtype: torch.dtype = torch.float64,
+    widths: Widths | None = None,
 ) -> SAE:
     """An SAE whose every parameter is random and not 0; a field k is 4 unless given."""
     cls = get_sae(sae_type)
     chosen = ({"k": 4} if "k" in cls.Config.model_fields else {}) | dict(fields or {})
     config = cls.Config(sae_type=sae_type, sae_positions=["hook"], **chosen)
-    sae = cls(d, h, config, legacy_scaling=legacy, recipe=recipe, dtype=dtype)
+    sae = cls(d, h, config, legacy_scaling=legacy, recipe=recipe, dtype=dtype, **where(widths))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         sae.after_step()
+    return sae
+
+
+def normalise_awkwardly(sae: SAE) -> SAE:
+    """The SAE with means, scales and matrices of its own for everything that it reads and writes."""
+    generator = torch.Generator().manual_seed(3)
+    for name, buffer in sae.normalising():
+        drawn = torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+        if name.startswith("whitening"):
+            drawn = torch.eye(len(buffer), dtype=torch.float64) + 0.4 * drawn / len(buffer)
+        if name != "unwhitening":
+            buffer.copy_(0.3 + drawn)
+    if sae.whitens:
+        sae.unwhitening.copy_(torch.linalg.inv(sae.whitening if sae.widths is None else sae.whitening_written))
     return sae
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,17 +62,22 @@ class _Group:
     stack: Stack
     members: list[Member]
     controls: Controls
+    centred_by: str
 
     def keep_N(self, batch: Batch) -> Tensor:
         """Which tokens of a batch count for these members."""
         return batch.keep(self.members[0].site.hooks, self.members[0].sae.norm_limit)
 
-    def example(self, batch: Batch) -> Example:
-        """What these members see of a batch."""
+    def example(self, batch: Batch, seen: dict[object, tuple[Tensor, Tensor]]) -> Example:
+        """What these members see of a batch, centred; `seen` has what other groups took from it."""
         site, place = self.members[0].site, Place(batch.first_sample, batch.n_samples, batch.tokens_per_sample)
-        x_Nd = batch.at(site.reads)
-        y_Ne = x_Nd if site.reads == site.writes else batch.at(site.writes)
-        return Example(x_Nd, y_Ne, self.keep_N(batch), place)
+        key = (site, self.centred_by)
+        if key not in seen:
+            sae, x_Nd = self.members[0].sae, batch.at(site.reads)
+            y_Ne = None if site.reads == site.writes else batch.at(site.writes)
+            x_Nd = sae.centre(x_Nd)
+            seen[key] = x_Nd, x_Nd if y_Ne is None else sae.centre_written(y_Ne)
+        return Example(*seen[key], self.keep_N(batch), place)
 
     def __str__(self) -> str:
         first = self.members[0]
@@ -102,7 +108,8 @@ class Pack:
         controls = Controls(members, controls_of(members, self.total))
         saes, seeds = [m.sae for m in members], [m.noise_seed for m in members]
         watcher = controls if controls.names else None  # who has nothing to learn costs nothing
-        return _Group(make_stack(saes, seeds, options, first.config.performance, watcher), members, controls)
+        stack = make_stack(saes, seeds, options, first.config.performance, watcher)
+        return _Group(stack, members, controls, centring(first.sae))
 
     def dead_after_tokens(self, member: Member) -> int:
         """Tokens without firing after which a latent of this member counts as dead."""
@@ -120,7 +127,7 @@ class Pack:
             (sae.d, sae.e, sae.h),
             sae.W_enc.dtype,
             (sae.legacy_scaling, sae.recipe),
-            sae.config.normalize_activations,  # a stack shares one scaled x
+            (sae.normalisation, centring(sae)),  # a stack shares one normalised x
             member.config.adam_betas,
             member.config.performance,
             member.config.mixed_precision,  # trials that were begun on different devices may go on together
@@ -153,8 +160,9 @@ class Pack:
                 group.stack.apply(group.controls.numbers(samples_after))
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
+        seen: dict[object, tuple[Tensor, Tensor]] = {}
         for group in self.groups:
-            example = group.example(batch)
+            example = group.example(batch, seen)
             with self._blamed(group):
                 (group.stack.step if whole else group.stack.accumulate)(example, group.controls.numbers(samples_after))
 
@@ -209,6 +217,17 @@ class Pack:
             if member in group.members:
                 group.stack.load_state(group.members.index(member), state)
                 group.controls.forget()
+
+
+def centring(sae: SAE) -> str:
+    """The same for SAEs that do the same to activations before they scale them."""
+    if not sae.centres:
+        return ""
+    found = hashlib.sha256()
+    for name, buffer in sae.normalising():
+        if not name.startswith("scale"):
+            found.update(name.encode() + buffer.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def controls_of(members: Sequence[Member], total: int) -> list[Control]:

@@ -19,6 +19,7 @@ from saeopt.errors import UserError
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE, Widths, where
 from saeopt.saes.noise import derived_seed
+from saeopt.saes.normalisation import measured
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member
 from saeopt.training.plan import TrialPlan
@@ -148,16 +149,14 @@ def begin(member: Member, found: Calibration, runtime: Runtime) -> None:
     """A new member's scales and initial (or pretrained) weights, from what the stream's beginning gave."""
     sae, site, x_Nd = member.sae, member.site, found.x_Nd.to(runtime.weights_dtype)
     y_Ne = x_Nd if found.y_Ne is found.x_Nd else found.y_Ne.to(runtime.weights_dtype)
-    read, written = sae.widths[:2] if sae.widths is not None else ((sae.d,), (sae.d,))
-    scales = _scales(site.reads, x_Nd, read)
+    if len(x_Nd) == 0:
+        raise UserError("'data': the first samples hold nothing but special tokens, which are masked")
     if member.config.saes.pretrained_sae_paths:
         load_pretrained(member)
-    elif member.sae_config.normalize_activations and not member.config.legacy_scaling:
-        sae.scale.copy_(torch.tensor(scales, dtype=torch.float64).view_as(sae.scale))
-        if sae.widths is not None:
-            sae.scale_written.copy_(torch.tensor(_scales(site.writes, y_Ne, written), dtype=torch.float64))
-    x_Nd = (x_Nd * sae.read_scale.to(x_Nd.device)).to(runtime.device)
-    y_Ne = x_Nd if sae.widths is None else (y_Ne * sae.write_scale.to(y_Ne.device)).to(runtime.device)
+    else:
+        normalise(sae, site, x_Nd, y_Ne)
+    x_Nd, raw_Ne = sae.normalised(x_Nd.to(runtime.device)), y_Ne.to(runtime.device)
+    y_Ne = x_Nd if sae.widths is None else sae.normalised_written(raw_Ne)
     sae.measure(y_Ne)
     if not member.config.saes.pretrained_sae_paths:
         seed = derived_seed("initial weights", member.config.seed, member.hook_point)
@@ -166,19 +165,19 @@ def begin(member: Member, found: Calibration, runtime: Runtime) -> None:
     runtime.ranks.data.broadcast(list(sae.state_dict().values()))
 
 
-def _scales(hooks: Sequence[str], x_Nd: Tensor, widths: Sequence[int]) -> list[float]:
-    """√width / E‖x‖ of each hook point."""
-    parts = zip(hooks, x_Nd.split(list(widths), dim=-1), widths, strict=True)
-    return [math.sqrt(width) / _mean_norm(hook, part_Nd) for hook, part_Nd, width in parts]
+def normalise(sae: SAE, site: Site, x_Nd: Tensor, y_Ne: Tensor) -> None:
+    """Set what normalises a new SAE from the unmasked activations of its site.
 
-
-def _mean_norm(hook_point: str, x_Nd: Tensor) -> float:
-    if len(x_Nd) == 0:
-        raise UserError("'data': the first samples hold nothing but special tokens, which are masked")
-    norm = x_Nd.double().norm(dim=-1).mean().item()
-    if not math.isfinite(norm) or norm == 0:
-        raise UserError(f"the activations at {hook_point} are {'all 0' if norm == 0 else 'not finite (see lm_dtype)'}")
-    return norm
+    Raises:
+        UserError: they cannot be normalised.
+    """
+    read, written = sae.widths[:2] if sae.widths is not None else ((sae.d,), (sae.d,))
+    try:
+        of_x = measured(x_Nd, site.reads, read, sae.normalisation)
+        of_y = of_x if y_Ne is x_Nd else measured(y_Ne, site.writes, written, sae.normalisation)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    sae.normalise_by(of_x, of_y)
 
 
 def measure_norm_limits(
@@ -216,6 +215,12 @@ def load_pretrained(member: Member) -> None:
         raise UserError(
             f"{path}: holds a {sae.config.sae_type} SAE with {_shape(sae)}; "
             f"the config asks for {own.config.sae_type} with {_shape(own)} at {member.hook_point}"
+        )
+    lost = [name for name, _ in sae.normalising() if not hasattr(own, name)]
+    if lost:
+        raise UserError(
+            f"{path}: its activations are normalised with '{lost[0]}': set saes.normalize_activations:"
+            f" {sae.normalisation} (the config has {own.normalisation})"
         )
     state = {name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()}
     own.load_state_dict({name: state.get(name, tensor) for name, tensor in own.state_dict().items()})
