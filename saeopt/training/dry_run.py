@@ -86,10 +86,20 @@ def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
     for site in model.sites(config.saes):
         section, d, widths = config.sae_at(site.key), *widths_at(site, model)
         h = dictionary_width(section.dict_size_to_input_ratio, d)
-        sae = get_sae(section.sae_type)(d, h, section, device=torch.device("meta"), **where(widths))
+        sae = get_sae(section.sae_type)(
+            d,
+            h,
+            section,
+            legacy_scaling=bool(config.legacy_scaling),
+            recipe=config.recipe,
+            device=torch.device("meta"),
+            **where(widths),
+        )
         n_parameters = sum(p.numel() for p in sae.parameters())
         by_hook = None if widths is None else {hook: model.width(hook) for hook in site.hooks}
-        found.append(MemberShape(site.key, section.sae_type, d, h, n_parameters, sae.selected, sae.e, by_hook))
+        centring = sum(b.numel() for _, b in sae.normalising()) if sae.centres else 0
+        selected = sae.selected
+        found.append(MemberShape(site.key, section.sae_type, d, h, n_parameters, selected, sae.e, by_hook, centring))
     return found
 
 

@@ -32,6 +32,8 @@ _GPU_LIBRARIES = 2 * 2**25
 """Workspaces of the matrix products, one per stream."""
 _OTHER = 48.0
 """Bytes per token and latent of an architecture that has no fast step (`step.choose.FAST` has those of the others)."""
+_CENTRED = 4
+"""Activations that were centred or whitened, and what does it, are in the weights' float32."""
 _LAYER_COPIES = 14
 """Arrays of tokens x d that one layer of the language model has at a time."""
 _ATTENTION_SCORE = 6
@@ -55,7 +57,7 @@ class MemberShape:
     """One SAE: its site's key, its widths, its number of parameters, and k where it has one.
 
     `e` 0: what is written is as wide as what is read. `by_hook`: the widths of the site's hook points, where it is no
-    autoencoder's.
+    autoencoder's; `centring`: the numbers by which activations are centred and whitened.
     """
 
     hook_point: str
@@ -66,6 +68,7 @@ class MemberShape:
     k: int = 0
     e: int = 0
     by_hook: Mapping[str, int] | None = None
+    centring: int = 0
 
     @property
     def both(self) -> int:
@@ -89,6 +92,8 @@ def estimate(
     group = max(micro, per_pass // micro * micro, _round_up(data.shuffle_buffer_tokens, micro))
     widths = {hook: width for m in members for hook, width in (m.by_hook or {m.hook_point: m.d}).items()}
     activations = group * lm_bytes * sum(widths.values()) * (2 if on_gpu else 1)
+    centred = {m.hook_point: m.d if m.by_hook is None else m.both for m in members if m.centring}
+    activations += _CENTRED * micro * sum(centred.values())  # once for all members of a site
     per_token = lm_bytes * _LAYER_COPIES * max(widths.values())
     passing = min(per_pass, group) * (per_token + _ATTENTION_SCORE * lm.written_heads * data.context_length)
     step = gpu_step(members, micro, _gpu_products(config)) if on_gpu else _cpu_step(config, members, micro)
@@ -97,7 +102,8 @@ def estimate(
     accumulated = _PER_PARAMETER_ACCUMULATED if on_gpu and config.gradient_accumulation_steps > 1 else 0
     return {
         "language model": lm.parameters * lm_bytes + lm.buffer_bytes,
-        "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (per_parameter + accumulated),
+        "weights, gradients, optimiser": sum(m.n_parameters for m in members) * (per_parameter + accumulated)
+        + _CENTRED * sum(m.centring for m in members),
         "activations": activations,
         "step and harvest": step + passing,
         "evaluation, beyond the step": max(0, logits - step - passing),
