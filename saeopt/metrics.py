@@ -109,6 +109,7 @@ _ALL = (
     Metric("l1", "L1"),
     Metric("n_predictions", "predictions", ",.0f", objective=False),
     Metric("norm_ratio", "norm ratio", ".4f"),
+    Metric("gamma", "γ", ".3g", "‖mean‖ / ‖std‖ of the activations", objective=False),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}

@@ -100,7 +100,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
         with suppress(OSError):  # workers that start elsewhere on this host find the run folders here
             spec.runs.mkdir(parents=True, exist_ok=True)
         on_study_created(store, made.study_id, spec)
-        if spec.older is not None:
+        if spec.older:
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
@@ -143,7 +143,7 @@ def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> St
     from saeopt.config.study_file import study_spec
 
     raw = spec.model_dump(mode="json", by_alias=True)
-    if spec.older is not None:
+    if spec.older:
         del raw["base"]["recipe"]  # the file names none
     raw["base"] = changed(raw["base"], overrides)
     validate_run(raw["base"], f"{source}: base", overrides)

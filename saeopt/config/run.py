@@ -18,13 +18,14 @@ from pydantic import (
 from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
 from saeopt.config.marks import Located, Made, Member, PackWide, Reporting, Resumable, Slow, Stack, Stream
 from saeopt.config.saes import SAEConfig
+from saeopt.config.sites import is_attention_output
 
 PositiveInt = Annotated[Int, Field(gt=0, le=10**9)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Cadence = Span | None
-NEWEST_RECIPE: Literal[2] = 2
+NEWEST_RECIPE: Literal[3] = 3
 COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
-"""Recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
+"""Since recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
 
 
 _OF_TEXT = (
@@ -241,11 +242,11 @@ class RunConfig(StrictModel):
     legacy_scaling: Stack[bool | None] = None
     """true: loss terms divided as in SAE-Interpretability, activations not normalised; null: false, and configs that
     may come from there (they name no recipe) get a notice."""
-    recipe: Stack[Literal[1, 2]] = Field(
+    recipe: Stack[Literal[1, 2, 3]] = Field(
         default_factory=lambda given: 1 if given.get("legacy_scaling") else NEWEST_RECIPE
     )
-    """Which defaults hold for what is not written: 2, or 1, those of saeopt's first version (what it stored goes on
-    under them). Not written: 2; 1 with `legacy_scaling: true`."""
+    """Which defaults hold for what is not written: 3, or those of versions before it (what they stored goes on under
+    them): 2 and 1. Not written: 3; 1 with `legacy_scaling: true`."""
     threads: PackWide[Resumable[Annotated[Int, Field(gt=0, le=1024)] | None]] = None
     """CPU threads of torch; stored in the run because sums depend on it; null: what torch chooses."""
     activations: ActivationsConfig = Field(default_factory=ActivationsConfig)
@@ -352,7 +353,11 @@ class RunConfig(StrictModel):
 
     def sae_at(self, key: str) -> SAEConfig:
         """The SAE section as it holds at one site."""
-        return self.saes.at(key)
+        section = self.saes.at(key)
+        if section.init is None:
+            low_rank = self.recipe >= 3 and all(map(is_attention_output, self.saes.site(key).hooks))
+            section = section.model_copy(update={"init": "active_subspace" if low_rank else "random"})
+        return section
 
 
 @cache
@@ -362,5 +367,5 @@ def run_model(sae_class: type[SAEConfig]) -> type[RunConfig]:
 
 
 _RECIPE_1 = {"min_lr_factor": 0.1, "adam_betas": (0.9, 0.999)}
-_RECIPE_2_SAES = {"normalize_activations": True}
+_RECIPE_2_SAES = {"normalize_activations": True, "init": "random"}
 _RECIPE_1_SAES = {**_RECIPE_2_SAES, "decoder_norm": "free", "encoder_start": "matched", "sparsity_warmup_samples": 0}

@@ -59,6 +59,11 @@ class SAEConfig(StrictModel):
     encoder_start: Member[Literal["matched", "transpose"] | None] = None
     """matched: W_enc starts as c · W_decᵀ, with c such that ‖x̂‖ = ‖x‖ in the mean of the first batch; `transpose`: as
     W_decᵀ, or c · W_decᵀ where c is below 1; null: `transpose` for topk, `matched` for the others (recipe 1: all)."""
+    init: Member[Literal["random", "active_subspace"] | None] = None
+    """Where the initial directions of encoder and decoder lie. random: anywhere; active_subspace: in the span of the
+    activations' leading principal components (arXiv 2508.16929, which sets their number by hand; here the fewest that
+    hold 99 % of the first batches' variance); null: active_subspace where only attention outputs (`hook_attn_out`,
+    `attn.hook_z`, `attn.hook_out`) are read and written, random elsewhere (recipes 1 and 2: random everywhere)."""
     bias_init: Member[Literal["geometric_median", "mean", "zero"]] = "geometric_median"
     """What b_dec starts from, over the first batch; where what is written is not what is read, the mean stands for the
     geometric median."""
@@ -66,7 +71,7 @@ class SAEConfig(StrictModel):
     """What is done to the activations of each hook point and undone behind the SAE; measured once, on the first
     batches' unmasked tokens. `scale` (= true): one scalar makes E‖x‖ = √d; `mean_scale`: the mean μ is taken away and
     E‖x − μ‖ = √d; `whiten`: (x − μ)(C + ε·I)^(−1/2), C the covariance, ε 0.001 of its mean eigenvalue, scaled to √d;
-    `none` (= false); null: `scale`. The loss, `b_dec` and λ are in these units."""
+    `none` (= false); null: `mean_scale` (recipes 1 and 2: `scale`). The loss, `b_dec` and λ are in these units."""
     dead_after_tokens: Stack[Amount | None] = None
     """A latent is dead when it has not fired for this many tokens; null: 10M, scaled down for short runs."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None

@@ -20,6 +20,14 @@ _TAKEN = ("mean", "all")
 """What objectives mean by these words."""
 
 
+_ATTENTION_OUTPUT = re.compile(r"(^|\.)(hook_attn_out|attn\.hook_(z|out|result))$")
+
+
+def is_attention_output(hook: str) -> bool:
+    """Whether activations there are known to lie in few dimensions (arXiv 2508.16929)."""
+    return _ATTENTION_OUTPUT.search(hook) is not None
+
+
 @dataclass(frozen=True)
 class Site:
     """The hook points that a dictionary reads and those that it writes, each in this order.

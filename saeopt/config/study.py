@@ -196,7 +196,7 @@ class StudySpec(StrictModel):
     output_dir: Annotated[str, Field(max_length=1000), AfterValidator(printable)] | None = None
     """null: `save_dir` of the base config. A relative path starts where the study was created, if its folder is there,
     else where the worker does."""
-    _older: StudySpec | None = PrivateAttr(None)
+    _older: tuple[StudySpec, ...] = PrivateAttr(())
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -232,12 +232,12 @@ class StudySpec(StrictModel):
         return self
 
     @property
-    def older(self) -> StudySpec | None:
-        """The same study under recipe 1, where its base config names no recipe and got 2."""
+    def older(self) -> tuple[StudySpec, ...]:
+        """The same study under older recipes, where its base config names none and got the newest."""
         return self._older
 
-    def set_older(self, older: StudySpec) -> None:
-        """Keep the same study under recipe 1."""
+    def set_older(self, *older: StudySpec) -> None:
+        """Keep the same study under older recipes."""
         self._older = older
 
     def to_json(self) -> str:

@@ -11,6 +11,7 @@ from saeopt.config.base import explain
 from saeopt.config.io import read_run_yaml, read_yaml, stored
 from saeopt.config.normalise import normalised
 from saeopt.config.places import expanded
+from saeopt.config.run import NEWEST_RECIPE
 from saeopt.config.study import StudySpec, known_names
 from saeopt.errors import UserError
 
@@ -29,8 +30,9 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
     except ValidationError as error:
         raise explain(error, str(source), known_names()) from None
     found = normalised(spec, str(source))
-    if "recipe" not in spec.base and found.base["recipe"] == 2:
-        found.set_older(normalised(spec.model_copy(update={"base": stored(spec.base)}), str(source)))
+    if "recipe" not in spec.base and found.base["recipe"] == NEWEST_RECIPE:
+        older = ({"recipe": 2, **spec.base}, stored(spec.base))
+        found.set_older(*(normalised(spec.model_copy(update={"base": base}), str(source)) for base in older))
     return found
 
 

@@ -11,6 +11,7 @@ code is in raw activation units. With f the code, x̂ the reconstruction and n t
     explained_variance  1 − fvu
     cosine              Σ_n cos(x, x̂) / n                         0 where one of them is 0
     norm_ratio          Σ_n ‖x̂‖ / Σ_n ‖x‖                         a ratio of sums, not a mean of ratios per token
+    gamma               ‖mean(x)‖ / ‖std(x)‖                      of the activations alone (arXiv 2605.31518)
     fraction_dead       latents that fired on none of the n tokens; fraction_alive is the rest
     log10_density       histogram over the alive latents of log10(share of tokens on which the latent fired)
 
@@ -133,7 +134,8 @@ class Accumulator:
         sums = self.sums.cpu()
         n, l1, error, square, cosine, x_hat_norm, x_norm = sums[:_SCALARS].tolist()
         mean_d, fired_h = sums[_SCALARS : _SCALARS + self.d] / n, sums[_SCALARS + self.d :]
-        fvu = divide(error, square - n * float(mean_d.square().sum()))
+        offset = n * float(mean_d.square().sum())
+        fvu = divide(error, square - offset)
         alive = int((fired_h > 0).sum())
         return {
             "l0": divide(float(fired_h.sum()), n),
@@ -145,6 +147,7 @@ class Accumulator:
             "norm_ratio": divide(x_hat_norm, x_norm),
             "fraction_dead": 1 - alive / self.h if n else math.nan,
             "fraction_alive": alive / self.h if n else math.nan,
+            "gamma": math.sqrt(divide(offset, square - offset)) if square > offset else math.nan,
             "n_tokens": int(n),
             "log10_density": density_histogram(fired_h, n),
         }

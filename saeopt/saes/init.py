@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _MATCH_ROWS = 2048  # tokens on which the encoder's size is matched; more change c by less than a percent
 _MATCH_TOLERANCE = 1e-4
+ACTIVE_SHARE = 0.99
+"""Of the variance: what `init: active_subspace` leaves out are directions with 1 % in all."""
 
 
 @torch.no_grad()
@@ -38,18 +40,44 @@ def initialise(
         raise ValueError("no calibration token is left: every one was masked")
     x_Nd = x_Nd.to(sae.W_dec)
     y_Ne, config = x_Nd if y_Ne is None else y_Ne.to(sae.W_dec), sae.config
-    directions_hd = initial_decoder(sae.h, sae.d, config.init_decoder_orthogonal, generator).to(sae.W_dec)
+    directions_hd = directions(sae, x_Nd, generator)
     for parameter in sae.parameters():
         parameter.zero_()
     if not sae.transcodes:
         sae.W_dec.copy_(directions_hd)
     elif sae.unit_rows or not sae.zero_decoder:
-        sae.W_dec.copy_(initial_decoder(sae.h, sae.e, config.init_decoder_orthogonal, generator))
+        sae.W_dec.copy_(directions(sae, y_Ne, generator))
     mean = sae.transcodes and config.bias_init == "geometric_median"
     sae.b_dec.copy_(initial_bias(y_Ne, "mean" if mean else config.bias_init))
     sae.start_encoder(directions_hd.T, x_Nd)
     if not sae.transcodes:
         match_norm(sae, x_Nd, largest=1.0 if sae.encoder_start == "transpose" else math.inf)
+
+
+def directions(sae: SAE, x_Nd: Float[Tensor, "N d"], generator: torch.Generator) -> Float[Tensor, "h d"]:
+    """Initial rows of norm 1 as the config asks for them, in the units of x."""
+    orthogonal = sae.config.init_decoder_orthogonal
+    if sae.config.init != "active_subspace":
+        return initial_decoder(sae.h, x_Nd.shape[-1], orthogonal, generator).to(sae.W_dec)
+    basis_rd = active_subspace(x_Nd)
+    rows_hr = initial_decoder(sae.h, len(basis_rd), orthogonal, generator)
+    return (rows_hr.to(basis_rd) @ basis_rd).to(sae.W_dec)
+
+
+def active_subspace(x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "r d"]:
+    """Orthonormal rows: the fewest leading principal components that hold `ACTIVE_SHARE` of the variance.
+
+    The idea is that of arXiv 2508.16929, the rule for their number ours. Where nothing varies: all of space.
+    """
+    centred_Nd = x_Nd.double() - x_Nd.double().mean(0)
+    values_d, vectors_dd = torch.linalg.eigh(centred_Nd.T @ centred_Nd)
+    values_d, vectors_dd = values_d.flip(0).clamp_min(0), vectors_dd.flip(1)
+    if values_d[0] == 0:
+        return torch.eye(len(values_d)).to(centred_Nd)
+    shares_d = values_d.cumsum(0) / values_d.sum()
+    rank = int((shares_d < ACTIVE_SHARE).sum()) + 1
+    largest = vectors_dd.abs().argmax(0, keepdim=True)
+    return (vectors_dd * vectors_dd.gather(0, largest).sign())[:, :rank].T  # LAPACK fixes no signs
 
 
 def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Float[Tensor, "h d"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from saeopt.config import RunConfig, load_run_config, recipe_notice
 from saeopt.config.keys import same_anywhere
 from saeopt.config.roles import DATA_AND_MODEL, MAY_DIFFER
+from saeopt.config.run import NEWEST_RECIPE
 from saeopt.config.sense import check_sense
 from saeopt.console import log
 from saeopt.errors import UserError
@@ -145,13 +146,13 @@ def make_runtime(device: str) -> Runtime:
 
 def notices(config: RunConfig, resumed: bool) -> None:
     """What λ means here, for those who bring an SAE-Interpretability config, and which defaults hold."""
-    if "recipe" not in config.model_fields_set and config.recipe == 2 and not resumed:
+    if "recipe" not in config.model_fields_set and config.recipe == NEWEST_RECIPE and not resumed:
         log.info(recipe_notice("the config"))
     may_be_older = config.legacy_scaling is None and "recipe" not in config.model_fields_set
     if may_be_older and not resumed and "sparsity_coeff" in config.saes.model_fields_set:
         log.info(
-            "'saes.sparsity_coeff' is in normalised units here (activations scaled to E|x| = sqrt(d), losses summed"
-            " over d); legacy_scaling: true keeps SAE-Interpretability's units, false silences this"
+            "'saes.sparsity_coeff' is in normalised units here (activations of mean norm sqrt(d), losses summed over d)"
+            "; legacy_scaling: true keeps SAE-Interpretability's units, false silences this"
         )
 
 

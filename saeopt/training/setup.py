@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from saeopt.errors import UserError
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE, Widths, where
 from saeopt.saes.noise import derived_seed
-from saeopt.saes.normalisation import measured
+from saeopt.saes.normalisation import measured, outlier_severity
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member
 from saeopt.training.plan import TrialPlan
@@ -64,7 +64,7 @@ def check_schedules(plans: Sequence[TrialPlan], total: int) -> None:
         for field, warmup in warmups.items():
             if warmup > total:
                 raise UserError(f"'{field}' ({warmup}) exceeds the {total} samples of one pass over the data")
-        if config.recipe == 2 and (config.schedule == "linear" or config.saes.sparsity_warmup_samples is None):
+        if config.recipe >= 2 and (config.schedule == "linear" or config.saes.sparsity_warmup_samples is None):
             log.info(
                 "%s: 'data.n_train_samples' is not given: the learning rate does not fall and λ does not warm up,"
                 " unless told in samples",
@@ -139,10 +139,23 @@ def calibrate(members: Sequence[Member], model: Source, tokens: Samples, config:
     if not members:
         return
     found = calibration((m.site for m in members), model, tokens, config)
-    limits = runtime.ranks.agree({site: measured.norm_limit for site, measured in found.items()})
+    limits = runtime.ranks.agree({site: part.norm_limit for site, part in found.items()})
+    tell_severity(members, found)
     for member in members:
         member.sae.norm_limit = limits[member.site]
         begin(member, found[member.site], runtime)
+
+
+def tell_severity(members: Sequence[Member], found: Mapping[Site, Calibration]) -> None:
+    """Say γ of every site; above 1 what is not centred has latents that never fire (arXiv 2605.31518)."""
+    severity = {site.key: outlier_severity(part.y_Ne) for site, part in found.items()}
+    log.info("γ = ‖mean‖ / ‖std‖: %s", ", ".join(f"{key} {gamma:.2g}" for key, gamma in severity.items()))
+    high = {m.hook_point for m in members if severity[m.hook_point] > 1 and not m.sae.centres}
+    if high:
+        log.warning(
+            "γ is above 1 at %s: many latents will never fire; saes.normalize_activations: mean_scale avoids it",
+            ", ".join(sorted(high)),
+        )
 
 
 def begin(member: Member, found: Calibration, runtime: Runtime) -> None:

@@ -129,7 +129,7 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
         if n_trials:
             raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
         return None
-    known = [spec] if spec.older is None else [spec, spec.older]
+    known = [spec, *spec.older]
     if _comparable(_today(text)) not in [_comparable(one.to_json()) for one in known]:
         raise UserError(
             f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"

@@ -35,16 +35,19 @@ def written(folder: Path, raw: dict[str, Any], name: str = "run.yaml") -> Path:
     return folder / name
 
 
-def test_a_hand_written_file_gets_recipe_2_and_a_notice(raw, tmp_path, caplog):
+def test_a_hand_written_file_gets_recipe_3_and_a_notice(raw, tmp_path, caplog):
     config = load_run_config(written(tmp_path, raw))
-    assert (config.recipe, config.schedule, config.max_grad_norm) == (2, "linear", 1.0)
+    assert (config.recipe, config.schedule, config.max_grad_norm) == (3, "linear", 1.0)
+    assert get_sae("gated")(8, 64, config.saes, recipe=config.recipe).normalisation == "mean_scale"
     assert (config.cooldown(1000), config.sparsity_warmup(config.saes, 1000)) == (200, 50)
     assert (config.min_lr_factor, config.adam_betas) == (0.0, (0.9, 0.99))
     with caplog.at_level("INFO", logger="saeopt"):
         notices(config, resumed=False)
     (notice,) = [r.getMessage() for r in caplog.records if "recipe" in r.getMessage()]
     assert "\n" not in notice
-    assert all(words in notice for words in ("recipe: 1", "lr falls to 0", "λ rises", "0.99", "norm 1", "AuxK"))
+    assert all(
+        words in notice for words in ("recipe: 1", "centred", "lr falls to 0", "λ rises", "0.99", "norm 1", "AuxK")
+    )
 
 
 def test_what_was_stored_before_topk_started_as_in_its_paper_keeps_its_start(raw, tmp_path):
@@ -61,7 +64,7 @@ def test_what_was_stored_before_topk_started_as_in_its_paper_keeps_its_start(raw
     assert StudySpec.from_json(json.dumps(old)).base["saes"]["encoder_start"] == "matched"
 
 
-@pytest.mark.parametrize("recipe", [1, 2])
+@pytest.mark.parametrize("recipe", [1, 2, 3])
 def test_a_file_that_names_its_recipe_gets_no_notice(raw, tmp_path, caplog, recipe):
     config = load_run_config(written(tmp_path, raw | {"recipe": recipe}))
     with caplog.at_level("INFO", logger="saeopt"):
@@ -78,12 +81,12 @@ def test_what_saeopt_stored_without_a_recipe_is_under_the_first(raw, tmp_path):
 
 
 def test_the_replaced_systems_files_keep_the_old_meaning_with_its_scaling_alone():
-    assert load_run_config(SEED).recipe == 2
+    assert load_run_config(SEED).recipe == 3
     assert load_run_config(SEED, ["legacy_scaling=true"]).recipe == 1
     assert load_run_config(SEED, ["legacy_scaling=true", "recipe=2"]).recipe == 2
 
 
-@pytest.mark.parametrize("recipe", [1, 2])
+@pytest.mark.parametrize("recipe", [1, 2, 3])
 def test_a_written_config_loads_equal_under_its_recipe(raw, tmp_path, recipe):
     config = validate_run(raw | {"recipe": recipe}, "x")
     (tmp_path / "final_config.yaml").write_text(dump_yaml(config), encoding="utf-8")
@@ -103,9 +106,9 @@ def test_a_run_of_the_first_version_goes_on_with_its_own_file_beside_it(raw, tmp
 
 def test_a_stored_study_without_a_recipe_goes_on_under_the_first(raw):
     made = study_spec({"name": "s", "base": raw, "space": {"lr": [1e-3, 2e-3]}}, "study.yaml")
-    assert made.base["recipe"] == 2
-    assert made.older is not None
-    stored = made.older.model_copy(update={"base": {k: v for k, v in made.older.base.items() if k != "recipe"}})
+    assert made.base["recipe"] == 3
+    older = made.older[-1]
+    stored = older.model_copy(update={"base": {k: v for k, v in older.base.items() if k != "recipe"}})
     config = StudySpec.from_json(stored.to_json()).run_config({"lr": 1e-3})
     assert (config.recipe, config.schedule, config.saes.decoder_norm) == (1, "cosine", "free")
 
@@ -131,7 +134,7 @@ def test_a_sweep_over_a_stored_config_keeps_its_recipe(raw, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"recipe": 3}, "'recipe'"),
+        ({"recipe": 4}, "'recipe'"),
         ({"saes.sparsity_warmup_samples": 2000}, r"'saes.sparsity_warmup_samples' \(2000\)"),
         ({"recipe": 1, "lr_schedule": "linear", "data.n_train_samples": None}, "'lr_schedule: linear' needs"),
         ({"cooldown_samples": 10, "data.n_train_samples": None}, "'lr_schedule: linear' needs"),
@@ -141,3 +144,19 @@ def test_a_sweep_over_a_stored_config_keeps_its_recipe(raw, tmp_path):
 def test_mistakes(raw, changes, words):
     with pytest.raises(UserError, match=words):
         validate_run(apply_overrides(raw, changes), "run.yaml")
+
+
+def test_recipe_2_scales_and_starts_at_random_where_recipe_3_centres_and_starts_in_a_subspace(raw):
+    positions = ["blocks.1.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"]
+    raw = apply_overrides(raw, {"saes.sae_positions": positions})
+    found = {}
+    for recipe in (1, 2, 3):
+        config = validate_run(raw | {"recipe": recipe}, "x")
+        sections = [config.sae_at(key) for key in positions]
+        kinds = {get_sae("gated")(8, 64, s, recipe=recipe).normalisation for s in sections}
+        found[recipe] = kinds, [s.init for s in sections]
+    assert found[1] == found[2] == ({"scale"}, ["random"] * 3)
+    assert found[3] == ({"mean_scale"}, ["random", "active_subspace", "active_subspace"])
+    chosen = validate_run(apply_overrides(raw, {"saes.init": "active_subspace", "legacy_scaling": True}), "x")
+    assert chosen.sae_at(positions[0]).init == "active_subspace"
+    assert get_sae("gated")(8, 64, chosen.saes, legacy_scaling=True, recipe=3).normalisation == "none"

@@ -44,7 +44,7 @@ def test_what_training_logs_is_registered() -> None:
     logged = {name for line in lines for name in json.loads(line) if not name.startswith("eval_")}
     assert {m.name for m in METRICS.values() if m.training} == (logged & METRICS.keys()) | {"sparsity_coeff"}
     held_out = {name.removeprefix("eval_") for line in lines for name in json.loads(line) if name.startswith("eval_")}
-    assert held_out | {"c_dec", "s_dec"} == {m.name for m in METRICS.values() if m.evaluation}
+    assert held_out | {"c_dec", "s_dec", "gamma"} == {m.name for m in METRICS.values() if m.evaluation}
 
 
 def test_an_evaluation_is_logged_with_the_headlines_and_without_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:

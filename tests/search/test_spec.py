@@ -111,10 +111,10 @@ def test_a_key_that_matches_no_field_is_an_error(tmp_path: Path, text: str) -> N
 
 
 def test_a_study_of_before_recipes_is_found_again_by_its_file(tmp_path):
-    """What is stored has no recipe and no field that is newer; the file, unchanged, would now mean recipe 2."""
+    """What is stored has no recipe and no field that is newer; the file, unchanged, would now mean recipe 3."""
     made = spec(space={"lr": [1e-3, 2e-3]})
-    assert made.older is not None
-    stored = json.loads(made.older.to_json())
+    second, first = made.older
+    stored = json.loads(first.to_json())
     del stored["base"]["recipe"], stored["base"]["saes"]["sparsity_warmup_samples"]
     store = Store.open(f"sqlite:///{tmp_path}/s.db")
     study_id = create_study(store, made).study_id
@@ -125,3 +125,10 @@ def test_a_study_of_before_recipes_is_found_again_by_its_file(tmp_path):
     assert store.spec("s").run_config({}).recipe == 1
     with pytest.raises(UserError, match="different"):
         create_study(store, spec(base=BASE | {"recipe": 2}, space={"lr": [1e-3, 2e-3]}))
+    stored = json.loads(second.to_json())
+    del stored["base"]["saes"]["init"]  # newer than recipe 2
+    with store.write() as connection:
+        db.set_attrs(connection, db.study_attrs, study_id, {SPEC_KEY: json.dumps(stored, sort_keys=True)})
+    assert create_study(store, spec(space={"lr": [1e-3, 2e-3]})).study_id == study_id
+    config = store.spec("s").run_config({})
+    assert (config.recipe, config.saes.normalize_activations, config.saes.init) == (2, True, "random")
