@@ -86,11 +86,11 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, RunConfig]]:
             yield name, sae_type, load_run_config(path)
 
 
-def rows(given: argparse.Namespace) -> list[dict[str, Any]]:
+def rows(given: argparse.Namespace) -> list[Any]:
     """Train, and measure every SAE."""
     plans = {f"{v}-{t}": (v, t, TrialPlan(f"{v}-{t}", c, given.out / f"{v}-{t}")) for v, t, c in jobs(given)}
     results = train_pack([plan for _, _, plan in plans.values()], make_runtime(given.device))
-    found = []
+    found: list[Any] = []
     for name, (variant, sae_type, plan) in plans.items():
         for hook, sae in load_run(plan.run_dir)[1].items():
             metrics = results[name].evaluation.get(hook, {})
