@@ -118,7 +118,7 @@ class SAE(Normalised):
     tallies: ClassVar[dict[str, Reduction]] = {}
     """What a window is to tell of itself, and how micro-batches and ranks join: see :meth:`after_window`."""
     needs_noise: ClassVar[bool] = False
-    needs_dead: ClassVar[bool] = False
+    needs_dead: bool = False
     default_decoder_norm: ClassVar[str] = "free"
     """What `decoder_norm: null` means under recipe 2."""
     default_transcoder_norm: ClassVar[str] = "free"

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from saeopt.config.base import Weight
 from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
-from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.auxk import Revival, RevivalConfig, softened
+from saeopt.saes.base import Forward, StepInputs
 
 MAGNITUDES = {"relu": torch.relu, "softplus": nn.functional.softplus, "identity": lambda m_Nh: m_Nh}
 
 
-class MagnitudeConfig(SAEConfig):
+class MagnitudeConfig(RevivalConfig):
     """Fields of the architectures that compute a magnitude apart from a gate."""
 
     magnitude_activation: Stack[Literal["relu", "softplus", "identity"]] = "relu"
@@ -35,7 +36,7 @@ class GatedConfig(MagnitudeConfig):
     """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""
 
 
-class GatedSAE(SAE):
+class GatedSAE(Revival):
     """f = 1[π_gate > 0] ⊙ relu(e^{r_mag} ⊙ (x̄ W_enc) + b_mag), π_gate = x̄ W_enc + b_gate, x̄ = x − b_dec.
 
     Loss = mean ‖x − x̂‖² + λ mean Σ relu(π_gate) ‖W_dec‖ + α mean ‖x − (relu(π_gate) sg[W_dec] + sg[b_dec])‖²,
@@ -80,13 +81,13 @@ class GatedSAE(SAE):
         self.b_mag.add_(self.r_mag.exp() * shared_h)
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
-        """Terms `mse`, `sparsity` and `aux`."""
+        """Terms `mse`, `sparsity` and `aux`; with `auxk_coeff` the ratio `auxk`."""
         gate_Nh, f_Nh = self.gate_and_code(x_Nd)
         f_Nh, open_Nh = self.masked(f_Nh, inputs.keep_N), self.masked(torch.relu(gate_Nh), inputs.keep_N)
         x_hat_Nd = self.reconstruct(f_Nh)
         W_dec, b_dec = (self.W_dec.detach(), self.b_dec.detach()) if self.frozen_aux else (self.W_dec, self.b_dec)
         from_gate_Nd = open_Nh @ W_dec + b_dec
-        return Forward(
+        forward = Forward(
             x_hat_Nd,
             f_Nh,
             {
@@ -95,3 +96,4 @@ class GatedSAE(SAE):
                 "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, y_Ne, inputs.keep_N),
             },
         )
+        return self.revived(forward, y_Ne, softened(gate_Nh), inputs)

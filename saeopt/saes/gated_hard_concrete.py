@@ -53,14 +53,14 @@ class GatedHardConcreteSAE(NoisyGateSAE):
         return self.eval_gate(log_alpha_Nh) * magnitude_Nh
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
-        """Terms `mse`, `sparsity` and `aux`."""
+        """Terms `mse`, `sparsity` and `aux`; with `auxk_coeff` the ratio `auxk`."""
         log_alpha_Nh, magnitude_Nh = self.log_alpha_and_magnitude(x_Nd)
         z_Nh = self.train_gate(log_alpha_Nh, inputs)
         f_Nh = self.masked(z_Nh * magnitude_Nh, inputs.keep_N)
         x_hat_Nd = self.reconstruct(f_Nh)
         aux_Nh = z_Nh * torch.relu(log_alpha_Nh) if self.config.aux_form == "gated" else z_Nh
         from_gate_Nd = aux_Nh @ self.W_dec.detach() + self.b_dec.detach()
-        return Forward(
+        forward = Forward(
             x_hat_Nd,
             f_Nh,
             {
@@ -69,3 +69,4 @@ class GatedHardConcreteSAE(NoisyGateSAE):
                 "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, y_Ne, inputs.keep_N),
             },
         )
+        return self.revived(forward, y_Ne, torch.sigmoid(log_alpha_Nh) * magnitude_Nh, inputs)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import SAEConfig
+from saeopt.saes.auxk import Revival
 from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
 from saeopt.saes.numbers import Number, Progress
@@ -92,7 +93,7 @@ def _stretch(s_Nh: Tensor, limits: Limits) -> Tensor:
     return (s_Nh * (high - low) + low).clamp(0, 1)
 
 
-class NoisyGateSAE(SAE):
+class NoisyGateSAE(Revival):
     """What both hard-concrete architectures share. The buffer `beta` is that of the last training step."""
 
     numbers: ClassVar[dict[str, Number]] = {**SAE.numbers, "beta": Number(annealed_beta)}
@@ -101,6 +102,7 @@ class NoisyGateSAE(SAE):
     beta: Tensor
 
     def build(self) -> None:
+        super().build()
         self.register_buffer("beta", self.ones() * self.config.initial_beta)
 
     def rescale_rows(self) -> bool:
@@ -175,11 +177,11 @@ class HardConcreteSAE(NoisyGateSAE):
         return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12) * self.row_norm
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
-        """Terms `mse` and `sparsity`."""
+        """Terms `mse` and `sparsity`; with `auxk_coeff` the ratio `auxk`."""
         log_alpha_Nh, m_Nh = self.log_alpha_and_magnitude(x_Nd)
         f_Nh = self.masked(self.train_gate(log_alpha_Nh, inputs) * m_Nh, inputs.keep_N)
         x_hat_Nd = self.reconstruct(f_Nh)
-        return Forward(
+        forward = Forward(
             x_hat_Nd,
             f_Nh,
             {
@@ -187,6 +189,7 @@ class HardConcreteSAE(NoisyGateSAE):
                 "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
             },
         )
+        return self.revived(forward, y_Ne, torch.sigmoid(log_alpha_Nh) * m_Nh, inputs)
 
     @torch.no_grad()
     def folded(self) -> Self:

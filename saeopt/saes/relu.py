@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from saeopt.config.saes import SAEConfig
-from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.auxk import Revival, RevivalConfig, softened
+from saeopt.saes.base import Forward, StepInputs
 
 
-class ReluConfig(SAEConfig):
+class ReluConfig(RevivalConfig):
     """`sae_type: relu`."""
 
 
-class ReluSAE(SAE):
+class ReluSAE(Revival):
     """f = relu(π); loss = mean ‖x − x̂‖² + λ mean Σ f ‖W_dec‖.
 
     `decoder_norm: unit` keeps the decoder rows at norm 1, the penalty is then λ mean Σ f.
@@ -23,17 +24,19 @@ class ReluSAE(SAE):
     """
 
     Config: ClassVar[type[SAEConfig]] = ReluConfig
+    config: ReluConfig
 
     def code(self, x_Nd: Tensor) -> Tensor:
         """relu(π)."""
         return torch.relu(self.pre_activation(x_Nd))
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
-        """Terms `mse` and `sparsity`."""
-        f_Nh = self.masked(self.code(x_Nd), inputs.keep_N)
+        """Terms `mse` and `sparsity`; with `auxk_coeff` the ratio `auxk`."""
+        pre_Nh = self.pre_activation(x_Nd)
+        f_Nh = self.masked(torch.relu(pre_Nh), inputs.keep_N)
         x_hat_Nd = self.reconstruct(f_Nh)
         penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.e if self.legacy_scaling else 1)
-        return Forward(
+        forward = Forward(
             x_hat_Nd,
             f_Nh,
             {
@@ -41,3 +44,4 @@ class ReluSAE(SAE):
                 "sparsity": inputs.sparsity_coeff * penalty,
             },
         )
+        return self.revived(forward, y_Ne, softened(pre_Nh), inputs)

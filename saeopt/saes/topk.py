@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -12,7 +11,8 @@ from saeopt.config.base import BatchSize, Weight
 from saeopt.config.marks import Member, Slow, Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
-from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
+from saeopt.saes.auxk import aux_ratio, keep_largest, usual_k
+from saeopt.saes.base import SAE, Forward, StepInputs
 
 
 class TopKConfig(SAEConfig):
@@ -31,12 +31,6 @@ class TopKConfig(SAEConfig):
         return f"k{self.k:g}"
 
 
-def keep_largest(values_Nh: Tensor, k: int) -> Tensor:
-    """The k largest of each row, 0 elsewhere."""
-    largest = values_Nh.topk(k, dim=-1, sorted=False)
-    return torch.zeros_like(values_Nh).scatter(-1, largest.indices, largest.values)
-
-
 class TopKSAE(SAE):
     """f = the k largest of relu(π) per token; loss = mean ‖x − x̂‖² + α V AuxK, V = E‖x − mean x‖².
 
@@ -52,7 +46,7 @@ class TopKSAE(SAE):
     """
 
     Config: ClassVar[type[SAEConfig]] = TopKConfig
-    needs_dead: ClassVar[bool] = True
+    needs_dead: bool = True
     default_decoder_norm: ClassVar[str] = "unit"
     default_encoder_start: ClassVar[str] = "transpose"
     config: TopKConfig
@@ -63,7 +57,7 @@ class TopKSAE(SAE):
             self.register_buffer("variance", self.ones())
         if self.config.k > self.h:
             raise UserError(f"'saes.k': {self.config.k} exceeds the dictionary's {self.h} latents")
-        self.aux_k = min(self.h, self.config.aux_k or 2 ** max(0, math.floor(math.log2(self.e / 2))))
+        self.aux_k = min(self.h, self.config.aux_k or usual_k(self.e))
 
     @torch.no_grad()
     def measure(self, y_Ne: Tensor) -> None:
@@ -94,17 +88,6 @@ class TopKSAE(SAE):
             x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N)}
         )
         if inputs.dead_h is not None:
-            forward.ratios["aux"] = self.aux_ratio((y_Ne - x_hat_Nd).detach(), acts_Nh, inputs.dead_h, inputs.keep_N)
+            weight, error_Nd = self.aux_share * (self.variance if self.recipe > 1 else 1.0), (y_Ne - x_hat_Nd).detach()
+            forward.ratios["aux"] = aux_ratio(error_Nd, acts_Nh, self.W_dec, inputs, self.aux_k, weight)
         return forward
-
-    def aux_ratio(self, error_Nd: Tensor, acts_Nh: Tensor, dead_h: Tensor, keep_N: Tensor | None) -> Ratio:
-        """The parts of AuxK with its weight."""
-        # Living latents count as 0 here: with fewer dead ones than aux_k the rest of the selection adds nothing,
-        # so that the number of dead latents is never needed on the host.
-        dead_Nh = keep_largest(acts_Nh * dead_h, self.aux_k)
-        if keep_N is not None:
-            error_Nd, dead_Nh = error_Nd * keep_N.unsqueeze(-1), self.masked(dead_Nh, keep_N)
-        left_Nd = error_Nd - dead_Nh @ self.W_dec
-        weight = self.aux_share * (self.variance if self.recipe > 1 else 1.0)
-        numerator = weight * left_Nd.square().sum() * dead_h.any()
-        return Ratio(numerator, error_Nd.square().sum(dtype=torch.float64), error_Nd.sum(0, dtype=torch.float64))

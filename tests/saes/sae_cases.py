@@ -18,6 +18,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gated", {"magnitude_activation": None}),
     ("hard_concrete", {"input_dependent_gates": False}),
     ("hard_concrete", {"magnitude_activation": "relu", "eval_gate": "paper"}),
+    ("relu", {"auxk_coeff": 0.1}),
+    ("gated", {"auxk_coeff": 0.1, "aux_k": 2}),
+    ("hard_concrete", {"auxk_coeff": 0.1}),
     ("gated_hard_concrete", {"aux_form": "seed", "eval_gate": "paper"}),
 ]
 IDS = [name + "".join(f"-{k}={v}" for k, v in fields.items()) for name, fields in VARIANTS]

@@ -113,6 +113,8 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
     sae_type = first.config.sae_type
     if sae_type not in FAST or type(first) is not get_sae(sae_type):
         return f"'{sae_type}' has none"
+    if getattr(first.config, "auxk_coeff", 0) > 0:
+        return "'saes.auxk_coeff' has none"
     if first.widths is not None:
         return "it is for what reads and writes one hook point"
     if options.autocast == torch.float16:
