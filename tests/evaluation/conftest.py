@@ -34,7 +34,7 @@ def make_config(**saes: object) -> RunConfig:
 def make_sae() -> Callable[..., SAE]:
     def make(d: int = 4, h: int = 8, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> SAE:
         config = make_config()
-        sae = get_sae(config.saes.sae_type)(d, h, config.saes, dtype=dtype)
+        sae = get_sae(config.saes.sae_type)(d, h, config.saes, recipe=config.recipe, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
         for parameter in sae.parameters():
             parameter.data.normal_(generator=generator)
