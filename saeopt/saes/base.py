@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -48,6 +49,13 @@ class StepInputs:
     dead_h: Tensor | None = None
     keep_N: Tensor | None = None
     numbers: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+
+class Rule(NamedTuple):
+    """How a vector of parameters is stepped: its learning rate as a multiple of `lr`, and its least value."""
+
+    lr_factor: float = 1.0
+    least: float = -math.inf
 
 
 class Ratio(NamedTuple):
@@ -115,10 +123,14 @@ class SAE(Normalised):
     Config: ClassVar[type[SAEConfig]] = SAEConfig
     numbers: ClassVar[dict[str, Number]] = {"sparsity_coeff": Number(sparsity_coeff, logged=False)}
     """What a control may set from window to window."""
-    tallies: ClassVar[dict[str, Reduction]] = {}
+    tallies: Mapping[str, Reduction] = MappingProxyType({})
     """What a window is to tell of itself, and how micro-batches and ranks join: see :meth:`after_window`."""
     needs_noise: ClassVar[bool] = False
     needs_dead: bool = False
+    prefixes: tuple[int, ...] = ()
+    """Where prefixes of the dictionary end that reconstruct by themselves, h last (:mod:`saeopt.saes.prefixes`)."""
+    selects_over_batch: ClassVar[bool] = False
+    """Whether a token's code in training depends on the other tokens of its micro-batch."""
     default_decoder_norm: ClassVar[str] = "free"
     """What `decoder_norm: null` means under recipe 2."""
     default_transcoder_norm: ClassVar[str] = "free"
@@ -128,7 +140,7 @@ class SAE(Normalised):
     default_encoder_start: ClassVar[str] = "matched"
     """What `encoder_start: null` means under recipe 2."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Names of the parameters that hold one number per latent; all start at 0."""
+    """Names of the parameters that hold one number per latent; they start at 0 unless `start_encoder` sets them."""
     stack_fields: ClassVar[frozenset[str]] = fields_with(SAEConfig, "member")
     """Config fields in which the members of one stack may differ (`Member`, `Reporting`); all others must be equal."""
 
@@ -187,6 +199,16 @@ class SAE(Normalised):
     def transcodes(self) -> bool:
         """Whether what is written is not what is read."""
         return self.widths is not None and not self.widths.same
+
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        """Vectors that are stepped in a way of their own, by name."""
+        return {}
+
+    @property
+    def learns_from_windows(self) -> bool:
+        """Whether :meth:`after_window` is to be called."""
+        return type(self).after_window is not SAE.after_window
 
     @property
     def selected(self) -> int:
@@ -258,6 +280,9 @@ class SAE(Normalised):
     @torch.no_grad()
     def after_step(self) -> None:
         """Restore constraints after the optimiser's step."""
+        for name, rule in self.rules.items():
+            if rule.least > -math.inf:
+                self.get_parameter(name).clamp_(min=rule.least)
         if self.unit_rows:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
 

@@ -19,6 +19,9 @@ ARCHITECTURES = {
     "hard_concrete": "saeopt.saes.hard_concrete:HardConcreteSAE",
     "gated_hard_concrete": "saeopt.saes.gated_hard_concrete:GatedHardConcreteSAE",
     "topk": "saeopt.saes.topk:TopKSAE",
+    "batch_topk": "saeopt.saes.batch_topk:BatchTopKSAE",
+    "matryoshka_batch_topk": "saeopt.saes.batch_topk:MatryoshkaBatchTopKSAE",
+    "jumprelu": "saeopt.saes.jumprelu:JumpReluSAE",
 }
 
 

@@ -10,17 +10,18 @@ from torch import Tensor
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
+from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
 
 
-class ReluConfig(RevivalConfig):
+class ReluConfig(RevivalConfig, PrefixConfig):
     """`sae_type: relu`."""
 
 
-class ReluSAE(Revival):
+class ReluSAE(Revival, PrefixSAE):
     """f = relu(π); loss = mean ‖x − x̂‖² + λ mean Σ f ‖W_dec‖.
 
     `decoder_norm: unit` keeps the decoder rows at norm 1, the penalty is then λ mean Σ f.
-    Under `legacy_scaling` both terms are divided by d.
+    Under `legacy_scaling` both terms are divided by d. `prefixes`: the squared error is that of nested dictionaries.
     """
 
     Config: ClassVar[type[SAEConfig]] = ReluConfig
@@ -34,13 +35,13 @@ class ReluSAE(Revival):
         """Terms `mse` and `sparsity`; with `auxk_coeff` the ratio `auxk`."""
         pre_Nh = self.pre_activation(x_Nd)
         f_Nh = self.masked(torch.relu(pre_Nh), inputs.keep_N)
-        x_hat_Nd = self.reconstruct(f_Nh)
+        x_hat_Nd, squared_error = self.reconstructed(f_Nh, y_Ne, inputs.keep_N)
         penalty = (f_Nh * self.decoder_norm_h()).sum() / (self.e if self.legacy_scaling else 1)
         forward = Forward(
             x_hat_Nd,
             f_Nh,
             {
-                "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
+                "mse": self.config.mse_coeff * squared_error,
                 "sparsity": inputs.sparsity_coeff * penalty,
             },
         )

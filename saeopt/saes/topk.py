@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -9,13 +10,13 @@ from torch import Tensor
 
 from saeopt.config.base import BatchSize, Weight
 from saeopt.config.marks import Member, Slow, Stack
-from saeopt.config.saes import SAEConfig
 from saeopt.errors import UserError
 from saeopt.saes.auxk import aux_ratio, keep_largest, usual_k
-from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.base import Forward, StepInputs
+from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
 
 
-class TopKConfig(SAEConfig):
+class TopKConfig(PrefixConfig):
     """`sae_type: topk`. `sparsity_coeff` has no effect: k fixes L0."""
 
     without_effect: ClassVar[frozenset[str]] = frozenset({"sparsity_coeff", "sparsity_warmup_samples"})
@@ -31,7 +32,7 @@ class TopKConfig(SAEConfig):
         return f"k{self.k:g}"
 
 
-class TopKSAE(SAE):
+class TopKSAE(PrefixSAE):
     """f = the k largest of relu(π) per token; loss = mean ‖x − x̂‖² + α V AuxK, V = E‖x − mean x‖².
 
     AuxK = Σ‖e − ê‖² / Σ‖e − mean e‖² over the window, with e = sg[x − x̂] and ê = (the k_aux largest of relu(π)
@@ -42,10 +43,10 @@ class TopKSAE(SAE):
     paper. Deviations: the relu, b_enc, V measured once, AuxK's denominator per window, and a smaller W_enc where x̂
     would start longer than x. Recipe 1: α AuxK, which is about d times weaker and revives nothing, free rows
     (`decoder_norm: free`), and W_enc of the size that makes x̂ as long as x. Under `legacy_scaling` the squared
-    error and V are divided by d.
+    error and V are divided by d. `prefixes`: the squared error is that of nested dictionaries.
     """
 
-    Config: ClassVar[type[SAEConfig]] = TopKConfig
+    Config: ClassVar[type[TopKConfig]] = TopKConfig
     needs_dead: bool = True
     default_decoder_norm: ClassVar[str] = "unit"
     default_encoder_start: ClassVar[str] = "transpose"
@@ -68,7 +69,7 @@ class TopKSAE(SAE):
     @property
     def selected(self) -> int:
         """k."""
-        return self.config.k
+        return math.ceil(self.config.k)
 
     @property
     def aux_share(self) -> float:
@@ -79,14 +80,16 @@ class TopKSAE(SAE):
         """The k largest of relu(π)."""
         return keep_largest(torch.relu(self.pre_activation(x_Nd)), self.config.k)
 
+    def select(self, acts_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
+        """The code of training from relu(π), 0 on masked tokens."""
+        return self.masked(keep_largest(acts_Nh, self.config.k), keep_N)
+
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Term `mse`, ratio `aux` (where a mask of dead latents is given)."""
         acts_Nh = torch.relu(self.pre_activation(x_Nd))
-        f_Nh = self.masked(keep_largest(acts_Nh, self.config.k), inputs.keep_N)
-        x_hat_Nd = self.reconstruct(f_Nh)
-        forward = Forward(
-            x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N)}
-        )
+        f_Nh = self.select(acts_Nh, inputs.keep_N)
+        x_hat_Nd, squared_error = self.reconstructed(f_Nh, y_Ne, inputs.keep_N)
+        forward = Forward(x_hat_Nd, f_Nh, {"mse": self.config.mse_coeff * squared_error})
         if inputs.dead_h is not None:
             weight, error_Nd = self.aux_share * (self.variance if self.recipe > 1 else 1.0), (y_Ne - x_hat_Nd).detach()
             forward.ratios["aux"] = aux_ratio(error_Nd, acts_Nh, self.W_dec, inputs, self.aux_k, weight)

@@ -15,7 +15,9 @@ from saeopt.training.step.contract import Example
 def train_plainly(sae: SAE, data: Sequence[Example], parts: int, seed: int) -> None:
     """Train on windows of `parts` micro-batches as a stack of `OPTIONS` must."""
     given = row(sae)
-    adam = torch.optim.Adam(sae.parameters(), lr=float(given["lr"]), betas=OPTIONS.adam_betas, eps=OPTIONS.adam_eps)
+    lr, rules = float(given["lr"]), sae.rules
+    groups = [{"params": [p], "lr": lr * rules[n].lr_factor if n in rules else lr} for n, p in sae.named_parameters()]
+    adam = torch.optim.Adam(groups, betas=OPTIONS.adam_betas, eps=OPTIONS.adam_eps)
     for at in range(0, len(data), parts):
         window = joined(data[at : at + parts])
         x_Nd, keep_N = window.x_Nd * sae.scale, window.keep_N

@@ -28,14 +28,14 @@ def golden(sae_type: str, recipe: int = 2, **fields: Any) -> SAE:
     sae = cls(3, 6, config, recipe=recipe, dtype=torch.float64)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            parameter.copy_(torch.tensor(GOLDEN[name]))
+            parameter.copy_(torch.tensor(0.4 if name == "threshold" else GOLDEN[name]))
     return sae
 
 
 def means(sae: SAE, dead: list[int] | None = None) -> tuple[float, dict[str, float]]:
     """Loss and its terms at λ = 0.1; leaves the gradient in the parameters."""
     dead_h = None if dead is None else torch.tensor([i in dead for i in range(6)])
-    forward = sae.training_forward(X, StepInputs(0.1, dead_h=dead_h))
+    forward = sae.training_forward(X, StepInputs(0.1, dead_h=dead_h, numbers={"bandwidth": 0.6}))
     terms = {name: term / 4 for name, term in forward.terms.items()}
     terms |= {name: ratio.value(4) for name, ratio in forward.ratios.items()}
     total = sum(terms.values())
@@ -96,6 +96,39 @@ def test_auxk_where_every_dead_latent_is_negative() -> None:
     _, terms = means(sae, dead=[0, 3, 5])
     assert terms == {"mse": near(1.3157766), "aux": near(1.1992125)}
     assert torch.equal(sae.W_enc.grad[:, [0, 3, 5]], torch.zeros(3, 3))
+
+
+def test_batch_topk_loss_gradients_and_threshold() -> None:
+    sae = golden("batch_topk", k=2)
+    loss, terms = means(sae)
+    assert loss == near(0.6645705)
+    assert terms == {"mse": near(0.6645705)}
+    assert norm(sae, "W_enc") == near(1.614906)
+    assert norm(sae, "W_dec") == near(1.538099)
+    forward = sae.training_forward(X, StepInputs(0.1))
+    torch.testing.assert_close(forward.f_Nh, torch.tensor(GOLDEN["topk_code"]).double(), rtol=1e-6, atol=1e-6)
+    sae.after_window(forward.tallies, torch.tensor(4.0))
+    assert sae.threshold.item() == near(0.844175)  # the smallest that was kept: no bias towards the start
+    assert torch.equal(sae.code(X) > 0, forward.f_Nh > 0.844176)
+
+
+def test_matryoshka_loss_and_gradients() -> None:
+    sae = golden("matryoshka_batch_topk", k=2, prefixes=[2, 4, 6])
+    loss, _ = means(sae)
+    assert loss == near(2.934372901916504 / 3)
+    assert norm(sae, "W_enc") == near(2.56069016456604 / 3)
+    assert norm(sae, "W_dec") == near(2.4496853351593018 / 3)
+
+
+def test_jumprelu_loss_and_gradients() -> None:
+    sae = golden("jumprelu")
+    loss, terms = means(sae)
+    assert loss == near(0.7233131)
+    assert terms == {"mse": near(0.4733131), "sparsity": near(0.25)}
+    assert norm(sae, "W_enc") == near(1.7619130611419678)
+    assert norm(sae, "W_dec") == near(1.436605453491211)
+    expected = torch.tensor([0.0, -0.08679870516061783, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(sae.threshold.grad, expected, rtol=1e-5, atol=1e-8)
 
 
 P_NONZERO = {

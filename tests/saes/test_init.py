@@ -32,7 +32,8 @@ def test_reconstruction_starts_as_long_as_the_input(
     c = sae.W_enc.norm(dim=0)
     torch.testing.assert_close(sae.W_enc, c.mean() * sae.W_dec.T)
     for name in sae.latent_vectors:
-        assert sae.get_parameter(name).count_nonzero() == 0
+        first = sae.config.initial_threshold if name == "threshold" else 0.0
+        assert torch.all(sae.get_parameter(name) == first)
 
 
 @pytest.mark.parametrize(("k", "long"), [(1, False), (32, True)])

@@ -117,6 +117,8 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
         return "'saes.auxk_coeff' has none"
     if first.widths is not None:
         return "it is for what reads and writes one hook point"
+    if first.prefixes:
+        return "nested dictionaries ('saes.prefixes') have none"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"
     if first.W_enc.is_cuda and (find_spec("triton") is None or first.W_enc.dtype != torch.float32):

@@ -8,7 +8,7 @@ from torch import Tensor
 from saeopt.training.step.books import Books, count, judge, kept
 from saeopt.training.step.contract import Parts, StackOptions, Store
 from saeopt.training.step.numbers import Table
-from saeopt.training.step.storage import Packed
+from saeopt.training.step.storage import VECTORS, Packed
 
 PULL = "pull"
 """The multiple of W_dec that its gradient has besides (the penalty's part)."""
@@ -86,7 +86,11 @@ class CpuOptimiser:
         )
         for gradient in own.values():
             gradient.mul_(gain)
+        before_V = weights[VECTORS].clone() if storage.rules else weights[VECTORS]
         step_on_cpu(weights, m, v, own, float(self.books.flags["step"][member]), lr, self.books.options)
+        for part, rule in storage.rules.items():
+            stepped = weights[VECTORS][part]
+            stepped.copy_(before_V[part].lerp(stepped, rule.lr_factor).clamp_(min=rule.least))
         if storage.form.unit:
             W_dec = weights["W_dec"]
             W_dec.div_(W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))

@@ -178,7 +178,8 @@ class AutogradOptimiser(Optimiser):
             m, v = moments[f"m.{name}"], moments[f"v.{name}"]
             new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
             new[f"m.{name}"], new[f"v.{name}"] = new_m, new_v
-            rate = (lr * (1 - b1**step).reciprocal()).to(p.dtype)
+            factor = sae.rules[name].lr_factor if name in sae.rules else 1.0
+            rate = (lr * factor * (1 - b1**step).reciprocal()).to(p.dtype)
             p.sub_(rate * new_m / ((new_v / (1 - b2**step).to(p.dtype)).sqrt() + self.options.adam_eps))
         sae.after_step()
         go = go & torch.stack([torch.isfinite(p).all() for p in sae.parameters()]).all()

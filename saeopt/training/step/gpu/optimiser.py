@@ -28,6 +28,7 @@ class GpuOptimiser(Optimiser):
         self.finish_small = compiled(finish_small, compiling)
         self.mode = row_mode(storage.form)
         at = table.names
+        self.rules = rules_of(storage)
         self.fixed = Fixed(options.adam_betas, options.adam_eps, at["lr"], at["max_grad_norm"])
 
     def finish(self, parts: Parts, aux_M: Tensor) -> Tensor:
@@ -49,6 +50,7 @@ class GpuOptimiser(Optimiser):
             books.pending,
             storage.since_Mh,
             self.table.on_device,
+            self.rules,
             self.fixed,
         )
         for name in storage.matrices:
@@ -80,6 +82,17 @@ class Fixed(NamedTuple):
     max_grad_norm: int
 
 
+def rules_of(storage: Packed) -> tuple[Tensor, Tensor] | None:
+    """Learning-rate factors and least values (V) of the vectors, where some are stepped in a way of their own."""
+    if not storage.rules:
+        return None
+    factor_V = torch.ones_like(storage.weights[VECTORS][0])
+    least_V = torch.full_like(factor_V, -torch.inf)
+    for part, rule in storage.rules.items():
+        factor_V[part], least_V[part] = rule.lr_factor, rule.least
+    return factor_V, least_V
+
+
 def row_mode(form: Form) -> int:
     """What the decoder's rows may do, in the kernels' words."""
     if form.directions:
@@ -96,6 +109,7 @@ def finish_small(
     pending: Store,
     since_Mh: Tensor,
     numbers: Tensor,
+    rules: tuple[Tensor, Tensor] | None,
     fixed: Fixed,
 ) -> Tensor:
     """Norm, clip and health of every member, Adam on the vectors, the books; gives the kernels' scalars (M, 4)."""
@@ -109,7 +123,11 @@ def finish_small(
     rate, c2, gain, go = (column.to(g.dtype).unsqueeze(1) for column in (rate_M, c2_M, gain_M, go_M))
     g = g * gain
     m_new, v_new = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+    if rules is not None:
+        rate = rate * rules[0]
     stepped = weights - rate * m_new / ((v_new * c2).sqrt() + eps)
+    if rules is not None:
+        stepped = torch.maximum(stepped, rules[1])
     for old, new in ((weights, stepped), (m, m_new), (v, v_new)):
         old.copy_(torch.where(go > 0, new, old))
     count(go_M, norm_M, aux_M, window, flags, pending, since_Mh)
