@@ -7,6 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from saeopt.config.base import Amount
+from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
@@ -15,6 +17,11 @@ from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
 
 class ReluConfig(RevivalConfig, PrefixConfig):
     """`sae_type: relu`."""
+
+    resample_every_tokens: Stack[Amount | None] = None
+    """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs
+    that are badly reconstructed, small encoder rows and no bias (Bricken 2023); not in the last fifth of a run; null:
+    never."""
 
 
 class ReluSAE(Revival, PrefixSAE):

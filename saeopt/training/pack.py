@@ -15,10 +15,12 @@ from saeopt.activations.stream import Batch
 from saeopt.config.run import RunConfig
 from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import Site
+from saeopt.console import log
 from saeopt.errors import DeviceFault, is_device_fault
 from saeopt.saes.base import SAE, where
 from saeopt.saes.noise import derived_seed
 from saeopt.training.controls import Control, Controls, schedules
+from saeopt.training.resampling import is_due, resample
 from saeopt.training.runtime import Runtime
 from saeopt.training.step.choose import make_stack
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
@@ -147,10 +149,13 @@ class Pack:
     def step(self, batches: Iterator[Batch], samples_after: int) -> None:
         """Train one window, which ends at `samples_after`: one optimiser step for every member."""
         if self.micro_batches == 1 and self.runtime.ranks.data.size == 1:
-            self._each_stack(next(batches), samples_after, whole=True)
+            batch = next(batches)
+            self._each_stack(batch, samples_after, whole=True)
+            self._resample(batch, samples_after)
             return
         for _ in range(self.micro_batches):
-            self._each_stack(next(batches), samples_after, whole=False)
+            batch = next(batches)
+            self._each_stack(batch, samples_after, whole=False)
         if self.runtime.ranks.data.size > 1:
             for group in self.groups:
                 for how, tensors in group.stack.partial().items():
@@ -158,6 +163,21 @@ class Pack:
         for group in self.groups:
             with self._blamed(group):
                 group.stack.apply(group.controls.numbers(samples_after))
+        self._resample(batch, samples_after)
+
+    def _resample(self, batch: Batch, after: int) -> None:
+        """New directions for dead latents where it is time for it, from a window's last micro-batch."""
+        for group in self.groups:
+            first, ranks = group.members[0], self.runtime.ranks.data
+            every, config = getattr(first.sae_config, "resample_every_tokens", None), first.config
+            before = after - config.effective_batch * ranks.size
+            if not is_due(every, before, after, self.total, config.data.context_length):
+                continue
+            example, limit = group.example(batch, {}), self.dead_after_tokens(first)
+            for number, member in enumerate(group.members):
+                seed = (member.config.seed, member.hook_point, after)
+                n = resample(member.sae, group.stack.state(number), example, limit, seed, ranks)
+                log.info("%s: %d dead latents of %s are resampled", member.trial, n, member.hook_point)
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         seen: dict[object, tuple[Tensor, Tensor]] = {}

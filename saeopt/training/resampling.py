@@ -1,0 +1,82 @@
+"""New directions for dead latents, between two windows (Bricken et al. 2023, "Neuron resampling").
+
+Shape suffixes: N tokens, d width read, e width written, h dictionary width, n dead latents.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saeopt.saes.base import SAE
+from saeopt.saes.noise import derived_seed
+from saeopt.training.ranks import Axis
+from saeopt.training.step.contract import Example, Store
+
+Seed = tuple[int | str, ...]
+"""Names and numbers from which what is drawn follows."""
+ENCODER_SHARE = 0.2
+"""The new encoder rows' length in units of the living ones' mean length, as in the source."""
+MOST_TOKENS = 8192
+"""Of a micro-batch, the first so many are looked at."""
+LAST_SHARE = 0.8
+"""Nothing is resampled behind this share of a run: it could not be learned any more."""
+
+
+def is_due(every_tokens: int | None, before: int, after: int, total: int, tokens_per_sample: int) -> bool:
+    """Whether a multiple of `every_tokens` was passed from sample `before` to `after`."""
+    if every_tokens is None or after > LAST_SHARE * total:
+        return False
+    return after * tokens_per_sample // every_tokens > before * tokens_per_sample // every_tokens
+
+
+@torch.no_grad()
+def resample(
+    sae: SAE, state: Store, example: Example, dead_after: int, seed: tuple[int | str, ...], ranks: Axis
+) -> int:
+    """Point dead latents at inputs that are badly reconstructed; how many there were (waits for the device).
+
+    The inputs are kept tokens of the first rank's example, drawn with probability ∝ ‖ŷ − y‖⁴. A new decoder row is the
+    token's direction from b_dec, of length 1; its encoder column is the same direction in x, `ENCODER_SHARE` of the
+    living ones' mean length; its bias, its Adam moments (`state` holds views) and its silence are 0.
+    """
+    dead_n = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(-1)
+    if len(dead_n) == 0:
+        return 0
+    x_nd, y_ne = _badly_reconstructed(sae, example, len(dead_n), seed)
+    ranks.broadcast([x_nd, y_ne])
+    alive_h = torch.ones(sae.h, dtype=torch.bool, device=dead_n.device)
+    alive_h[dead_n] = False
+    length = sae.W_enc[:, alive_h].norm(dim=0).mean().nan_to_num(1.0)
+    sae.W_enc[:, dead_n] = (_unit(sae.centred(x_nd)) * ENCODER_SHARE * length).T
+    sae.W_dec[dead_n] = _unit(y_ne - sae.b_dec)
+    for name in sae.latent_vectors:
+        sae.get_parameter(name)[dead_n] = 0.0
+    for kind in ("m", "v"):
+        state[f"{kind}.W_enc"][:, dead_n] = 0.0
+        state[f"{kind}.W_dec"][dead_n] = 0.0
+        for name in sae.latent_vectors:
+            state[f"{kind}.{name}"][dead_n] = 0.0
+    sae.tokens_since_fired[dead_n] = 0
+    return len(dead_n)
+
+
+def _badly_reconstructed(sae: SAE, example: Example, n: int, seed: Seed) -> tuple[Tensor, Tensor]:
+    """n normalised inputs and what was to be given for them."""
+    dtype = sae.W_enc.dtype
+    x_Nd = example.x_Nd[:MOST_TOKENS].to(dtype) * sae.read_scale
+    y_Ne = x_Nd if example.y_Ne is example.x_Nd else example.y_Ne[:MOST_TOKENS].to(dtype) * sae.write_scale
+    loss_N = (sae.reconstruct(sae.code(x_Nd)) - y_Ne).double().square().sum(-1)
+    if example.keep_N is not None:
+        loss_N = loss_N * example.keep_N[:MOST_TOKENS]
+    odds_N = loss_N.square().cpu()
+    if not bool(odds_N.isfinite().all()) or not bool(odds_N.any()):
+        odds_N = torch.ones_like(odds_N)
+    generator = torch.Generator().manual_seed(derived_seed("resampling", *seed))
+    chosen_n = torch.multinomial(odds_N, n, replacement=n > int(odds_N.count_nonzero()), generator=generator)
+    chosen_n = chosen_n.to(x_Nd.device)
+    return x_Nd[chosen_n].contiguous(), y_Ne[chosen_n].contiguous()
+
+
+def _unit(rows_nd: Tensor) -> Tensor:
+    return rows_nd / rows_nd.norm(dim=-1, keepdim=True).clamp_min(1e-12)
