@@ -34,7 +34,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
     parser.add_argument("--data", required=True, help="text, as data.dataset_name takes it")
     parser.add_argument("--positions", nargs="+", required=True)
-    parser.add_argument("--types", nargs="+", default=list(TYPES), help="each starts from configs/stories260k")
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        default=list(TYPES),
+        help="each starts from configs/stories260k (those that have no file there: topk's or relu's)",
+    )
     parser.add_argument(
         "--variant",
         action="append",
@@ -60,6 +65,8 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, RunConfig]]:
     sparsity = dict(item.split("=") for item in given.sparsity)
     for sae_type in given.types:
         base = CONFIGS / f"stories260k-{sae_type}.yaml"
+        if not base.exists():
+            base = CONFIGS / f"stories260k-{'topk' if 'topk' in sae_type else 'relu'}.yaml"
         common: dict[str, Any] = {
             "tlens_model_path": given.model, "save_dir": str(given.out), "save_every_n_samples": 0,
             "seed": given.seed, "data.seed": given.seed, "data.dataset_name": given.data,
@@ -72,8 +79,9 @@ def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, RunConfig]]:
         if sae_type in sparsity:
             field = "saes.k" if "topk" in sae_type else "saes.sparsity_coeff"
             common[field] = float(sparsity[sae_type])
-        raw = load_run_config(base).model_dump(mode="json", exclude_unset=True, exclude={"as_typed"})
-        known = {f"saes.{name}" for name in type(load_run_config(base).saes).model_fields}
+        config = load_run_config(base, [f"saes.sae_type={sae_type}"])
+        raw = config.model_dump(mode="json", exclude_unset=True, exclude={"as_typed"})
+        known = {f"saes.{name}" for name in type(config.saes).model_fields}
         for text in given.variant:
             name, _, fields = text.partition(":")
             changes = dict(parse_override(field) for field in fields.split(",") if field)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saeopt.config.base import Float, Weight
 from saeopt.config.marks import Member, Stack
 from saeopt.config.saes import SAEConfig
+from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import SAE, Forward, Rule, StepInputs
 from saeopt.saes.numbers import Number, Progress
 
@@ -20,7 +21,7 @@ _MEMORY = 0.99
 Positive = Annotated[Float, Field(gt=0, le=1e6)]
 
 
-class JumpReluConfig(SAEConfig):
+class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {"density_coeff": "max_density"}
@@ -89,7 +90,7 @@ class _Step(torch.autograd.Function):
         return None, -(grads[0] * near_Nh).sum(0) / width, None
 
 
-class JumpReluSAE(SAE):
+class JumpReluSAE(Revival):
     """f = π 1[π > θ]; loss = mean ‖x − x̂‖² + λ mean Σ 1[π > θ], or another `penalty`.
 
     θ ≥ 0 is a parameter of its own; its gradients are the straight-through ones of the paper, taken on π, so that the
@@ -112,7 +113,8 @@ class JumpReluSAE(SAE):
     density_windows: Tensor
 
     def build(self) -> None:
-        self.needs_dead = self.config.penalty == "tanh"
+        super().build()
+        self.needs_dead |= self.config.penalty == "tanh"
         if self.config.penalty == "quadratic":
             self.tallies = {"fired": "sum"}
             self.register_buffer("last_l0", self.ones() * (self.config.l0_penalty_target or 0.0))
@@ -153,7 +155,8 @@ class JumpReluSAE(SAE):
             below_Nh = self.masked(torch.relu(self.threshold - pre_Nh) * inputs.dead_h, keep_N)
             terms["pre_activation"] = self.config.pre_activation_coeff * (below_Nh * self.decoder_norm_h()).sum()
         tallies = {name: open_Nh.detach().sum(0, dtype=torch.float64) for name in self.tallies}
-        return Forward(x_hat_Nd, f_Nh, terms, tallies=tallies)
+        forward = Forward(x_hat_Nd, f_Nh, terms, tallies=tallies)
+        return self.revived(forward, y_Ne, softened(pre_Nh - self.threshold), inputs)
 
     def penalty(self, f_Nh: Tensor, open_Nh: Tensor, n: Tensor) -> Tensor:
         """What λ multiplies, summed over the kept tokens."""

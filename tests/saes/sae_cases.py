@@ -28,6 +28,6 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("jumprelu", {"bandwidth": 2.0, "final_bandwidth": 0.5, "threshold_lr_factor": 1.0}),
     ("jumprelu", {"penalty": "tanh", "bandwidth": 2.0, "pre_activation_coeff": 0.1}),
     ("jumprelu", {"penalty": "quadratic", "l0_penalty_target": 2.0, "bandwidth": 2.0}),
-    ("jumprelu", {"max_density": 0.2, "bandwidth": 2.0}),
+    ("jumprelu", {"max_density": 0.2, "bandwidth": 2.0, "auxk_coeff": 0.1}),
 ]
 IDS = [name + "".join(f"-{k}={v}" for k, v in fields.items()) for name, fields in VARIANTS]
