@@ -104,6 +104,7 @@ _ALL = (
            follows_from=("fraction_dead",), rule=_rest),
     Metric("sparsity_coeff", "λ", long="λ (moved until L0 is its target)", training=True, evaluation=False,
            objective=False, panel=True, logarithmic=True),
+    Metric("target_l0", "target L0", evaluation=False, objective=False),
     Metric("c_dec", "c_dec", ".4f", "mean |cosine| between decoder rows"),
     Metric("s_dec", "s_dec", ".4f", "n-th largest projection on the decoder"),
     Metric("l1", "L1"),

@@ -24,6 +24,7 @@ _OTHER_NAMES = {
     "saes.sparsity_coeff": "lambda lambda_ lam l1 l1_coeff l1_coefficient l1_lambda l1_penalty sparsity"
     " sparsity_coefficient sparsity_penalty",
     "saes.k": "topk top_k",
+    "saes.target_l0": "l0 l0_target target_sparsity",
     "saes.sae_positions": "hook_point hook_points hook hooks hook_name layer layers position positions",
     "saes.dict_size_to_input_ratio": "expansion expansion_factor expansion_ratio ratio dict_size dict_ratio d_sae"
     " dictionary_size n_latents num_latents n_features",

@@ -26,6 +26,9 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
         space[name] = [_dimension(spec, name, d, sae_types, source) for d in alternatives]
     base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
     folder = spec.output_dir or base["save_dir"]
+    varied = {name.partition("@")[0] for name in space}
+    if "saes.target_l0" in varied and "k" not in spec.base["saes"]:
+        base["saes"].pop("k", None)  # nobody chose it: the target sets it
     base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}
     return spec.model_copy(update={"base": base, "space": space})
 

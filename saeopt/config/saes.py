@@ -45,6 +45,9 @@ class SAEConfig(StrictModel):
     """h / d."""
     sparsity_coeff: Member[Weight] = 1.0
     """λ."""
+    target_l0: Member[Annotated[Float, Field(gt=0, le=1e9)] | None] = None
+    """The L0 that training is to end at, in place of a choice of λ: λ starts at `sparsity_coeff` and is moved until the
+    code has so many non-zeros per token; where k fixes L0, k is set to it. null: λ or k as given."""
     mse_coeff: Stack[Annotated[Float, Field(gt=0, le=1e12)]] = 1.0
     """Weight of the reconstruction term."""
     sparsity_warmup_samples: Member[Span | None] = None
@@ -86,6 +89,35 @@ class SAEConfig(StrictModel):
         values = self.model_dump(include=set(self.only_with.values()))
         return {field: switch for field, switch in self.only_with.items() if not values[switch]}
 
+    @classmethod
+    def selects_k(cls) -> bool:
+        """Whether a field k fixes L0, and not λ."""
+        return "k" in cls.model_fields and "sparsity_coeff" in cls.without_effect
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_is_k(cls, raw: object) -> object:
+        target = raw.get("target_l0") if isinstance(raw, dict) else None
+        if not isinstance(raw, dict) or target is None or not cls.selects_k():
+            return raw
+        try:
+            k, wanted = raw.get("k"), float(target)
+            differ = k is not None and float(k) != wanted
+        except (TypeError, ValueError):
+            return raw  # told by the fields' own types
+        if differ:
+            raise ValueError(f"'k' ({k}) and 'target_l0' ({wanted:g}) are the same here and differ: give one of them")
+        if not wanted.is_integer() and cls.model_fields["k"].annotation is int:
+            raise ValueError(f"'target_l0' ({wanted:g}) is k here: must be a whole number")
+        return {**raw, "k": wanted}
+
+    @field_validator("target_l0", mode="before")
+    @classmethod
+    def _not_auto(cls, value: object) -> object:
+        if value == "auto":
+            raise ValueError("'auto' is for a study, which compares several; a run needs a number")
+        return value
+
     @field_validator("sae_positions", "pretrained_sae_paths", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
@@ -120,12 +152,18 @@ class SAEConfig(StrictModel):
         return self
 
     def _merged(self, fields: dict[str, Any]) -> Self:
-        return type(self).model_validate({**self.model_dump(exclude={"per_hook"}), **fields})
+        own = self.model_dump(exclude={"per_hook"})
+        if self.selects_k():  # one of the two takes the other's place
+            if fields.get("target_l0") is not None:
+                own["k"] = None
+            elif "k" in fields:
+                own["target_l0"] = None
+        return type(self).model_validate({**own, **fields})
 
     @property
     def sparsity_label(self) -> str:
         """What decides how sparse the code is, in a run's name."""
-        return f"lambda{self.sparsity_coeff:g}"
+        return f"lambda{self.sparsity_coeff:g}" if self.target_l0 is None else f"L0-{self.target_l0:g}"
 
     def at(self, key: str) -> Self:
         """This section with the overrides of one site applied."""

@@ -96,7 +96,8 @@ class Objective(StrictModel):
     hook_points: str | Annotated[list[str], Field(min_length=1)] = "mean"
     """`mean` over all hook points, `all` (an objective for each), one name, or a list (its mean)."""
     target_l0: Annotated[Float, Field(gt=0, le=1e9)] | None = None
-    """Worsen the value by `l0_weight` · max(0, |ln(L0 / target_l0)| − ln(1 + l0_tolerance))."""
+    """Worsen the value by `l0_weight` · max(0, |ln(L0 / target_l0)| − ln(1 + l0_tolerance)); null: the SAE's own
+    `saes.target_l0`, where it has one and `l0` is no objective itself."""
     l0_tolerance: Factor = 0.1
     """Relative distance from `target_l0` that costs nothing."""
     l0_weight: Annotated[Float, Field(gt=0, le=1e9)] = 1.0

@@ -68,5 +68,6 @@ class GatedHardConcreteSAE(NoisyGateSAE):
                 "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
                 "aux": self.config.aux_coeff * self.squared_error(from_gate_Nd, y_Ne, inputs.keep_N),
             },
+            tallies=self.evaluated(log_alpha_Nh, magnitude_Nh, inputs),
         )
         return self.revived(forward, y_Ne, torch.sigmoid(log_alpha_Nh) * magnitude_Nh, inputs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -18,9 +19,9 @@ from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.auxk import Revival
-from saeopt.saes.base import SAE, Forward, StepInputs
+from saeopt.saes.base import SAE, Forward, Reduction, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
-from saeopt.saes.numbers import Number, Progress
+from saeopt.saes.numbers import EVALUATED, Number, Progress
 
 Limits = tuple[float, float]
 Temperature = Annotated[Float, Field(ge=1e-4, le=1e4)]
@@ -83,6 +84,11 @@ def quiet_gate(log_alpha_Nh: Tensor, beta: Tensor | float, limits: Limits, form:
     return _stretch(torch.sigmoid(log_alpha_Nh / beta if form == "median" else log_alpha_Nh), limits)
 
 
+def quiet_threshold(beta: Tensor | float, limits: Limits, form: str) -> Tensor | float:
+    """log α above which the gate without noise is not 0."""
+    return math.log(-limits[0] / limits[1]) * (beta if form == "median" else 1.0)
+
+
 def probability_nonzero(log_alpha_Nh: Tensor, beta: Tensor | float, limits: Limits) -> Tensor:
     """P(z ≠ 0) over the noise."""
     return torch.sigmoid(log_alpha_Nh - beta * math.log(-limits[0] / limits[1]))
@@ -97,6 +103,7 @@ class NoisyGateSAE(Revival):
     """What both hard-concrete architectures share. The buffer `beta` is that of the last training step."""
 
     numbers: ClassVar[dict[str, Number]] = {**SAE.numbers, "beta": Number(annealed_beta)}
+    tallies: Mapping[str, Reduction] = MappingProxyType({EVALUATED: "sum"})
     needs_noise: ClassVar[bool] = True
     config: NoisyGateConfig
     beta: Tensor
@@ -121,6 +128,12 @@ class NoisyGateSAE(Revival):
         """z without noise, in the form that `eval_gate` names."""
         config = self.config
         return quiet_gate(log_alpha_Nh, self.beta, config.hard_concrete_stretch_limits, config.eval_gate)
+
+    @torch.no_grad()
+    def evaluated(self, log_alpha_Nh: Tensor, m_Nh: Tensor, inputs: StepInputs) -> dict[str, Tensor]:
+        """The tally of what the evaluation form has for non-zeros: gates without noise open others than the noisy."""
+        opens = quiet_threshold(inputs.beta, self.config.hard_concrete_stretch_limits, self.config.eval_gate)
+        return {EVALUATED: self.masked(((log_alpha_Nh > opens) & (m_Nh != 0)).double(), inputs.keep_N).sum()}
 
     def penalty(self, log_alpha_Nh: Tensor, inputs: StepInputs) -> Tensor:
         """Σ over kept tokens of the expected number of open gates; divided by d under `legacy_scaling`."""
@@ -188,6 +201,7 @@ class HardConcreteSAE(NoisyGateSAE):
                 "mse": self.config.mse_coeff * self.squared_error(x_hat_Nd, y_Ne, inputs.keep_N),
                 "sparsity": inputs.sparsity_coeff * self.penalty(log_alpha_Nh, inputs),
             },
+            tallies=self.evaluated(log_alpha_Nh, m_Nh, inputs),
         )
         return self.revived(forward, y_Ne, torch.sigmoid(log_alpha_Nh) * m_Nh, inputs)
 

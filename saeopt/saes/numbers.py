@@ -36,3 +36,7 @@ def sparsity_coeff(config: Any, progress: Progress) -> float:
     given: float = config.sparsity_coeff
     warmup = progress.sparsity_warmup
     return given * (progress.samples / warmup if progress.samples < warmup else 1.0)
+
+
+EVALUATED = "evaluated"
+"""The tally of a code's non-zeros in its evaluation form, where training's are others."""

@@ -69,10 +69,9 @@ def _rows(objective: Objective, evaluation: Evaluation) -> list[Mapping[str, flo
 
 def objective_values(spec: StudySpec, evaluation: Evaluation) -> list[float] | None:
     """Plain floats in the order of the objectives; None where a metric is missing or not finite."""
-    values = []
+    values, aims = [], all(objective.metric != "l0" for objective in spec.objectives)
     for _, objective in expanded(spec):
-        rows = _rows(objective, evaluation)
-        found = [_value(objective, row) for row in rows]
+        found = [_value(objective, row, aims) for row in _rows(objective, evaluation)]
         if not found or any(v is None for v in found):
             return None
         value = math.fsum(v for v in found if v is not None) / len(found)
@@ -82,13 +81,16 @@ def objective_values(spec: StudySpec, evaluation: Evaluation) -> list[float] | N
     return values
 
 
-def _value(objective: Objective, row: Mapping[str, float]) -> float | None:
-    value = value_of(row, objective.metric)
-    if value is None or objective.target_l0 is None:
+def _value(objective: Objective, row: Mapping[str, float], aims: bool) -> float | None:
+    """`aims`: an objective without a target takes that of the SAE, if it had one."""
+    value, target = value_of(row, objective.metric), objective.target_l0
+    if target is None and aims:
+        target = row.get("target_l0")
+    if value is None or target is None:
         return value
     l0 = value_of(row, "l0")
     if l0 is None:
         return None
-    distance = abs(math.log(max(l0, 1e-6) / objective.target_l0)) - math.log1p(objective.l0_tolerance)
+    distance = abs(math.log(max(l0, 1e-6) / target)) - math.log1p(objective.l0_tolerance)
     cost = objective.l0_weight * max(0.0, distance)
     return value - cost if objective.maximised else value + cost

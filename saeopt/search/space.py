@@ -209,7 +209,7 @@ class Space:
 
     def largest(self) -> Cell:
         """The cell with the most latents and the largest k, the middle otherwise: it needs the most memory."""
-        sizes = ("saes.dict_size_to_input_ratio", "saes.k")
+        sizes = ("saes.dict_size_to_input_ratio", "saes.k", "saes.target_l0")
         return self.cell(self._at({p.name: 0.999 if p.field in sizes else 0.5 for p in self.parameters}))
 
     def varies(self, field: str) -> bool:

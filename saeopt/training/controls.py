@@ -35,9 +35,17 @@ class Control(Protocol):
         """What it starts with, {what: (M, …)}; nothing where it does not learn from windows."""
         return {}
 
+    def moves(self, member: Member) -> bool:
+        """Whether it is for this member: nothing is kept or told of those in the stack that it only passes over."""
+        return True
+
     def numbers(self, state: Store, samples: int) -> Mapping[str, Sequence[float] | Tensor]:
         """Each member's numbers for the window that ends at `samples`, (M); from the state, if any, on the device."""
         ...
+
+    def verdict(self, state: Store, member: int) -> str | None:
+        """What is to be said at the end of training, if something is (a synchronisation)."""
+        return None
 
     def observe(self, state: Store, window: Mapping[str, Tensor]) -> None:
         """Learn from a window: write to the state. Inside CUDA graphs: nothing may wait or be decided on the host.
@@ -59,6 +67,11 @@ class Schedule(Control):
         return {self.name: [self.at(member, samples) for member in self.members]}
 
 
+def progress_of(member: Member, samples: int, total: int) -> Progress:
+    """How far a member is."""
+    return Progress(samples, total, member.config.warmup_samples, member.sparsity_warmup(total))
+
+
 def schedules(members: Sequence[Member], total: int) -> list[Control]:
     """The learning rate, the norm to clip at, and every number that the members' architecture declares.
 
@@ -68,11 +81,10 @@ def schedules(members: Sequence[Member], total: int) -> list[Control]:
         Schedule("lr", members, lambda m, samples: learning_rate(m.config, samples, total)),
         Schedule("max_grad_norm", members, lambda m, samples: max_grad_norm(m.config)),
     ]
-    warmups = {id(m): (m.config.warmup_samples, m.config.sparsity_warmup(m.sae_config, total)) for m in members}
     for name, number in members[0].sae.numbers.items():
 
         def at(m: Member, samples: int, at: Callable[..., float] = number.at) -> float:
-            return at(m.sae.config, Progress(samples, total, *warmups[id(m)]))
+            return at(m.sae.config, progress_of(m, samples, total))
 
         found.append(Schedule(name, members, at))
     return found
@@ -113,8 +125,18 @@ class Controls:
 
     def state(self, member: int) -> Store:
         """What is kept of a member."""
-        named = zip(self.controls, self.states, strict=True)
-        return {f"{_STATE}{c.name}.{name}": t[member] for c, state in named for name, t in state.items()}
+        return {f"{_STATE}{c.name}.{n}": t[member] for c, state in self._of(member) for n, t in state.items()}
+
+    def moved(self, member: int, samples: int) -> set[str]:
+        """The numbers of a member that do not follow from the sample count."""
+        return {name for c, state in self._of(member) if state for name in c.numbers(state, samples)}
+
+    def verdicts(self, member: int) -> list[str]:
+        """What its controls have to say at the end of training."""
+        return [said for c, state in self._of(member) if state and (said := c.verdict(state, member))]
+
+    def _of(self, member: int) -> list[tuple[Control, Store]]:
+        return [(c, s) for c, s in zip(self.controls, self.states, strict=True) if c.moves(self.members[member])]
 
     def forget(self) -> None:
         """States were written to: the numbers that followed from them do not hold."""

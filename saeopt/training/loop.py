@@ -360,13 +360,16 @@ class _Loop:
         seen = Seen.all_of(self.tokens.eval_batches(self.config.data.eval_batch_size) if found else ())
         for other in together:
             metrics = found.get(other.plan.name, {})
+            for member in other.active:
+                metrics.get(member.hook_point, {}).update(self.pack.aimed(member, self.samples))
             if self.ranks.is_first and metrics:
                 told = conditions(other.plan.config, self.model, seen, self.model.predicts)
                 with self._writing(other):
                     write_json(other.folder.evaluation_path, with_conditions(metrics, told))
             self._write(other, named(metrics))
-            lost = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
-            self._close(other, TrialResult("finished", self.samples, "; ".join(lost) or None, metrics))
+            said = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
+            said += [f"{m.hook_point}: {text}" for m in other.active for text in self.pack.verdicts(m)]
+            self._close(other, TrialResult("finished", self.samples, "; ".join(said) or None, metrics))
 
     def _close(self, trial: Trial, result: TrialResult) -> None:
         """The trial's last word, unless it has had one (its folder is another's)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from saeopt.saes.noise import derived_seed
 from saeopt.training.controls import Control, Controls, schedules
 from saeopt.training.resampling import is_due, resample
 from saeopt.training.runtime import Runtime
+from saeopt.training.steering import TargetL0
 from saeopt.training.step.choose import make_stack
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
 from saeopt.training.step.stack import Stack
@@ -50,6 +51,10 @@ class Member:
     def site(self) -> Site:
         """What it reads and writes."""
         return self.config.saes.site(self.hook_point)
+
+    def sparsity_warmup(self, total: int) -> int:
+        """Samples over which its λ rises."""
+        return self.config.sparsity_warmup(self.sae_config, total)
 
     @property
     def noise_seed(self) -> int:
@@ -205,8 +210,9 @@ class Pack:
             numbers = group.controls.numbers(samples)
             with self._blamed(group):
                 found_here = group.stack.metrics()
-            for member, measured, row in zip(group.members, found_here, numbers, strict=True):
-                found.append((member, measured | _told(member.sae, row)))
+            for i, (member, measured) in enumerate(zip(group.members, found_here, strict=True)):
+                told = _told(member.sae, numbers[i], group.controls.moved(i, samples))
+                found.append((member, measured | told))
         return found
 
     def drop(self, members: Iterable[Member], reason: str) -> None:
@@ -223,6 +229,22 @@ class Pack:
                     group.controls.remove(index)
                     group.stack.remove(index)
             self.groups = [group for group in self.groups if group.members]
+
+    def verdicts(self, member: Member) -> list[str]:
+        """What an active member's controls have to say at the end of training (synchronises)."""
+        return [said for controls, index in self._controls_of(member) for said in controls.verdicts(index)]
+
+    def aimed(self, member: Member, samples: int) -> dict[str, float]:
+        """The L0 that an active member was to come to, and what its controls have moved (synchronises)."""
+        target = member.sae_config.target_l0
+        found = {} if target is None else {"target_l0": target}
+        for controls, index in self._controls_of(member):
+            numbers = controls.numbers(samples)[index]
+            found |= {name: float(numbers[name]) for name in controls.moved(index, samples)}
+        return found
+
+    def _controls_of(self, member: Member) -> list[tuple[Controls, int]]:
+        return [(group.controls, group.members.index(member)) for group in self.groups if member in group.members]
 
     def state(self, member: Member) -> dict[str, Tensor]:
         """The optimiser state of an active member; empty for one that stopped."""
@@ -252,12 +274,15 @@ def centring(sae: SAE) -> str:
 
 def controls_of(members: Sequence[Member], total: int) -> list[Control]:
     """What sets the numbers of some members, all of one stack, in a run of `total` samples."""
-    return schedules(members, total)
+    found = schedules(members, total)
+    if any(m.sae_config.target_l0 is not None for m in members):
+        found.append(TargetL0(members, total))
+    return found
 
 
-def _told(sae: SAE, numbers: Numbers) -> dict[str, float]:
+def _told(sae: SAE, numbers: Numbers, moved: Container[str]) -> dict[str, float]:
     """The learning rate, and the numbers that a control has moved or that the architecture has told."""
-    names = [n for n, number in sae.numbers.items() if number.logged or isinstance(numbers[n], Tensor)]
+    names = [name for name, number in sae.numbers.items() if number.logged or name in moved]
     return {name: float(numbers[name]) for name in ("lr", *names)}
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import uniform
+from saeopt.saes.numbers import EVALUATED
 from saeopt.training.step.books import Books, zeros
-from saeopt.training.step.contract import Example, Optimiser, Parts, Pass, Place, StackOptions
+from saeopt.training.step.contract import TALLY, Example, Optimiser, Parts, Pass, Place, StackOptions
 from saeopt.training.step.dense import Architecture, Found, Given, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.numbers import Table
@@ -62,6 +63,8 @@ class InPlace:
             "fired": zeros(size, storage.h, device=storage.device),
             "y": zeros(storage.d + 2, device=storage.device),
         }
+        if EVALUATED in storage.saes[0].tallies:
+            window[TALLY + EVALUATED] = zeros(size, device=storage.device)
         grads = {name: torch.zeros_like(tensor) for name, tensor in storage.weights.items()}
         return Parts(grads | more.grads, window | more.window)
 
@@ -124,6 +127,8 @@ class DensePass(Pass):
             grads[PULL][member] += found.pull_Mh[0]
         window["totals"][member] += found.totals_M4[0]
         window["fired"][member] += found.fired_Mh[0]
+        for name, tally_M in found.tallies().items():
+            window[name][member] += tally_M[0]
 
 
 def dense_on_cpu(architecture: Architecture, form: Form, saes: Sequence[SAE], options: StackOptions) -> Assembly:

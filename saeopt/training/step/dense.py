@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saeopt.saes.hard_concrete import quiet_threshold
 from saeopt.saes.noise import hashed_uniform
+from saeopt.saes.numbers import EVALUATED
+from saeopt.training.step.contract import TALLY
 from saeopt.training.step.forms import Form
 
 NARROW = 128
@@ -67,18 +70,26 @@ class Found(NamedTuple):
     pull_Mh: Tensor | None
     totals_M4: Tensor
     fired_Mh: Tensor
+    evaluated_M: Tensor | None = None
+    """Non-zeros of the evaluation form, where the architecture tallies them."""
 
     @classmethod
     def of(cls, members: list[Found]) -> Found:
         """Of several members what their passes gave, but for the products."""
         pulls = [one.pull_Mh for one in members if one.pull_Mh is not None]
+        evaluated = [one.evaluated_M for one in members if one.evaluated_M is not None]
         return cls(
             [],
             {name: torch.cat([one.vectors[name] for one in members]) for name in members[0].vectors},
             torch.cat(pulls) if pulls else None,
             torch.cat([one.totals_M4 for one in members]),
             torch.cat([one.fired_Mh for one in members]),
+            torch.cat(evaluated) if evaluated else None,
         )
+
+    def tallies(self) -> dict[str, Tensor]:
+        """The window's statistics that only some architectures have."""
+        return {} if self.evaluated_M is None else {TALLY + EVALUATED: self.evaluated_M.double()}
 
 
 class Back(NamedTuple):
@@ -90,6 +101,7 @@ class Back(NamedTuple):
     pull_Mh: Tensor | None
     sparsity_M: Tensor
     fired_Mh: Tensor
+    evaluated_M: Tensor | None = None
 
 
 class Architecture(NamedTuple):
@@ -127,7 +139,8 @@ def run(architecture: Architecture, form: Form, given: Given, call: Callable[...
     left, right = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (decoding, g_errors[: len(decoding)]))
     products = [("W_dec", left, right)]
     products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
-    return Found(products, {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+    vectors = {**back.vectors, "b_dec": g_b_dec}
+    return Found(products, vectors, back.pull_Mh, totals_M4, back.fired_Mh, back.evaluated_M)
 
 
 def centre(given: Given) -> Tensor:
@@ -268,7 +281,8 @@ def hard_concrete_back(
     if len(pres) == 2:
         products, through = [*products, g_gate.to(codes[0].dtype)], [*through, g_b_gate]
     fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
-    return Back(products, {"b_enc": g_b_enc, "b_gate": g_b_gate}, through, None, sparsity_M, fired_Mh)
+    vectors, evaluated_M = {"b_enc": g_b_enc, "b_gate": g_b_gate}, evaluated(form, given, log_alpha_MNh, inner_MNh)
+    return Back(products, vectors, through, None, sparsity_M, fired_Mh, evaluated_M)
 
 
 # ---- gated_hard_concrete: f = z ⊙ magnitude from one product, see `saeopt.saes.gated_hard_concrete`
@@ -298,7 +312,8 @@ def gated_hard_concrete_back(
         weight_MNh = torch.relu(log_alpha_MNh)
         g_gate = (g_z + g_aux * weight_MNh) * slope_MNh + g_open + g_aux * z_MNh * (log_alpha_MNh > 0)
     fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
-    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
+    back = gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
+    return back._replace(evaluated_M=evaluated(form, given, log_alpha_MNh, inner_MNh))
 
 
 RELU = Architecture(relu_codes, relu_back, back_needs_pre=False)
@@ -352,6 +367,13 @@ def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor,
     inside = (stretched >= 0) & (stretched <= 1)
     slope_MNh = torch.where(inside, (high - low) * inverse_beta_M11 * s_MNh * (1 - s_MNh), 0.0)
     return stretched.clamp(0, 1), slope_MNh
+
+
+def evaluated(form: Form, given: Given, log_alpha_MNh: Tensor, inner_MNh: Tensor) -> Tensor:
+    """Non-zeros of the evaluation form per member."""
+    opens = quiet_threshold(given.numbers["beta"][:, None, None], form.limits, form.eval_gate)
+    open_MNh = (log_alpha_MNh > opens) & (activation(form.magnitude, inner_MNh) != 0)
+    return masked(open_MNh.to(given.norm_Mh.dtype), given.keep_N).sum(1).sum(-1)
 
 
 def open_gates(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ class Form(NamedTuple):
     aux: float = 0.0
     magnitude: str = "relu"
     limits: tuple[float, float] = (-0.1, 1.1)
+    eval_gate: str = "median"
     seed_aux: bool = False
     frozen_aux: bool = True
 
@@ -49,7 +50,8 @@ def hard_concrete(sae: SAE) -> Form:
     assert isinstance(sae, HardConcreteSAE)
     config = sae.config
     limits = config.hard_concrete_stretch_limits
-    return plain(sae)._replace(directions=True, magnitude=config.magnitude_activation, limits=limits)
+    form = plain(sae)._replace(directions=True, magnitude=config.magnitude_activation, limits=limits)
+    return form._replace(eval_gate=config.eval_gate)
 
 
 def gated_hard_concrete(sae: SAE) -> Form:
@@ -57,4 +59,5 @@ def gated_hard_concrete(sae: SAE) -> Form:
     assert isinstance(sae, GatedHardConcreteSAE)
     config, aux = sae.config, sae.config.aux_coeff * _share(sae)
     limits, seed_aux = config.hard_concrete_stretch_limits, config.aux_form == "seed"
-    return plain(sae)._replace(aux=aux, magnitude=config.magnitude_activation, limits=limits, seed_aux=seed_aux)
+    form = plain(sae)._replace(aux=aux, magnitude=config.magnitude_activation, limits=limits, seed_aux=seed_aux)
+    return form._replace(eval_gate=config.eval_gate)

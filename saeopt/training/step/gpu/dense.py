@@ -89,7 +89,8 @@ class GpuDensePass(Pass):
         grads[VECTORS] = torch.cat([found.vectors[name] for name in storage.slices], 1)
         if found.pull_Mh is not None:
             grads[PULL] = found.pull_Mh
-        return Parts(grads, {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "y": y})
+        window = {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "y": y}
+        return Parts(grads, window | found.tallies())
 
     def _alone(self, tokens: int) -> bool:
         """Whether members are computed one after another."""

@@ -1,0 +1,257 @@
+"""`saes.target_l0`: λ is moved until L0, as an evaluation counts it, is what was asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fused_stacks import batches, make_members
+from test_window import OPTIONS, every_step
+
+from saeopt.config import validate_run
+from saeopt.config.run import PerformanceConfig
+from saeopt.runs.folder import RunFolder
+from saeopt.runs.tensor_file import read_tensors
+from saeopt.saes.base import SAE
+from saeopt.saes.numbers import EVALUATED
+from saeopt.testing.cases import joined
+from saeopt.training import Observer, TrialPlan, train_pack
+from saeopt.training.controls import Controls
+from saeopt.training.pack import Member, Pack, controls_of
+from saeopt.training.runtime import Runtime
+from saeopt.training.step.choose import make_stack, reference_stack
+from saeopt.training.step.contract import Place
+from saeopt.training.step.tally import join
+
+HOOK = "blocks.1.hook_resid_pre"
+TOTAL = 4096
+Make = Callable[..., Any]
+
+
+def group(make_config: Make, targets: list[float | None], sae_type: str = "relu", **given: Any) -> list[Member]:
+    """Members of one stack, started at different λ."""
+    saes = make_members({"sae_type": sae_type}, len(targets), torch.float64)
+    found = []
+    for i, (sae, target) in enumerate(zip(saes, targets, strict=True)):
+        own = {"saes.sae_type": sae_type, "saes.target_l0": target, "saes.sparsity_coeff": 0.2 + i, **given}
+        config = make_config(**{**own, "data.n_train_samples": TOTAL})
+        sae.config = config.saes
+        found.append(Member(str(i), HOOK, config, sae))
+    return found
+
+
+def window(at: int, l0: list[float], **more: list[float]) -> dict[str, torch.Tensor]:
+    """What a control is told of a window of 100 tokens that ends at sample `at`."""
+    size = len(l0)
+    values = {"samples": [float(at)] * size, "n": [100.0] * size, "l0": l0, **more}
+    return {name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()}
+
+
+def path_of_ln(l0: list[float], target: float, step: int) -> list[float]:
+    """ln(λ / λ at the start) after each window: the formula written out for one member."""
+    ln, mean, weight, before, found = 0.0, 0.0, 0.0, 0.0, []
+    for i, value in enumerate(l0):
+        t, passed = (i + 1) * step / TOTAL, step / TOTAL
+        keep = math.exp(-passed / 0.01)
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        reference = target * (1 + 0.2 * max(0.0, 0.6 / t - 1))
+        error = min(1.0, max(-1.0, math.log(mean / weight / reference)))
+        move = 1.0 * (error - before) + 33.0 * error * passed
+        if 0.05 < t <= 0.95:
+            ln += min(0.05, max(-0.05, move))
+        ln = min(4 * math.log(10), max(-4 * math.log(10), ln))
+        before = error
+        found.append(ln)
+    return found
+
+
+def test_lambda_follows_the_law(make_config: Make) -> None:
+    members = group(make_config, [8.0, 40.0, None])
+    controls, step, draw = Controls(members, controls_of(members, TOTAL)), 8, random.Random(3)
+    l0 = [[draw.uniform(0.5, 1.5) * (60 * 0.99**i + 5 * m) for m in range(3)] for i in range(TOTAL // step)]
+    paths = []
+    for i, row in enumerate(l0):
+        controls.observe(window((i + 1) * step, row), torch.ones(3, dtype=torch.bool))
+        paths.append(controls.states[-1]["ln"].tolist())
+        told = [float(row["sparsity_coeff"]) for row in controls.numbers((i + 2) * step)]
+        rising = min(1.0, (i + 2) * step / round(0.05 * TOTAL))
+        expected = [(0.2 + m) * rising * math.exp(paths[-1][m]) for m in range(3)]
+        assert told == pytest.approx(expected, rel=1e-12)
+    for m, target in enumerate((8.0, 40.0)):
+        expected = path_of_ln([row[m] for row in l0], target, step)
+        assert [path[m] for path in paths] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert paths[-1][m] == paths[int(0.95 * TOTAL / step)][m] != 0  # frozen
+    assert {path[2] for path in paths} == {0.0}  # no target: as it is scheduled
+
+
+def test_lambda_stops_at_its_bound_and_the_run_says_so(make_config: Make) -> None:
+    members = group(make_config, [8.0, 8.0, None])
+    controls = Controls(members, controls_of(members, TOTAL))
+    for at in range(4, TOTAL + 1, 4):  # λ of the first has no effect, as where a penalty saturates
+        controls.observe(
+            window(at, [30.0, 8.0 * (1 + 0.2 * max(0.0, 0.6 * TOTAL / at - 1)), 30.0]), torch.ones(3).bool()
+        )
+    assert controls.states[-1]["ln"][0] == pytest.approx(4 * math.log(10))
+    (said,) = controls.verdicts(0)
+    assert "'target_l0' is 8, training ended at L0 30" in said
+    assert "bound" in said
+    assert controls.verdicts(1) == controls.verdicts(2) == []
+
+
+def test_a_broken_window_and_leaving_members_leave_the_others_alone(make_config: Make) -> None:
+    members = group(make_config, [8.0, 20.0, 30.0])
+    controls = Controls(members, controls_of(members, TOTAL))
+    for at in range(8, 1024, 8):
+        controls.observe(window(at, [50.0, 50.0, 50.0]), torch.ones(3).bool())
+    before = [dict(controls.state(m)) for m in range(3)]
+    copied = [{name: tensor.clone() for name, tensor in state.items()} for state in before]
+    controls.observe(window(1024, [math.nan, 50.0, 50.0]), torch.tensor([False, True, True]))
+    assert all(torch.equal(tensor, copied[0][name]) for name, tensor in controls.state(0).items())
+    assert not torch.equal(controls.state(1)["control.target_l0.ln"], copied[1]["control.target_l0.ln"])
+    controls.remove(0)
+    del members[0]
+    assert float(controls.state(0)["control.target_l0.target"]) == 20
+
+
+def test_members_with_and_without_a_target_share_a_stack(make_config: Make) -> None:
+    """Who has none keeps no state of it and logs no λ: its checkpoint goes on in any other pack."""
+    members = group(make_config, [4.0, None], gradient_accumulation_steps=1)
+    pack = Pack(members, Runtime("cpu"), total_samples=TOTAL)
+    assert len(pack.groups) == 1
+    rows = [row for _, row in pack.metrics(TOTAL)]
+    assert "sparsity_coeff" in rows[0]
+    assert "sparsity_coeff" not in rows[1]
+    assert any("target_l0" in name for name in pack.state(members[0]))
+    assert not any("target_l0" in name for name in pack.state(members[1]))
+    assert pack.aimed(members[0], TOTAL) == {"target_l0": 4.0, "sparsity_coeff": pytest.approx(0.2)}
+    assert pack.aimed(members[1], TOTAL) == {}
+
+
+# ---- L0 as an evaluation counts it
+@pytest.mark.parametrize("eval_gate", ["median", "paper"])
+@pytest.mark.parametrize("sae_type", ["hard_concrete", "gated_hard_concrete"])
+@every_step
+def test_noisy_gates_tally_the_non_zeros_of_their_evaluation_form(sae_type: str, eval_gate: str, step: str) -> None:
+    device = "cuda" if step == "gpu" else "cpu"
+    shape = {"d": 48, "h": 320} if step == "gpu" else {}
+    variant = {"sae_type": sae_type, "eval_gate": eval_gate, "magnitude_activation": "relu", **shape}
+    dtype = torch.float32 if step == "gpu" else torch.float64
+    saes = make_members(variant, 2, dtype, device)
+    stack = _stack(step, saes)
+    numbers = [{"lr": 1e-3, "max_grad_norm": 1.0, "sparsity_coeff": 0.1, "beta": beta} for beta in (0.6, 0.4)]
+    expected = torch.zeros(2, dtype=torch.float64)
+    for example in batches(3, dtype, device, d=saes[0].d):
+        for i, sae in enumerate(saes):
+            sae.get_buffer("beta").fill_(numbers[i]["beta"])
+            f_Nh = sae.encode(example.x_Nd)
+            expected[i] += (f_Nh != 0).sum() if example.keep_N is None else (f_Nh != 0)[example.keep_N].sum()
+        stack.accumulate(example, numbers)
+    (sums, *_) = [t for ts in stack.partial().values() for t in ts if _is_tally(stack, t)]
+    torch.testing.assert_close(sums.double().cpu(), expected, rtol=1e-3 if step == "gpu" else 0, atol=0)
+
+
+def _stack(step: str, saes: list[SAE]) -> Any:
+    if step == "reference":
+        return reference_stack(saes, [1, 2], OPTIONS)
+    return make_stack(saes, [1, 2], OPTIONS, PerformanceConfig())
+
+
+def _is_tally(stack: Any, tensor: torch.Tensor) -> bool:
+    return any(tensor is found for name, found in stack.parts[stack.shape].window.items() if name.endswith(EVALUATED))
+
+
+@pytest.mark.parametrize("sae_type", ["relu", "hard_concrete"])
+def test_micro_batches_and_ranks_move_lambda_like_one_window(make_config: Make, sae_type: str) -> None:
+    data, stacks, watchers = batches(48, torch.float64), [], []
+    for _ in range(4):
+        members = group(make_config, [3.0, None], sae_type)
+        watchers.append(Controls(members, controls_of(members, TOTAL)))
+        stacks.append(reference_stack([m.sae for m in members], [1, 2], OPTIONS, watchers[-1]))
+    whole, four, *ranks = stacks
+    for at in range(0, 48, 4):
+        part, samples = data[at : at + 4], TOTAL // 4 + 4 * at
+        rows = [watcher.numbers(samples) for watcher in watchers]
+        place = Place(part[0].place.first_sample, 4 * part[0].place.n_samples, part[0].place.tokens_per_sample)
+        whole.step(replace(joined(part), place=place), rows[0])
+        for example in part:
+            four.accumulate(example, rows[1])
+        for rank, own, numbers in zip(ranks, (part[:1], part[1:]), rows[2:], strict=True):
+            for example in own:
+                rank.accumulate(example, numbers)
+        both = [rank.partial() for rank in ranks]
+        for how, tensors in both[0].items():
+            for left, right in zip(tensors, both[1][how], strict=True):
+                join(left, right, how)
+                right.copy_(left)
+        for stack, numbers in zip(stacks[1:], rows[1:], strict=True):
+            stack.apply(numbers)
+    lns = [watcher.states[-1]["ln"] for watcher in watchers]
+    assert lns[0][0] != 0
+    for ln in lns[1:]:
+        torch.testing.assert_close(ln, lns[0], rtol=1e-9, atol=0)
+    assert torch.equal(lns[2], lns[3])
+
+
+# ---- whole runs
+def test_a_run_with_a_target_resumes_bit_for_bit(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(**{"saes.sae_type": "hard_concrete", "saes.target_l0": 5, "data.n_eval_samples": 0})
+    runtime = Runtime("cpu")
+
+    class Interrupt(Observer):
+        polls = 0
+
+        def should_interrupt(self) -> bool:
+            self.polls += 1
+            return self.polls == 9
+
+    whole = train_pack([TrialPlan("a", config, tmp_path / "whole")], runtime)["a"]
+    assert train_pack([TrialPlan("a", config, tmp_path / "cut")], runtime, Interrupt())["a"].status == "interrupted"
+    cut = train_pack([TrialPlan("a", config, tmp_path / "cut", resume=True)], runtime)["a"]
+    folders = [RunFolder(tmp_path / name) for name in ("whole", "cut")]
+    assert folders[1].weights_path(256).read_bytes() == folders[0].weights_path(256).read_bytes()
+    assert folders[1].state_path(256).read_bytes() == folders[0].state_path(256).read_bytes()
+    assert float(read_tensors(folders[0].state_path(256))[f"{HOOK}/control.target_l0.ln"]) != 0
+    assert whole.reason == cut.reason
+    assert "'target_l0' is 5" in (whole.reason or "")  # 16 windows are too few
+
+
+def test_a_short_run_on_a_real_model_comes_to_its_targets(
+    stories: Path, tinystories: list[str], tmp_path: Path
+) -> None:
+    """Three targets in one stack, from one start."""
+    text, plans = tmp_path / "stories.txt", []
+    text.write_text("\n\n".join(" ".join(story.split()) for story in tinystories), encoding="utf-8")
+    for target in (10, 20, 40):
+        config = validate_run(
+            {
+                "recipe": 2, "lr": 5e-3, "warmup_samples": 20, "threads": 1, "log_every_n_grad_steps": 50,
+                "tlens_model_path": str(stories),
+                "data": {
+                    "dataset_name": str(text), "is_tokenized": False,
+                    "column_name": "text", "streaming": False, "context_length": 128, "n_train_samples": 1600,
+                    "n_eval_samples": 80, "train_batch_size": 2, "eval_batch_size": 40,
+                },
+                "saes": {
+                    "sae_type": "relu", "sae_positions": ["blocks.2.hook_resid_pre"], "dict_size_to_input_ratio": 4,
+                    "target_l0": target,
+                },
+            },
+            "the test's config",
+        )  # fmt: skip
+        plans.append(TrialPlan(str(target), config, tmp_path / str(target)))
+    for name, result in train_pack(plans, Runtime("cpu")).items():
+        (row,) = result.evaluation.values()
+        assert row["l0"] == pytest.approx(float(name), rel=0.06), name
+        assert row["target_l0"] == float(name)
+        assert result.reason is None
+        logged = map(json.loads, RunFolder(tmp_path / name).metrics_path.read_text(encoding="utf-8").splitlines())
+        path = [line["sparsity_coeff"] for line in logged if "sparsity_coeff" in line]
+        assert len(set(path)) > 8
+        assert row["sparsity_coeff"] == pytest.approx(path[-1])
