@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
-from saeopt.errors import UserError
 from saeopt.saes.init import initialise
 from saeopt.saes.normalisation import Normalised, Widths, kind_of
 from saeopt.saes.numbers import Number, sparsity_coeff
@@ -184,8 +183,6 @@ class SAE(Normalised):
         self._start_normalisation(self.d, self.e, self.b_dec.detach())
         self.register_buffer("tokens_since_fired", torch.zeros(h, dtype=torch.int64, device=device))
         self.build()
-        if config.target_l0 is not None and config.target_l0 > h:
-            raise UserError(f"'saes.target_l0': {config.target_l0:g} exceeds the dictionary's {h} latents")
 
     def build(self) -> None:
         """Make the further parameters and buffers that an architecture needs."""

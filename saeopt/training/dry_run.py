@@ -85,7 +85,7 @@ def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
     found = []
     for site in model.sites(config.saes):
         section, d, widths = config.sae_at(site.key), *widths_at(site, model)
-        h = dictionary_width(section.dict_size_to_input_ratio, d)
+        h = dictionary_width(section, d)
         sae = get_sae(section.sae_type)(
             d,
             h,

@@ -13,6 +13,7 @@ from saeopt.activations.calibration import Calibration, calibration
 from saeopt.activations.source import Samples, Source
 from saeopt.config.keys import stream_key
 from saeopt.config.run import RunConfig
+from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import UserError
@@ -108,7 +109,7 @@ def blank_members(plan: TrialPlan, sites: Sequence[Site], model: Source, runtime
         section, d, widths = plan.config.sae_at(site.key), *widths_at(site, model)
         sae = get_sae(section.sae_type)(
             d,
-            dictionary_width(section.dict_size_to_input_ratio, d),
+            dictionary_width(section, d),
             section,
             legacy_scaling=bool(plan.config.legacy_scaling),
             recipe=plan.config.recipe,
@@ -126,9 +127,16 @@ def widths_at(site: Site, model: Source) -> tuple[int, Widths | None]:
     return sum(reads), None if site.one else Widths(reads, writes, site.reads == site.writes)
 
 
-def dictionary_width(ratio: float, d: int) -> int:
-    """h = round(ratio · d), at least 1."""
-    return max(1, round(ratio * d))
+def dictionary_width(section: SAEConfig, d: int) -> int:
+    """h = round(ratio · d), at least 1.
+
+    Raises:
+        UserError: L0 cannot be what is asked for.
+    """
+    h = max(1, round(section.dict_size_to_input_ratio * d))
+    if section.target_l0 is not None and section.target_l0 > h:
+        raise UserError(f"'saes.target_l0': {section.target_l0:g} exceeds the dictionary's {h} latents")
+    return h
 
 
 def calibrate(members: Sequence[Member], model: Source, tokens: Samples, config: RunConfig, runtime: Runtime) -> None:

@@ -77,7 +77,7 @@ class Comparison:
         parts = load_file(self.activations)
         self.x_Nd, self.norm_limit = parts["train"].to(self.runtime.device), parts["norm_limit"].item()
         self.d = self.x_Nd.shape[1]
-        self.h = dictionary_width(config.saes.dict_size_to_input_ratio, self.d)
+        self.h = dictionary_width(config.saes, self.d)
 
     # ---- configs
     def config(self, job: Job, changes: dict[str, Any] | None = None) -> RunConfig:

@@ -17,6 +17,7 @@ from test_window import OPTIONS, every_step
 
 from saeopt.config import validate_run
 from saeopt.config.run import PerformanceConfig
+from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.tensor_file import read_tensors
 from saeopt.saes.base import SAE
@@ -200,6 +201,13 @@ def test_micro_batches_and_ranks_move_lambda_like_one_window(make_config: Make, 
 
 
 # ---- whole runs
+def test_more_than_the_dictionary_has_is_refused(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(**{"saes.target_l0": 65})
+    with pytest.raises(UserError, match="'saes.target_l0': 65 exceeds the dictionary's 64 latents"):
+        train_pack([TrialPlan("a", config, tmp_path / "a")], Runtime("cpu"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_run_with_a_target_resumes_bit_for_bit(make_config: Make, tmp_path: Path) -> None:
     config = make_config(**{"saes.sae_type": "hard_concrete", "saes.target_l0": 5, "data.n_eval_samples": 0})
     runtime = Runtime("cpu")
