@@ -203,7 +203,7 @@ def test_micro_batches_and_ranks_move_lambda_like_one_window(make_config: Make, 
 # ---- whole runs
 def test_more_than_the_dictionary_has_is_refused(make_config: Make, tmp_path: Path) -> None:
     config = make_config(**{"saes.target_l0": 65})
-    with pytest.raises(UserError, match="'saes.target_l0': 65 exceeds the dictionary's 64 latents"):
+    with pytest.raises(UserError, match=r"'saes.target_l0': 65 exceeds the dictionary's 64 latents"):
         train_pack([TrialPlan("a", config, tmp_path / "a")], Runtime("cpu"))
     assert not (tmp_path / "a").exists()
 
