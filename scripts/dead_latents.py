@@ -14,8 +14,12 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
+from math import exp, log
 from pathlib import Path
 from typing import Any
+
+from numpy import interp
 
 from saeopt.config import RunConfig, apply_overrides, load_run_config
 from saeopt.config.io import parse_override
@@ -54,70 +58,99 @@ def options() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--ratio", type=float, default=32)
     parser.add_argument("--silent", type=int, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the data's order")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the SAEs: the table has their means")
+    parser.add_argument("--factors", nargs="+", type=float, default=[1.0], help="of λ or k: a front for each variant")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
-def jobs(given: argparse.Namespace) -> Iterator[tuple[str, str, RunConfig]]:
-    """Variant, architecture and config of every run."""
+def jobs(given: argparse.Namespace) -> Iterator[tuple[dict[str, Any], RunConfig]]:
+    """What every run is, and its config."""
     sparsity = dict(item.split("=") for item in given.sparsity)
+    given.out.mkdir(parents=True, exist_ok=True)
     for sae_type in given.types:
         base = CONFIGS / f"stories260k-{sae_type}.yaml"
         if not base.exists():
             base = CONFIGS / f"stories260k-{'topk' if 'topk' in sae_type else 'relu'}.yaml"
-        common: dict[str, Any] = {
-            "tlens_model_path": given.model, "save_dir": str(given.out), "save_every_n_samples": 0,
-            "seed": given.seed, "data.seed": given.seed, "data.dataset_name": given.data,
-            "data.context_length": given.context, "data.n_train_samples": given.tokens // given.context,
-            "data.n_eval_samples": 100, "data.train_batch_size": given.batch // given.context,
-            "saes.sae_positions": given.positions, "saes.dict_size_to_input_ratio": given.ratio,
-            "warmup_samples": given.tokens // given.context // 100,
-        }  # fmt: skip
-        common |= dict(map(parse_override, given.set))
-        if sae_type in sparsity:
-            field = "saes.k" if "topk" in sae_type else "saes.sparsity_coeff"
-            common[field] = float(sparsity[sae_type])
         config = load_run_config(base, [f"saes.sae_type={sae_type}"])
         raw = config.model_dump(mode="json", exclude_unset=True, exclude={"as_typed"})
+        for field in ("normalize_activations", "init"):  # what the base's recipe wrote out
+            raw["saes"].pop(field, None)
         known = {f"saes.{name}" for name in type(config.saes).model_fields}
-        for text in given.variant:
+        amount = "saes.k" if "saes.k" in known else "saes.sparsity_coeff"
+        wanted = float(sparsity.get(sae_type, getattr(config.saes, amount.removeprefix("saes."))))
+        for text, seed, factor in product(given.variant, given.seeds, given.factors):
             name, _, fields = text.partition(":")
-            changes = dict(parse_override(field) for field in fields.split(",") if field)
+            changes = {amount: round(wanted * factor) if amount == "saes.k" else wanted * factor, "seed": seed}
+            changes |= dict(parse_override(field) for field in fields.split(",") if field)
             changes = {k: v for k, v in changes.items() if not k.startswith("saes.") or k in known}
-            for field in ("normalize_activations", "init"):  # what the base's recipe wrote out
-                raw["saes"].pop(field, None)
-            given.out.mkdir(parents=True, exist_ok=True)
-            path = given.out / f"{name}-{sae_type}.json"
-            path.write_text(json.dumps(apply_overrides(raw, common | changes)), encoding="utf-8")
-            yield name, sae_type, load_run_config(path)
+            path = given.out / f"{name}-{sae_type}-{seed}-{factor:g}.json"
+            path.write_text(json.dumps(apply_overrides(raw, common(given) | changes)), encoding="utf-8")
+            yield {"type": sae_type, "variant": name, "seed": seed, "factor": factor}, load_run_config(path)
+
+
+def common(given: argparse.Namespace) -> dict[str, Any]:
+    """What all runs have."""
+    samples = given.tokens // given.context
+    return {
+        "tlens_model_path": given.model, "save_dir": str(given.out), "save_every_n_samples": 0,
+        "data.seed": given.seed, "data.dataset_name": given.data, "data.context_length": given.context,
+        "data.n_train_samples": samples, "data.n_eval_samples": 100, "warmup_samples": samples // 100,
+        "data.train_batch_size": given.batch // given.context, "saes.sae_positions": given.positions,
+        "saes.dict_size_to_input_ratio": given.ratio, **dict(map(parse_override, given.set)),
+    }  # fmt: skip
 
 
 def rows(given: argparse.Namespace) -> list[Any]:
     """Train, and measure every SAE."""
-    plans = {f"{v}-{t}": (v, t, TrialPlan(f"{v}-{t}", c, given.out / f"{v}-{t}")) for v, t, c in jobs(given)}
-    results = train_pack([plan for _, _, plan in plans.values()], make_runtime(given.device))
+    plans = []
+    for number, (what, config) in enumerate(jobs(given)):
+        plans.append((what, TrialPlan(f"run-{number}", config, given.out / f"run-{number}")))
+    results = train_pack([plan for _, plan in plans], make_runtime(given.device))
     found: list[Any] = []
-    for name, (variant, sae_type, plan) in plans.items():
+    for what, plan in plans:
         for hook, sae in load_run(plan.run_dir)[1].items():
-            metrics = results[name].evaluation.get(hook, {})
+            metrics = results[plan.name].evaluation.get(hook, {})
             dead = (sae.tokens_since_fired >= given.silent).double().mean().item()
             numbers = {key: metrics.get(key) for key in ("l0", "fvu", "ce_recovered", "gamma")}
-            found.append({"variant": variant, "type": sae_type, "hook": hook, "dead": dead, **numbers})
+            found.append({**what, "hook": hook, "dead": dead, **numbers})
     return found
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Markdown: a line per architecture and variant, a column per hook point: dead share (L0, FVU)."""
+def table(found: list[Any]) -> str:
+    """Markdown: a line per architecture, variant and factor, a column per hook point: dead share (L0, FVU)."""
     hooks = list(dict.fromkeys(row["hook"] for row in found))
-    lines = [f"| | | {' | '.join(hooks)} |", "| --- | --- |" + " --- |" * len(hooks)]
-    for sae_type, variant in dict.fromkeys((row["type"], row["variant"]) for row in found):
+    lines = [f"| | | | {' | '.join(hooks)} |", "| --- | --- | --- |" + " --- |" * len(hooks)]
+    for line in dict.fromkeys((row["type"], row["variant"], row["factor"]) for row in found):
         cells = []
         for hook in hooks:
-            row = next(r for r in found if (r["type"], r["variant"], r["hook"]) == (sae_type, variant, hook))
-            cells.append(f"{row['dead']:.1%} ({row['l0']:.1f}, {row['fvu']:.3f})")
-        lines.append(f"| {sae_type} | {variant} | {' | '.join(cells)} |")
+            same = [r for r in found if (r["type"], r["variant"], r["factor"], r["hook"]) == (*line, hook)]
+            dead, l0, fvu = (sum(r[key] for r in same) / len(same) for key in ("dead", "l0", "fvu"))
+            cells.append(f"{dead:.1%} ({l0:.1f}, {fvu:.4f})")
+        lines.append(f"| {line[0]} | {line[1]} | {line[2]:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def at_equal_l0(found: list[Any]) -> str:
+    """Each variant's FVU in units of the first one's at the L0 of the first one's middle factor, per seed."""
+    variants = list(dict.fromkeys(row["variant"] for row in found))
+    lines = ["", f"FVU over {variants[0]}'s at equal L0, mean over seeds (least … most):"]
+    for sae_type, hook in dict.fromkeys((row["type"], row["hook"]) for row in found):
+        fronts: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        for row in found:
+            if (row["type"], row["hook"]) == (sae_type, hook):
+                fronts.setdefault((row["variant"], row["seed"]), []).append((log(row["l0"]), log(row["fvu"])))
+        for variant in variants[1:]:
+            ratios = []
+            for seed in dict.fromkeys(row["seed"] for row in found):
+                first, other = (sorted(fronts[name, seed]) for name in (variants[0], variant))
+                at, fvu = first[len(first) // 2]
+                l0s, fvus = [l0 for l0, _ in other], [value for _, value in other]
+                ratios.append(exp(float(interp(at, l0s, fvus)) - fvu))
+            mean = sum(ratios) / len(ratios)
+            lines.append(f"{sae_type} {hook} {variant}: {mean:.3f} ({min(ratios):.3f} … {max(ratios):.3f})")
     return "\n".join(lines)
 
 
@@ -127,6 +160,8 @@ def main() -> None:
     found = rows(given)
     write_json(given.out / f"dead-{given.seed}.json", found)
     sys.stdout.write(table(found) + "\n")
+    if len(given.factors) > 1:
+        sys.stdout.write(at_equal_l0(found) + "\n")
 
 
 if __name__ == "__main__":
