@@ -6,6 +6,8 @@ Shape suffixes: N tokens, e width written, h dictionary width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +48,8 @@ def aux_ratio(
 
 class RevivalConfig(SAEConfig):
     """The fields of architectures that take AuxK on request."""
+
+    only_with: ClassVar[Mapping[str, str]] = {"aux_k": "auxk_coeff"}
 
     auxk_coeff: Stack[Weight] = 0.0
     """Weight of an auxiliary loss for dead latents, in topk's proportion to the squared error (there it is 1/32); 0:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import SAEConfig
-from saeopt.saes.auxk import Revival
+from saeopt.saes.auxk import Revival, RevivalConfig
 from saeopt.saes.base import SAE, Forward, Reduction, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
 from saeopt.saes.numbers import EVALUATED, Number, Progress
@@ -30,7 +30,7 @@ Temperature = Annotated[Float, Field(ge=1e-4, le=1e4)]
 class NoisyGateConfig(MagnitudeConfig):
     """Fields of both hard-concrete architectures."""
 
-    only_with: ClassVar[Mapping[str, str]] = {"final_beta": "beta_annealing"}
+    only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "final_beta": "beta_annealing"}
 
     initial_beta: Member[Temperature] = 0.5
     """β, the temperature of the gates (at the start, where it is annealed)."""

@@ -24,7 +24,7 @@ Positive = Annotated[Float, Field(gt=0, le=1e6)]
 class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
-    only_with: ClassVar[Mapping[str, str]] = {"density_coeff": "max_density"}
+    only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"
     """What λ multiplies: `step`, the mean L0; `tanh`, the mean of Σ tanh(4 f ‖W_dec‖); `quadratic`,
