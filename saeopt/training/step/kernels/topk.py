@@ -56,8 +56,8 @@ def _decode(
 
 @triton.jit
 def _over_tokens(
-    begin, end, c, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr,
-    D: tl.constexpr, K: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
+    begin, end, c, slot_ptr, values_ptr, dots_ptr, rows_ptr, error_ptr, centred_ptr, shift,
+    D: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Columns c of Σ value · error and Σ dot · x̄, and Σ dot and the number of firings, over entries [begin, end)."""
     cm = c < D
@@ -69,17 +69,33 @@ def _over_tokens(
         o = t0 + tl.arange(0, TB)
         om = o < end
         slot = tl.load(slot_ptr + o, mask=om, other=0).to(tl.int64)
-        row = slot // K
+        if K > 0:
+            row = slot // K
+        else:
+            row = tl.load(rows_ptr + slot, mask=om, other=0).to(tl.int64)
         v = tl.load(values_ptr + slot, mask=om, other=0.0)
         g = tl.load(dots_ptr + slot, mask=om, other=0.0)
         mask = om[:, None] & cm[None, :]
-        e = tl.load(error_ptr + row[:, None] * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        learns_from = row
+        if G > 1:
+            learns_from += shift
+        e = tl.load(error_ptr + learns_from[:, None] * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
         x = tl.load(centred_ptr + row[:, None] * D + c[None, :], mask=mask, other=0.0).to(tl.float32)
         dec += tl.sum(v[:, None] * e, 0)
         enc += tl.sum(g[:, None] * x, 0)
         bias += g
         fired += (v > 0).to(tl.float32)
     return dec, enc, tl.sum(bias, 0), tl.sum(fired, 0)
+
+
+@triton.jit
+def _shift(latent, widths_ptr, N, H, G: tl.constexpr):
+    """How far E_g of a latent's prefix g lies behind the row that member and token would have with one prefix."""
+    member = latent // H
+    prefix = member * (G - 1)
+    for g in tl.static_range(G - 1):
+        prefix += (latent % H >= tl.load(widths_ptr + g)).to(tl.int64)
+    return prefix * N
 
 
 @triton.jit
@@ -93,9 +109,9 @@ def _store_sums(at, c, dec, enc, bias, fired, dec_ptr, enc_ptr, bias_ptr, fired_
 
 @triton.jit
 def _pieces(
-    ordered_ptr, start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, dec_ptr, enc_ptr, bias_ptr,
-    fired_ptr, entries, latents, shift, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr, TB: tl.constexpr,
-    C: tl.constexpr,
+    ordered_ptr, start_ptr, slot_ptr, values_ptr, dots_ptr, rows_ptr, error_ptr, centred_ptr, widths_ptr, dec_ptr,
+    enc_ptr, bias_ptr, fired_ptr, N, H, entries, latents, shift, D: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
+    P: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Entries [P·program, P·(program + 1)) of the latents that have more than P: one or two of them reach in here.
 
@@ -113,17 +129,17 @@ def _pieces(
             end = tl.load(start_ptr + latent + 1).to(tl.int64)
             if (end - begin > P) & ((side == 0) | (begin > first)):
                 dec, enc, bias, fired = _over_tokens(
-                    tl.maximum(begin, first), tl.minimum(end, last), c, slot_ptr, values_ptr, dots_ptr, error_ptr,
-                    centred_ptr, D, K, TB, C,
+                    tl.maximum(begin, first), tl.minimum(end, last), c, slot_ptr, values_ptr, dots_ptr, rows_ptr,
+                    error_ptr, centred_ptr, _shift(latent, widths_ptr, N, H, G), D, K, G, TB, C,
                 )  # fmt: skip
                 _store_sums(2 * piece + side, c, dec, enc, bias, fired, dec_ptr, enc_ptr, bias_ptr, fired_ptr, D)
 
 
 @triton.jit
 def _by_latent(
-    start_ptr, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, part_dec_ptr, part_enc_ptr, part_bias_ptr,
-    part_fired_ptr, g_dec_ptr, g_enc_ptr, g_bias_ptr, fired_ptr, factor, D: tl.constexpr, K: tl.constexpr,
-    P: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
+    start_ptr, slot_ptr, values_ptr, dots_ptr, rows_ptr, error_ptr, centred_ptr, widths_ptr, part_dec_ptr,
+    part_enc_ptr, part_bias_ptr, part_fired_ptr, g_dec_ptr, g_enc_ptr, g_bias_ptr, fired_ptr, N, H, factor,
+    D: tl.constexpr, K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """One latent: C columns of both matrices' gradients, from its tokens, or from its pieces where it has many."""
     latent = tl.program_id(0).to(tl.int64)
@@ -132,8 +148,9 @@ def _by_latent(
     c = tl.program_id(1) * C + tl.arange(0, C)
     if end - begin <= P:
         dec, enc, bias, fired = _over_tokens(
-            begin, end, c, slot_ptr, values_ptr, dots_ptr, error_ptr, centred_ptr, D, K, TB, C
-        )
+            begin, end, c, slot_ptr, values_ptr, dots_ptr, rows_ptr, error_ptr, centred_ptr,
+            _shift(latent, widths_ptr, N, H, G), D, K, G, TB, C,
+        )  # fmt: skip
     else:
         cm = c < D
         dec = tl.zeros([C], tl.float32)
@@ -217,14 +234,18 @@ def sort_keys(index: Tensor, members: int, h: int) -> Tensor:
 
 
 def by_latent(
-    keys: Tensor, values: Tensor, dots: Tensor, error_MNd: Tensor, centred_MNd: Tensor, h: int, factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keys: Tensor, values: Tensor, dots: Tensor, error: Tensor, centred_MNd: Tensor, h: int, factor: float,
+    rows: Tensor | None = None, widths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of W_dec and W_enc (M, h, d), of b_enc (M, h), and the firing counts (M, h); `keys`: `sort_keys`.
 
+    `values` and `dots` are (M · N, k), or (M, E) where `rows` (M, E) are those of a `batch.Ragged`. `error` is (M, N, d),
+    or (M, G, N, d), what latents of each prefix learn from, where `widths` are the prefixes' ends.
     Latents that fire often are cut into pieces, so that no program has much more to do than the others.
     """
-    members, _, d = error_MNd.shape
-    k, device, latents, entries = values.shape[1], values.device, members * h, len(keys)
+    members, n, d = centred_MNd.shape
+    k, device, latents, entries = 0 if rows is not None else values.shape[1], values.device, members * h, len(keys)
+    prefixes = 1 if widths is None else len(widths)
     shift = _INT16 if keys.dtype == torch.int16 else 0
     ordered, slot = keys.sort(stable=True)
     bounds = torch.arange(-shift, latents + 1 - shift, dtype=keys.dtype, device=device)
@@ -233,19 +254,19 @@ def by_latent(
     pieces = triton.cdiv(entries, piece)
     parts = torch.empty(2, 2 * pieces, d, device=device)
     part_sums = torch.empty(2, 2 * pieces, device=device)
-    g_dec = torch.empty(members, h, d, dtype=error_MNd.dtype, device=device)
+    g_dec = torch.empty(members, h, d, dtype=error.dtype, device=device)
     g_enc = torch.empty_like(g_dec)
     g_bias, fired = torch.empty(members, h, device=device), torch.empty(members, h, device=device)
     columns = min(triton.next_power_of_2(d), 128 if d <= 1024 else 256)
     at_once = 8 if columns <= 64 else 4
-    read = (slot, values, dots, error_MNd, centred_MNd)
+    read = (slot, values, dots, rows, error, centred_MNd, widths)
     # all first columns, then all the next: what they read stays in the second-level cache meanwhile
     _pieces[(pieces, triton.cdiv(d, columns))](
-        ordered, start, *read, *parts, *part_sums, entries, latents, shift,
-        d, k, piece, at_once, columns, num_warps=1,
+        ordered, start, *read, *parts, *part_sums, n, h, entries, latents, shift,
+        d, k, prefixes, piece, at_once, columns, num_warps=1,
     )  # fmt: skip
     _by_latent[(latents, triton.cdiv(d, columns))](
-        start, *read, *parts, *part_sums, g_dec, g_enc, g_bias, fired, factor,
-        d, k, piece, at_once, columns, num_warps=1,
+        start, *read, *parts, *part_sums, g_dec, g_enc, g_bias, fired, n, h, factor,
+        d, k, prefixes, piece, at_once, columns, num_warps=1,
     )  # fmt: skip
     return g_dec, g_enc, g_bias, fired
