@@ -118,9 +118,9 @@ class DensePass(Pass):
 
     def _add(self, parts: Parts, member: int, found: Found) -> None:
         storage, (grads, window) = self.storage, parts
-        for name, left_MNh, right_MNd in found.products:
+        for name, left_MNh, right_MNd, rows in found.products:
             # sums are in the weights' precision, whatever that of the products (`mixed_precision: bf16`)
-            grads[name][member].addmm_(left_MNh[0].T.to(storage.dtype), right_MNd[0].to(storage.dtype))
+            grads[name][member, rows].addmm_(left_MNh[0].T.to(storage.dtype), right_MNd[0].to(storage.dtype))
         for name, vector_Mx in found.vectors.items():
             storage.vector(grads, name)[member] += vector_Mx[0]
         if found.pull_Mh is not None:

@@ -58,14 +58,23 @@ class Given(NamedTuple):
         )
 
 
+class Product(NamedTuple):
+    """The gradient of these rows of a matrix is leftᵀ right."""
+
+    name: str
+    left_MNh: Tensor
+    right_MNd: Tensor
+    rows: slice = slice(None)
+
+
 class Found(NamedTuple):
     """What a pass gives, summed over tokens.
 
-    `products`: (name, left_MNh, right_MNd), the gradient of that matrix is leftᵀ right. `pull_Mh`: the gradient of
-    W_dec has this multiple of W_dec besides. `totals_M4`: Σ loss terms, Σ‖x̂ − x‖², Σ sparsity term, non-zeros.
+    `pull_Mh`: the gradient of W_dec has this multiple of W_dec besides. `totals_M4`: Σ loss terms, Σ‖x̂ − x‖²,
+    Σ sparsity term, non-zeros.
     """
 
-    products: list[tuple[str, Tensor, Tensor]]
+    products: list[Product]
     vectors: dict[str, Tensor]
     pull_Mh: Tensor | None
     totals_M4: Tensor
@@ -129,16 +138,15 @@ def run(architecture: Architecture, form: Form, given: Given, call: Callable[...
     codes = call(architecture.codes, form, given, pres)
     if not architecture.back_needs_pre:
         pres = []  # what is not needed any more makes room
-    decoded = [torch.bmm(code, given.low["W_dec"]) for code in codes]
+    decoded = decode(form, codes, given.low["W_dec"])
     decoding = codes[:1] if form.frozen_aux else codes[:]  # through what W_dec learns
     del codes[1:]
     g_errors, g_b_dec, squared_M, loss_M = call(errors, form, given, decoded)
-    g_codes = [torch.bmm(g_error, given.low["W_dec"].mT) for g_error in g_errors]
+    g_codes = pulled_back(form, g_errors, given.low["W_dec"])
     back: Back = call(architecture.back, form, given, pres, codes, g_codes)
     g_b_dec, totals_M4 = call(last_sums, given, names, g_b_dec, squared_M, loss_M, back)
-    left, right = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (decoding, g_errors[: len(decoding)]))
-    products = [("W_dec", left, right)]
-    products += [(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
+    products = decoder_products(form, decoding, g_errors[: max(len(decoding), len(form.prefixes))])
+    products += [Product(name, g_pre, centred_MNd) for name, g_pre in zip(names, back.products, strict=True)]
     vectors = {**back.vectors, "b_dec": g_b_dec}
     return Found(products, vectors, back.pull_Mh, totals_M4, back.fired_Mh, back.evaluated_M)
 
@@ -148,8 +156,34 @@ def centre(given: Given) -> Tensor:
     return (given.x_Nd - column(given.vectors["b_dec"])).to(given.low["W_enc"].dtype)
 
 
+def decode(form: Form, codes: list[Tensor], W_dec_Mhd: Tensor) -> list[Tensor]:
+    """Each code times W_dec; with prefixes one code, block by block of the dictionary."""
+    return [torch.bmm(code[..., block], W_dec_Mhd[:, block]) for code in codes for block in form.blocks]
+
+
+def pulled_back(form: Form, g_errors: list[Tensor], W_dec_Mhd: Tensor) -> list[Tensor]:
+    """Gradients of the codes."""
+    if not form.prefixes:
+        return [torch.bmm(g_error, W_dec_Mhd.mT) for g_error in g_errors]
+    g_code = torch.empty(*g_errors[0].shape[:2], W_dec_Mhd.shape[1], dtype=W_dec_Mhd.dtype, device=W_dec_Mhd.device)
+    for g_error, block in zip(g_errors, form.blocks, strict=True):
+        torch.bmm(g_error, W_dec_Mhd[:, block].mT, out=g_code[..., block])
+    return [g_code]
+
+
+def decoder_products(form: Form, codes: list[Tensor], g_errors: list[Tensor]) -> list[Product]:
+    """What W_dec learns from."""
+    if form.prefixes:
+        found = zip(g_errors, form.blocks, strict=True)
+        return [Product("W_dec", codes[0][..., block], g_error, block) for g_error, block in found]
+    left, right = (p[0] if len(p) == 1 else torch.cat(p, 1) for p in (codes, g_errors))
+    return [Product("W_dec", left, right)]
+
+
 def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """Gradients of the reconstructions by the codes, b_dec's of them, the first's ‖error‖², and the losses."""
+    if form.prefixes:
+        return prefix_errors(form, given, decoded)
     b_dec_M1d = column(given.vectors["b_dec"])
     error = [masked(d_MNd + b_dec_M1d - given.x_Nd, given.keep_N) for d_MNd in decoded]
     coefficients = (form.mse, form.aux)[: len(decoded)]
@@ -162,6 +196,26 @@ def errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor
     if not form.frozen_aux:
         g_b_dec = g_b_dec + gradients[1].sum(1, dtype=given.x_Nd.dtype)
     return gradients, g_b_dec, squares[0], loss_M
+
+
+def prefix_errors(form: Form, given: Given, decoded: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """:func:`errors` of the reconstructions from all prefixes, in their mean.
+
+    A block has a part in the error of its own prefix and of all longer ones.
+    """
+    weight = form.mse / len(decoded)
+    error, squares_M = column(given.vectors["b_dec"]) - given.x_Nd, []
+    found = []
+    for d_MNd in decoded:
+        error = error + d_MNd
+        found.append(masked(error, given.keep_N))
+        squares_M.append(found[-1].square().sum((1, 2)))
+    total, gradients = torch.zeros_like(found[0]), decoded[:]
+    for m in reversed(range(len(found))):
+        total = total + found[m]
+        gradients[m] = (2 * weight * total).to(decoded[m].dtype)
+    g_b_dec = gradients[0].sum(1, dtype=given.x_Nd.dtype)
+    return gradients, g_b_dec, squares_M[-1], weight * torch.stack(squares_M).sum(0)
 
 
 def last_sums(

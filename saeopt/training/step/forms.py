@@ -14,7 +14,8 @@ class Form(NamedTuple):
     """What all members of a stack share (hashable: compiled code is specialised on it).
 
     `mse`, `aux`, `penalty`: coefficients, divided by d under `legacy_scaling` as the modules do. `unit`: decoder rows
-    are kept at norm 1; `directions`: only their direction is used.
+    are kept at norm 1; `directions`: only their direction is used. `prefixes`: where prefixes of the dictionary end
+    that reconstruct by themselves, the last one at h; empty where there is only the whole.
     """
 
     mse: float
@@ -27,6 +28,13 @@ class Form(NamedTuple):
     eval_gate: str = "median"
     seed_aux: bool = False
     frozen_aux: bool = True
+    prefixes: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The latents that each prefix has beyond the one before it."""
+        ends = self.prefixes
+        return [slice(a, b) for a, b in zip((0, *ends), ends, strict=False)] if ends else [slice(None)]
 
 
 def _share(sae: SAE) -> float:

@@ -19,7 +19,7 @@ from saeopt.saes.noise import row_keys
 from saeopt.training.step.books import Books
 from saeopt.training.step.compiled import compiled
 from saeopt.training.step.contract import Example, Optimiser, Parts, Pass, StackOptions, Store
-from saeopt.training.step.dense import ALONE, Architecture, Found, Given, run
+from saeopt.training.step.dense import ALONE, Architecture, Found, Given, Product, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.optimiser import GpuOptimiser
 from saeopt.training.step.numbers import FIRST_SAMPLE, Table
@@ -55,7 +55,7 @@ class PlainCore:
     def __call__(self, given: Given, out: Store | None) -> tuple[Store, Found]:
         """As the contract says."""
         found = run(self.architecture, self.form, given, self.call)
-        grads = {name: product(left, right, out, name) for name, left, right in found.products}
+        grads = products(found.products, given.low, out)
         return grads, found._replace(products=[])  # their memory is the next member's
 
 
@@ -131,9 +131,17 @@ def assembly(
     return around(PlainCore(architecture, form, call), storage, performance, options, call)
 
 
-def product(left_MNh: Tensor, right_MNd: Tensor, out: Store | None, name: str) -> Tensor:
-    """leftᵀ right, the gradient of a matrix."""
-    return torch.bmm(left_MNh.mT, right_MNd, out=None if out is None else out[name])
+def products(wanted: list[Product], low: Store, out: Store | None) -> Store:
+    """The gradients of the matrices, written to `out` where it is given."""
+    grads: Store = {}
+    for name, left_MNh, right_MNd, rows in wanted:
+        if out is None and rows == slice(None):
+            grads[name] = torch.bmm(left_MNh.mT, right_MNd)
+            continue
+        if name not in grads:
+            grads[name] = torch.empty_like(low[name]) if out is None else out[name]
+        torch.bmm(left_MNh.mT, right_MNd, out=grads[name][:, rows])
+    return grads
 
 
 def start(

@@ -13,9 +13,22 @@ from torch import Tensor
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.training.step.contract import StackOptions, Store
-from saeopt.training.step.dense import NARROW, Back, Found, Given, centre, errors, last_sums, relu_sums
+from saeopt.training.step.dense import (
+    NARROW,
+    Back,
+    Found,
+    Given,
+    Product,
+    centre,
+    decode,
+    decoder_products,
+    errors,
+    last_sums,
+    pulled_back,
+    relu_sums,
+)
 from saeopt.training.step.forms import Form
-from saeopt.training.step.gpu.dense import Call, around, caller, product
+from saeopt.training.step.gpu.dense import Call, around, caller, products
 from saeopt.training.step.kernels import narrow as kernels_narrow
 from saeopt.training.step.kernels import relu as kernels_relu
 from saeopt.training.step.stack import Assembly
@@ -27,7 +40,7 @@ class ReluCore:
 
     def __init__(self, form: Form, d: int, low_dtype: torch.dtype, call: Call) -> None:
         self.form, self.call = form, call
-        self.writes_code = d > NARROW or low_dtype != torch.bfloat16
+        self.writes_code = d > NARROW or low_dtype != torch.bfloat16 or bool(form.prefixes)
 
     def __call__(self, given: Given, out: Store | None) -> tuple[Store, Found]:
         """As the contract says."""
@@ -44,15 +57,16 @@ class ReluCore:
         f = torch.empty(len(push_Mh), len(given.x_Nd), push_Mh.shape[1], dtype=centred.dtype, device=centred.device)
         for member, f_Nh in enumerate(f):
             torch._addmm_activation(b_enc[member], centred[member], low["W_enc"][member].mT, out=f_Nh)
-        decoded = torch.bmm(f, low["W_dec"])
-        (g_error,), g_b_dec, squared_M, loss_M = self.call(errors, form, given, [decoded])
+        decoded = decode(form, [f], low["W_dec"])
+        g_errors, g_b_dec, squared_M, loss_M = self.call(errors, form, given, decoded)
         del decoded
-        g_pre = torch.bmm(g_error, low["W_dec"].mT)
+        (g_pre,) = pulled_back(form, g_errors, low["W_dec"])
         parts_3SMh = kernels_relu.backward(f, g_pre, given.keep_N, push_Mh)
         back: Back = self.call(wide_sums, form, given, g_pre, parts_3SMh)
         g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
-        grads = {"W_dec": product(f, g_error, out, "W_dec"), "W_enc": product(g_pre, centred, out, "W_enc")}
-        return grads, Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+        wanted = [*decoder_products(form, [f], g_errors), Product("W_enc", g_pre, centred)]
+        found = Found([], {**back.vectors, "b_dec": g_b_dec}, back.pull_Mh, totals_M4, back.fired_Mh)
+        return products(wanted, low, out), found
 
     def _narrow(self, given: Given) -> tuple[Store, Found]:
         """`dense.run` without the code in memory."""

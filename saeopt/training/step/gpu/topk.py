@@ -8,6 +8,7 @@ so many windows an upper bound of the latents that can be dead soon is sent, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from saeopt.training.step.contract import EXTRA, Example, Optimiser, Parts, Pass
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.dense import Call, caller, x_sums
 from saeopt.training.step.gpu.optimiser import GpuOptimiser
+from saeopt.training.step.kernels import ragged as kernels_ragged
 from saeopt.training.step.kernels import select as kernels_select
 from saeopt.training.step.kernels import topk as kernels_topk
 from saeopt.training.step.numbers import Table
@@ -32,6 +34,29 @@ AUX = "aux."
 _LOOKOUT = EXTRA + "lookout"
 
 
+class Code(NamedTuple):
+    """k entries per token (M · N, k), or E per member (M, E), then with their rows and the tokens' first places."""
+
+    values: Tensor
+    latents: Tensor
+    rows: tuple[Tensor, Tensor] | None = None
+
+
+class Decoded(NamedTuple):
+    """What a code's reconstructions from the prefixes of the dictionary give; without prefixes there is one.
+
+    `errors`: what latents of each prefix learn from, `dots`: the entries' gradients. `last` (M, N, d): the whole
+    reconstruction's error, `last_MN` its square; `first` and `every_MN`: sums over all prefixes, where there are any.
+    """
+
+    errors: Tensor
+    dots: Tensor
+    last: Tensor
+    last_MN: Tensor
+    first: Tensor | None = None
+    every_MN: Tensor | None = None
+
+
 class GpuTopkPass(Pass):
     """topk members on a CUDA device."""
 
@@ -41,6 +66,10 @@ class GpuTopkPass(Pass):
         first, ks = self.members[0], [sae.config.k for sae in self.members]
         self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=storage.device)
         self.aux_k, self.aux_share = first.aux_k, first.aux_share
+        ends = storage.form.prefixes
+        self.prefixes = max(1, len(ends))
+        self.whole = torch.tensor([storage.h], dtype=torch.int32, device=storage.device)
+        self.widths = torch.tensor(ends, dtype=torch.int32, device=storage.device) if ends else None
         ones_M = torch.ones(len(ks), device=storage.device)
         self.variance_M = storage.buffers.get("variance", ones_M)  # read in place: a checkpoint may be loaded
         self.windows = self.rows = self.rows_per_window = self.capacity = 0
@@ -128,29 +157,50 @@ class GpuTopkPass(Pass):
         packed, x_Nd, keep_N = self.storage, example.x_Nd, example.keep_N
         low = packed.low
         b_enc, b_dec = (packed.vector(packed.weights, n).contiguous() for n in ("b_enc", "b_dec"))
-        scale, factor = packed.buffers["scale"], 2 * packed.form.mse
+        scale, factor = packed.buffers["scale"], 2 * packed.form.mse / self.prefixes
         keep = None if keep_N is None else keep_N.to(packed.dtype)
         centred, x_stats = self.call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
-        values, index = kernels_select.select(pre, b_enc, keep, self.k_M, self.k)
+        code = self._select(pre, b_enc, keep, x_stats)
         del pre  # the most that the step has at a time
-        x_given = x_Nd.contiguous()
-        error, dots, squares = kernels_topk.decode(values, index, low["W_dec"], b_dec, x_given, scale, keep, factor)
-        aux = self._aux_gradients(dead, error, centred) if dead is not None else None
-        keys = self.call(kernels_topk.sort_keys, index, len(self.members), self.storage.h)
-        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(keys, values, dots, error, centred, self.storage.h, factor)
+        found = self._decode(code, low["W_dec"], b_dec, x_Nd.contiguous(), scale, keep, factor)
+        aux = self._aux_gradients(dead, found.last, centred) if dead is not None else None
+        keys = self.call(kernels_topk.sort_keys, code.latents, len(self.members), self.storage.h)
+        rows = None if code.rows is None else code.rows[0]
+        g_dec, g_enc, g_bias, fired = kernels_topk.by_latent(
+            keys, code.values, found.dots, found.errors, centred, self.storage.h, factor, rows, self.widths
+        )
         encoder_first = list(packed.slices) == ["b_enc", "b_dec"]
         g_vectors, totals, ratio = self.call(
-            small_sums, error, squares, g_bias, fired, low["W_enc"], packed.form.mse, factor, encoder_first
+            small_sums, found, g_bias, fired, low["W_enc"], packed.form.mse / self.prefixes, factor, encoder_first
         )
         grads = {"W_dec": g_dec, "W_enc": g_enc, VECTORS: g_vectors}
-        window = {"totals": totals, "fired": fired, "y": x_stats, "ratio": ratio}
+        window = {"totals": totals, "fired": fired, "y": x_stats, "ratio": ratio, **self._tallies(code)}
         if aux is not None:
             torch.cuda.current_stream(self.storage.device).wait_stream(self.side)
             ratio[:, 0] = aux.pop("numerator")
             grads.update(aux)
         return Parts(grads, window)
+
+    def _select(self, pre: Tensor, b_enc: Tensor, keep: Tensor | None, x_stats: Tensor) -> Code:
+        return Code(*kernels_select.select(pre, b_enc, keep, self.k_M, self.k))
+
+    def _tallies(self, code: Code) -> Store:
+        return {}
+
+    def _decode(
+        self, code: Code, W_dec: Tensor, b_dec: Tensor, x_Nd: Tensor, scale: Tensor, keep: Tensor | None, factor: float
+    ) -> Decoded:
+        if code.rows is None and self.widths is None:
+            given = (W_dec, b_dec, x_Nd, scale, keep, factor)
+            error, dots, squares = kernels_topk.decode(code.values, code.latents, *given)
+            return Decoded(error, dots, error, squares)
+        widths = self.whole if self.widths is None else self.widths
+        errors, dots, (last, every) = kernels_ragged.decode(*code, widths, W_dec, b_dec, x_Nd, scale, keep, factor)
+        if self.widths is None:
+            return Decoded(errors[:, 0], dots, errors[:, 0], last)
+        return Decoded(errors, dots, errors[:, -1], last, errors[:, 0], every)
 
     # The auxiliary loss runs on a stream of its own beside the rest, and most of it finds units that the rest leaves
     # idle. Each part waits for what the main stream has done so far, so that memory which either stream gives back
@@ -223,15 +273,16 @@ def centre(
 
 
 def small_sums(
-    error: Tensor, squares_MN: Tensor, g_bias: Tensor, fired: Tensor, W_enc: Tensor, mse: float, factor: float,
-    encoder_first: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    found: Decoded, g_bias: Tensor, fired: Tensor, W_enc: Tensor, mse: float, factor: float, encoder_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the vectors, the window's totals, and the parts of the auxiliary ratio (numerator 0)."""
-    error_Md = error.sum(1, dtype=torch.float32)
+    error_Md = found.last.sum(1, dtype=torch.float32)
+    all_Md = error_Md if found.first is None else found.first.sum(1, dtype=torch.float32)
     through = torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
-    g_b_dec = factor * error_Md - through
-    squared_M = squares_MN.sum(1).double()
-    totals = torch.stack([mse * squared_M, squared_M, torch.zeros_like(squared_M), fired.sum(1).double()], -1)
+    g_b_dec = factor * all_Md - through
+    squared_M = found.last_MN.sum(1).double()
+    every_M = squared_M if found.every_MN is None else found.every_MN.sum(1).double()
+    totals = torch.stack([mse * every_M, squared_M, torch.zeros_like(squared_M), fired.sum(1).double()], -1)
     ratio = torch.cat([torch.zeros_like(squared_M).unsqueeze(1), squared_M.unsqueeze(1), -error_Md.double()], 1)
     return torch.cat([g_bias, g_b_dec] if encoder_first else [g_b_dec, g_bias], 1), totals, ratio
 

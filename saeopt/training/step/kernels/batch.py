@@ -1,10 +1,11 @@
 """Triton kernels that select the largest of relu(pre + bias) over all tokens of a micro-batch, for each member.
 
-Exact, and nothing is sorted. Neighbours form groups. At least K of the K-th largest group maximum and above lie in
-groups whose maximum is that large, so that the leading bits of that maximum, found by counting, leave few groups; among
-their elements the K-th largest is found by counting too (the order of non-negative floats is that of their bits).
-Groups with the same leading bits are followed up to twice K groups; ties go to the lower token, then to the lower latent.
-What is selected lies in that order.
+Nothing is sorted. Neighbours form groups. The K largest lie in groups whose maximum is at least the K-th
+largest maximum; its leading bits, found by counting, leave little more than K groups. Among their elements the K-th
+largest is found by counting too (the order of non-negative floats is that of their bits). Ties go to the lower token,
+then to the lower latent, and what is selected lies in that order.
+Exact but for one case: of more than K groups that share those leading bits only the first are looked into, and what is
+selected instead of the others' elements is smaller by less than a hundredth.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,12 +30,12 @@ _LISTED = 128
 class Ragged(NamedTuple):
     """The selection of M members: E places each, sorted by token, then latent; what is unused lies at the end.
 
-    `values` and `index` (M, E): above 0, and the latent (unused: 0 and h). `rows` (M, E): member · N + token (unused:
+    `values` and `latents` (M, E): above 0, and the latent (unused: 0 and h). `rows` (M, E): member · N + token (unused:
     (member + 1) · N). `start` (M, N + 1): the first place of each token, and how many places are used.
     """
 
     values: Tensor
-    index: Tensor
+    latents: Tensor
     rows: Tensor
     start: Tensor
 

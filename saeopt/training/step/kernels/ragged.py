@@ -1,8 +1,8 @@
 """Triton kernels that decode codes of any number of latents per token, and of prefixes of the dictionary.
 
 The entries of a code lie token after token. Latents below the first width belong to prefix 0, those below the next to
-prefix 1, and so on. e_m is the error of the reconstruction from prefixes 0 … m, and E_g = Σ_{m ≥ g} e_m is what an entry
-of prefix g learns from: its share of all errors that it has a part in. With one prefix E_0 is the error.
+prefix 1, and so on. e_m is the error of the reconstruction from prefixes 0 … m, and E_g = Σ_{m ≥ g} e_m is what an
+entry of prefix g learns from: the errors that it has a part in. With one prefix E_0 is the error.
 A token is the work of one program; those with more than P entries are put together from pieces of P entries, so that no
 program has much more to do than the others.
 """
@@ -179,9 +179,7 @@ def _decode(
             tl.store(squares_ptr + members * N, every)
         else:
             part_ptr += member * pieces * 2 * G * D
-            last, every = _long(
-                begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step, D, G, P, 4, 2 * C
-            )
+            last, every = _long(begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step, D, G, P, 4, 2 * C)
             tl.store(squares_ptr, last)
             tl.store(squares_ptr + members * N, every)
 

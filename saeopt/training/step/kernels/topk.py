@@ -69,10 +69,7 @@ def _over_tokens(
         o = t0 + tl.arange(0, TB)
         om = o < end
         slot = tl.load(slot_ptr + o, mask=om, other=0).to(tl.int64)
-        if K > 0:
-            row = slot // K
-        else:
-            row = tl.load(rows_ptr + slot, mask=om, other=0).to(tl.int64)
+        row = slot // K if K > 0 else tl.load(rows_ptr + slot, mask=om, other=0).to(tl.int64)
         v = tl.load(values_ptr + slot, mask=om, other=0.0)
         g = tl.load(dots_ptr + slot, mask=om, other=0.0)
         mask = om[:, None] & cm[None, :]
@@ -239,8 +236,8 @@ def by_latent(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of W_dec and W_enc (M, h, d), of b_enc (M, h), and the firing counts (M, h); `keys`: `sort_keys`.
 
-    `values` and `dots` are (M · N, k), or (M, E) where `rows` (M, E) are those of a `batch.Ragged`. `error` is (M, N, d),
-    or (M, G, N, d), what latents of each prefix learn from, where `widths` are the prefixes' ends.
+    `values` and `dots` are (M · N, k), or (M, E) where `rows` (M, E) are those of a `batch.Ragged`. `error` is
+    (M, N, d), or (M, G, N, d), what latents of each prefix learn from, where `widths` are the prefixes' ends.
     Latents that fire often are cut into pieces, so that no program has much more to do than the others.
     """
     members, n, d = centred_MNd.shape
