@@ -60,11 +60,13 @@ class Decoded(NamedTuple):
 class GpuTopkPass(Pass):
     """topk members on a CUDA device."""
 
+    k_dtype = torch.int32
+
     def __init__(self, storage: Packed, options: StackOptions, call: Call) -> None:
         self.storage, self.options, self.call = storage, options, call
         self.members = [sae for sae in storage.saes if isinstance(sae, TopKSAE)]
         first, ks = self.members[0], [sae.config.k for sae in self.members]
-        self.k, self.k_M = max(ks), torch.tensor(ks, dtype=torch.int32, device=storage.device)
+        self.k, self.k_M = max(ks), torch.tensor(ks, dtype=self.k_dtype, device=storage.device)
         self.aux_k, self.aux_share = first.aux_k, first.aux_share
         ends = storage.form.prefixes
         self.prefixes = max(1, len(ends))
@@ -162,7 +164,7 @@ class GpuTopkPass(Pass):
         centred, x_stats = self.call(centre, x_Nd, b_dec, scale, keep, low["W_enc"].dtype)
         dead = self._dead_code(centred, b_enc, keep) if self.capacity else None
         pre = torch.bmm(centred, low["W_enc"].mT)
-        code = self._select(pre, b_enc, keep, x_stats)
+        code = self._select(pre, b_enc, keep, x_stats[-1])
         del pre  # the most that the step has at a time
         found = self._decode(code, low["W_dec"], b_dec, x_Nd.contiguous(), scale, keep, factor)
         aux = self._aux_gradients(dead, found.last, centred) if dead is not None else None
@@ -183,10 +185,12 @@ class GpuTopkPass(Pass):
             grads.update(aux)
         return Parts(grads, window)
 
-    def _select(self, pre: Tensor, b_enc: Tensor, keep: Tensor | None, x_stats: Tensor) -> Code:
+    def _select(self, pre: Tensor, b_enc: Tensor, keep: Tensor | None, n_kept: Tensor) -> Code:
+        """The k largest of every token."""
         return Code(*kernels_select.select(pre, b_enc, keep, self.k_M, self.k))
 
     def _tallies(self, code: Code) -> Store:
+        """What the architecture tells of a micro-batch."""
         return {}
 
     def _decode(
@@ -328,13 +332,20 @@ def aux_gradients(
     return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
 
 
-def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:
-    """topk members."""
+def assembled(
+    kind: type[GpuTopkPass], form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig
+) -> Assembly:
+    """Members that step by this kind of pass."""
     storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
     compiling = performance.compile != "off"
 
     def build(table: Table, books: Books, seeds: Sequence[int]) -> tuple[Pass, Optimiser]:
         optimiser = GpuOptimiser(storage, table, books, options, compiling=compiling)
-        return GpuTopkPass(storage, options, caller(compiling)), optimiser
+        return kind(storage, options, caller(compiling)), optimiser
 
     return Assembly("gpu", storage, build, graphs=performance.graphs != "off", fixed_sums=True)
+
+
+def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:
+    """topk members."""
+    return assembled(GpuTopkPass, form, saes, options, performance)

@@ -1,0 +1,92 @@
+"""The jumprelu step on a CUDA device: the code lies where the pre-activations were. Shape suffixes as in `dense`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from saeopt.config.run import PerformanceConfig
+from saeopt.saes.base import SAE
+from saeopt.training.step.contract import StackOptions, Store
+from saeopt.training.step.dense import (
+    Back,
+    Found,
+    Given,
+    Product,
+    centre,
+    decode,
+    decoder_products,
+    errors,
+    last_sums,
+    pulled_back,
+)
+from saeopt.training.step.forms import Form
+from saeopt.training.step.gpu.dense import Call, around, caller, products
+from saeopt.training.step.kernels import jumprelu as kernels_jumprelu
+from saeopt.training.step.stack import Assembly
+from saeopt.training.step.storage import Packed
+
+_AT_ONCE = 2**24
+"""Pre-activations that become a code while they are still in the second-level cache."""
+
+
+class JumpReluCore:
+    """The step penalty's: it reaches θ alone."""
+
+    writes_code = True
+
+    def __init__(self, form: Form, call: Call) -> None:
+        self.form, self.call = form, call
+
+    def __call__(self, given: Given, out: Store | None) -> tuple[Store, Found]:
+        """`dense.run`, with the code in the pre-activations' place.
+
+        Masked tokens have a code like any other here; they drop out with their error, and in the backward kernel.
+        """
+        low, form = given.low, self.form
+        centred, b_enc, theta, push_Mh, width_M = self.call(before, form, given)
+        f = self._code(centred, low["W_enc"], b_enc, theta, width_M)
+        decoded = decode(form, [f], low["W_dec"])
+        g_errors, g_b_dec, squared_M, loss_M = self.call(errors, form, given, decoded)
+        del decoded
+        (g_pre,) = pulled_back(form, g_errors, low["W_dec"])
+        parts_3SMh = kernels_jumprelu.backward(f, g_pre, given.keep_N, theta, width_M, push_Mh)
+        back: Back = self.call(jumprelu_sums, push_Mh, width_M, g_pre, parts_3SMh)
+        g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
+        wanted = [*decoder_products(form, [f], g_errors), Product("W_enc", g_pre, centred)]
+        found = Found([], {**back.vectors, "b_dec": g_b_dec}, None, totals_M4, back.fired_Mh)
+        return products(wanted, low, out), found
+
+    @staticmethod
+    def _code(centred: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, width_M: Tensor) -> Tensor:
+        (members, n, _), h = centred.shape, W_enc.shape[1]
+        f = torch.empty(members, n, h, dtype=centred.dtype, device=centred.device)
+        rows = max(512, _AT_ONCE // (members * h) // 128 * 128)
+        for first in range(0, n, rows):
+            some = slice(first, first + rows)
+            torch.bmm(centred[:, some], W_enc.mT, out=f[:, some])
+            kernels_jumprelu.code(f, b_enc, theta, width_M, first, min(rows, n - first))
+        return f
+
+
+def before(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x̄ in the dtype of the products, b_enc, θ, what the penalty weighs each latent with, and ε."""
+    theta = given.vectors["threshold"].contiguous()
+    push_Mh = (given.numbers["sparsity_coeff"] * form.penalty).unsqueeze(-1).expand_as(theta).contiguous()
+    return centre(given), given.vectors["b_enc"].contiguous(), theta, push_Mh, given.numbers["bandwidth"].contiguous()
+
+
+def jumprelu_sums(push_Mh: Tensor, width_M: Tensor, g_pre: Tensor, parts_3SMh: Tensor) -> Back:
+    """What follows from sums over pieces of the tokens: ∂θ = −Σ (θ ∂f + λ) / ε over the band."""
+    g_b_enc, band_Mh, fired_Mh = parts_3SMh.sum(1)
+    vectors = {"b_enc": g_b_enc, "threshold": -band_Mh / width_M.unsqueeze(-1)}
+    return Back([g_pre], vectors, [g_b_enc], None, (push_Mh * fired_Mh).sum(-1), fired_Mh)
+
+
+def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:
+    """jumprelu members."""
+    storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
+    call = caller(performance.compile != "off")
+    return around(JumpReluCore(form, call), storage, performance, options, call)
