@@ -155,7 +155,7 @@ def _cpu_step(config: RunConfig, members: list[MemberShape], tokens: int) -> int
 
     def own(m: MemberShape) -> float:
         row = FAST.get(m.sae_type)
-        chunks = fused and row is not None and not m.by_hook
+        chunks = fused and row is not None and row.cpu is not None and not m.by_hook
         elements = min(tokens * m.h, CHUNK) if chunks else tokens * m.h
         return (_OTHER if row is None else row.cpu_bytes) * elements + 8 * tokens * m.both
 

@@ -17,6 +17,21 @@ from saeopt.training.step.choose import make_stack, reference_stack
 from saeopt.training.step.contract import StackOptions
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+NESTED = (0.25, 0.5, 1.0)
+ON_GPU: list[dict[str, Any]] = [
+    {"sae_type": "batch_topk", "k": 3.5},
+    {"sae_type": "batch_topk", "k": [3.0, 1.5, 5.0], "aux_k": 4, "decoder_norm": "free"},
+    {"sae_type": "batch_topk", "k": 2.0, "legacy": True, "mse_coeff": 0.5},
+    {"sae_type": "matryoshka_batch_topk", "k": [6.0, 2.0, 3.0]},
+    {"sae_type": "topk", "k": [5, 2, 3], "prefixes": NESTED},
+    {"sae_type": "relu", "prefixes": NESTED},
+    {"sae_type": "jumprelu"},
+    {"sae_type": "jumprelu", "decoder_norm": "free", "max_density": 0.3, "density_coeff": 2.0},
+    {"sae_type": "jumprelu", "penalty": "quadratic", "l0_penalty_target": 4.0, "legacy": True},
+]
+"""Whose fast step is on the GPU alone."""
+VARIANTS = VARIANTS + ON_GPU
+JUMPRELU, MATRYOSHKA = ON_GPU[-3], ON_GPU[3]
 NUMBERS = [numbers(1e-3, 0.3, 0.5, 1.0), numbers(3e-3, 0.05, 0.7, float("inf")), numbers(1e-3, 0.0, 0.4, 0.1)]
 
 
@@ -59,7 +74,7 @@ def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
         assert a["l0"] == pytest.approx(b["l0"], rel=2e-2, abs=0.1)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["sae_type"] != "topk"], ids=name_of)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "topk" not in v["sae_type"]], ids=name_of)
 def test_large_members_are_computed_one_after_another(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeopt.training.step.gpu.dense.ALONE", 1)
     expected, found, one, other = both(wide(variant), None, steps=12)
@@ -77,7 +92,9 @@ def test_topk_of_wide_dictionaries(h: int, k: int | list[int]) -> None:
         assert a == pytest.approx(b, rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12], VARIANTS[-1]], ids=name_of)
+@pytest.mark.parametrize(
+    "variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12], VARIANTS[18], JUMPRELU, MATRYOSHKA], ids=name_of
+)
 def test_state_and_leaving_with_graphs(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
@@ -111,7 +128,7 @@ def test_a_loaded_stack_goes_on_with_the_same_bits(variant: dict[str, Any]) -> N
     assert_same_modules(second, first, 0, 0)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12], *ON_GPU], ids=name_of)
 def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
@@ -126,7 +143,7 @@ def test_windows_of_several_micro_batches_are_replayed_with_the_same_bits(varian
     assert_same_modules(graphed, plain, 0, 0)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12]], ids=name_of)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[12], *ON_GPU], ids=name_of)
 def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict[str, Any]) -> None:
     variant = wide(variant)
     options = StackOptions(dead_after_tokens=2000)  # bfloat16 gradients are read, and so added up, in another order
@@ -149,8 +166,8 @@ def test_windows_that_ranks_add_to_are_replayed_with_the_same_bits(variant: dict
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_a_broken_member_changes_no_more(variant: dict[str, Any], broken: dict[str, float]) -> None:
     """As in the reference: weights, moments, step and counters stay as they were, with graphs too."""
-    if variant["sae_type"] == "topk" and "lr" not in broken:
-        pytest.skip("topk has no λ")
+    if "topk" in variant["sae_type"] and "lr" not in broken:
+        pytest.skip("it has no λ")
     options = StackOptions(dead_after_tokens=2000, autocast=torch.bfloat16)
     data = batches(20, torch.float32, "cuda", samples=64, d=48)
     saes = make_members(wide(variant), 3, torch.float32, "cuda")

@@ -41,7 +41,8 @@ Step = list[dict[str, float]]  # the members' metrics
 
 
 def numbers(lr: float, sparsity_coeff: float, beta: float, max_grad_norm: float) -> Numbers:
-    return {"lr": lr, "sparsity_coeff": sparsity_coeff, "beta": beta, "max_grad_norm": max_grad_norm}
+    known = {"lr": lr, "sparsity_coeff": sparsity_coeff, "beta": beta, "max_grad_norm": max_grad_norm}
+    return {**known, "bandwidth": beta}
 
 
 NUMBERS = [numbers(3e-3, 0.3, 0.5, 1.0), numbers(1e-2, 0.05, 0.7, 1e9), numbers(1e-3, 0.0, 0.4, 0.1)]
@@ -73,6 +74,8 @@ def make_members(variant: dict[str, Any], n: int, dtype: torch.dtype, device: st
             for bias in ("b_enc", "b_gate", "b_mag"):
                 if bias in dict(sae.named_parameters()):
                     sae.get_parameter(bias)[3] = -50.0
+            if "threshold" in dict(sae.named_parameters()):
+                sae.get_parameter("threshold").abs_()
             sae.after_step()
             sae.scale.fill_(0.8)
             if "variance" in dict(sae.named_buffers()):

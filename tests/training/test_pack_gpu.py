@@ -27,6 +27,9 @@ DEAD_AFTER = 3 * SAMPLES * T
 RELU, GATED, CONCRETE, GATED_CONCRETE = VARIANTS[0], VARIANTS[3], VARIANTS[6], VARIANTS[9]
 TOPK = {"sae_type": "topk", "k": 12, "aux_k": 16}
 WIDE_TOPK = {**TOPK, "h": 1024, "k": 5}  # another share of dead latents, other places for them
+BATCH_TOPK = {"sae_type": "batch_topk", "k": 9.5, "aux_k": 16}
+MATRYOSHKA = {"sae_type": "matryoshka_batch_topk", "k": 12.0, "aux_k": 16}
+JUMPRELU = {"sae_type": "jumprelu"}
 MIXTURES: dict[str, list[dict[str, Any]]] = {
     "topk": [TOPK],
     "relu": [RELU],
@@ -35,7 +38,10 @@ MIXTURES: dict[str, list[dict[str, Any]]] = {
     "gated_hard_concrete": [GATED_CONCRETE],
     "two topk": [TOPK, WIDE_TOPK],
     "relu, gated": [RELU, GATED],
-    "all": [RELU, GATED, TOPK, CONCRETE, GATED_CONCRETE, WIDE_TOPK],
+    "batch_topk": [BATCH_TOPK],
+    "matryoshka_batch_topk": [MATRYOSHKA],
+    "jumprelu": [JUMPRELU],
+    "all": [RELU, GATED, TOPK, CONCRETE, GATED_CONCRETE, WIDE_TOPK, BATCH_TOPK, MATRYOSHKA, JUMPRELU],
 }
 Leaving = dict[int, list[int]]
 """Window -> numbers of the stacks whose first member leaves before it."""
@@ -156,7 +162,7 @@ def test_stacks_in_turn_equal_the_reference(mixture: str, micro: int, poison: No
             assert a == pytest.approx(b, rel=1e-2, abs=5e-3)
 
 
-@pytest.mark.parametrize("variant", [TOPK, WIDE_TOPK], ids=name_of)
+@pytest.mark.parametrize("variant", [TOPK, WIDE_TOPK, BATCH_TOPK, MATRYOSHKA], ids=name_of)
 def test_the_data_makes_latents_die_and_come_back(variant: dict[str, Any]) -> None:
     """Without this the cases above would say nothing of the auxiliary loss."""
     saes = make_members({"h": 320, **variant, "d": D}, 1, torch.float32, "cuda")

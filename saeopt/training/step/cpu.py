@@ -99,13 +99,14 @@ class DensePass(Pass):
             low = {name: tensor[row] for name, tensor in storage.low.items()}
             vectors = {n: storage.vector(storage.weights, n)[row] for n in storage.slices}
             numbers = {name: column[row].to(storage.dtype) for name, column in own.items()}
+            buffers = {name: tensor[row] for name, tensor in storage.buffers.items()}
             u_Nh = self._noise(member, example.place)
             step = max(64, CHUNK // storage.h)
             for at in range(0, len(x_Nd), step):
                 rows = slice(at, at + step)
                 keep = None if keep_N is None else keep_N[rows]
                 u_MNh = None if u_Nh is None else u_Nh[rows].unsqueeze(0)
-                given = Given(low, vectors, storage.norm_Mh[row], x_Nd[rows], keep, u_MNh, None, numbers)
+                given = Given(low, vectors, storage.norm_Mh[row], x_Nd[rows], keep, u_MNh, None, numbers, buffers)
                 self._add(parts, member, run(self.architecture, storage.form, given))
         return parts
 

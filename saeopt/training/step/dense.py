@@ -31,7 +31,7 @@ another: each fills the card by itself, and what lies between the products needs
 
 class Given(NamedTuple):
     """What a pass reads. `low` holds the matrices (M, h, d) in the dtype of the products, `vectors` (M, length),
-    `numbers` the architecture's own of this window (M).
+    `numbers` the architecture's own of this window (M), `buffers` the modules' (M, …).
 
     Gate noise comes as `u_MNh` or as the `keys_2MN` that it is computed from (`saeopt.saes.noise`).
     """
@@ -44,6 +44,7 @@ class Given(NamedTuple):
     u_MNh: Tensor | None
     keys_2MN: Tensor | None
     numbers: dict[str, Tensor]
+    buffers: dict[str, Tensor]
 
     def member(self, i: int) -> Given:
         """What the pass of one member alone reads."""
@@ -55,6 +56,7 @@ class Given(NamedTuple):
             u_MNh=None if self.u_MNh is None else self.u_MNh[row],
             keys_2MN=None if self.keys_2MN is None else self.keys_2MN[:, row],
             numbers={name: tensor[row] for name, tensor in self.numbers.items()},
+            buffers={name: tensor[row] for name, tensor in self.buffers.items()},
         )
 
 

@@ -8,6 +8,7 @@ from saeopt.saes.base import SAE
 from saeopt.saes.gated import GatedSAE
 from saeopt.saes.gated_hard_concrete import GatedHardConcreteSAE
 from saeopt.saes.hard_concrete import HardConcreteSAE
+from saeopt.saes.jumprelu import JumpReluSAE
 
 
 class Form(NamedTuple):
@@ -15,7 +16,8 @@ class Form(NamedTuple):
 
     `mse`, `aux`, `penalty`: coefficients, divided by d under `legacy_scaling` as the modules do. `unit`: decoder rows
     are kept at norm 1; `directions`: only their direction is used. `prefixes`: where prefixes of the dictionary end
-    that reconstruct by themselves, the last one at h; empty where there is only the whole.
+    that reconstruct by themselves, the last one at h; empty where there is only the whole. `l0_target` above 0: the
+    penalty is a square around it; `max_density` above 0: latents that fire more often are penalised more.
     """
 
     mse: float
@@ -29,6 +31,9 @@ class Form(NamedTuple):
     seed_aux: bool = False
     frozen_aux: bool = True
     prefixes: tuple[int, ...] = ()
+    l0_target: float = 0.0
+    max_density: float = 0.0
+    density_coeff: float = 0.0
 
     @property
     def blocks(self) -> list[slice]:
@@ -42,8 +47,19 @@ def _share(sae: SAE) -> float:
 
 
 def plain(sae: SAE) -> Form:
-    """relu and topk."""
-    return Form(sae.config.mse_coeff * _share(sae), _share(sae), sae.unit_rows)
+    """relu, topk and batch_topk."""
+    return Form(sae.config.mse_coeff * _share(sae), _share(sae), sae.unit_rows, prefixes=sae.prefixes)
+
+
+def jumprelu(sae: SAE) -> Form:
+    """Its penalty reaches the thresholds alone."""
+    assert isinstance(sae, JumpReluSAE)
+    config = sae.config
+    return plain(sae)._replace(
+        l0_target=config.l0_penalty_target or 0.0,
+        max_density=config.max_density or 0.0,
+        density_coeff=config.density_coeff,
+    )
 
 
 def gated(sae: SAE) -> Form:

@@ -88,7 +88,7 @@ class CpuOptimiser:
             gradient.mul_(gain)
         before_V = weights[VECTORS].clone() if storage.rules else weights[VECTORS]
         step_on_cpu(weights, m, v, own, float(self.books.flags["step"][member]), lr, self.books.options)
-        for part, rule in storage.rules.items():
+        for part, rule in storage.rules:
             stepped = weights[VECTORS][part]
             stepped.copy_(before_V[part].lerp(stepped, rule.lr_factor).clamp_(min=rule.least))
         if storage.form.unit:

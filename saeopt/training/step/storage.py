@@ -78,7 +78,7 @@ class Packed:
             if len(shape) < 2:
                 self.slices[name] = slice(at, at + shape.numel())
                 at += shape.numel()
-        self.rules = {self.slices[name]: rule for name, rule in first.rules.items()}
+        self.rules = [(self.slices[name], rule) for name, rule in first.rules.items()]
         """Parts of the vectors that are stepped in a way of their own."""
         self.weights = self._gather(saes)
         self.m = {name: torch.zeros_like(tensor) for name, tensor in self.weights.items()}

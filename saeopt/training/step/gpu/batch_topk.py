@@ -26,8 +26,9 @@ class GpuBatchTopkPass(GpuTopkPass):
 
     def _select(self, pre: Tensor, b_enc: Tensor, keep: Tensor | None, n_kept: Tensor) -> Code:
         """The int(k · n) largest of the n kept tokens."""
+        places = max(1, int(self.k * pre.shape[1]))
         want_M = (self.k_M * n_kept).to(torch.int32)
-        values, latents, rows, start = kernels_batch.select(pre, b_enc, keep, want_M, int(self.k * pre.shape[1]))
+        values, latents, rows, start = kernels_batch.select(pre, b_enc, keep, want_M, places)
         return Code(values, latents, (rows, start))
 
     def _tallies(self, code: Code) -> Store:

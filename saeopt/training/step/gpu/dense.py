@@ -18,7 +18,7 @@ from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
 from saeopt.training.step.books import Books
 from saeopt.training.step.compiled import compiled
-from saeopt.training.step.contract import Example, Optimiser, Parts, Pass, StackOptions, Store
+from saeopt.training.step.contract import TALLY, Example, Optimiser, Parts, Pass, StackOptions, Store
 from saeopt.training.step.dense import ALONE, Architecture, Found, Given, Product, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.optimiser import GpuOptimiser
@@ -27,6 +27,8 @@ from saeopt.training.step.optimiser import PULL
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import VECTORS, Packed
 
+FIRED = "fired"
+"""The tally of how often each latent fired."""
 Call = Callable[..., Any]
 """How a stage is called: compiled where that is wanted."""
 
@@ -84,12 +86,14 @@ class GpuDensePass(Pass):
         x_Nd, keep_N, y, low = self.call(start, example.x_Nd, example.keep_N, storage.buffers["scale"], table.on_device)
         numbers = {name: low[:, table.names[name]] for name in self.numbers}
         vectors = {name: storage.vector(storage.weights, name) for name in storage.slices}
-        given = Given(storage.low, vectors, storage.norm_Mh, x_Nd, keep_N, None, keys, numbers)
+        given = Given(storage.low, vectors, storage.norm_Mh, x_Nd, keep_N, None, keys, numbers, storage.buffers)
         grads, found = self._one_by_one(given) if self._alone(len(x_Nd)) else self.core(given, None)
         grads[VECTORS] = torch.cat([found.vectors[name] for name in storage.slices], 1)
         if found.pull_Mh is not None:
             grads[PULL] = found.pull_Mh
         window = {"totals": found.totals_M4.double(), "fired": found.fired_Mh, "y": y}
+        if FIRED in storage.saes[0].tallies:
+            window[TALLY + FIRED] = found.fired_Mh.double()
         return Parts(grads, window | found.tallies())
 
     def _alone(self, tokens: int) -> bool:

@@ -33,7 +33,7 @@ _AT_ONCE = 2**24
 
 
 class JumpReluCore:
-    """The step penalty's: it reaches θ alone."""
+    """Of penalties that reach θ alone: `step` and `quadratic`."""
 
     writes_code = True
 
@@ -53,7 +53,7 @@ class JumpReluCore:
         del decoded
         (g_pre,) = pulled_back(form, g_errors, low["W_dec"])
         parts_3SMh = kernels_jumprelu.backward(f, g_pre, given.keep_N, theta, width_M, push_Mh)
-        back: Back = self.call(jumprelu_sums, push_Mh, width_M, g_pre, parts_3SMh)
+        back: Back = self.call(jumprelu_sums, form, given, push_Mh, g_pre, parts_3SMh)
         g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
         wanted = [*decoder_products(form, [f], g_errors), Product("W_enc", g_pre, centred)]
         found = Found([], {**back.vectors, "b_dec": g_b_dec}, None, totals_M4, back.fired_Mh)
@@ -72,17 +72,36 @@ class JumpReluCore:
 
 
 def before(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x̄ in the dtype of the products, b_enc, θ, what the penalty weighs each latent with, and ε."""
+    """x̄ in the dtype of the products, b_enc, θ, the penalty's slope by each latent's firings, and ε."""
     theta = given.vectors["threshold"].contiguous()
-    push_Mh = (given.numbers["sparsity_coeff"] * form.penalty).unsqueeze(-1).expand_as(theta).contiguous()
+    slope_M = given.numbers["sparsity_coeff"] * form.penalty
+    if form.l0_target:
+        slope_M = slope_M * 2 * excess(form, given) / form.l0_target
+    push_Mh = (slope_M.unsqueeze(-1) * weight(form, given)).contiguous()
     return centre(given), given.vectors["b_enc"].contiguous(), theta, push_Mh, given.numbers["bandwidth"].contiguous()
 
 
-def jumprelu_sums(push_Mh: Tensor, width_M: Tensor, g_pre: Tensor, parts_3SMh: Tensor) -> Back:
-    """What follows from sums over pieces of the tokens: ∂θ = −Σ (θ ∂f + λ) / ε over the band."""
+def excess(form: Form, given: Given) -> Tensor:
+    """L0 / L0* − 1 in the window before, per member."""
+    return given.buffers["last_l0"] / form.l0_target - 1
+
+
+def weight(form: Form, given: Given) -> Tensor:
+    """λ's factor per latent (M, h)."""
+    if not form.max_density:
+        return torch.ones_like(given.vectors["threshold"])
+    return 1 + form.density_coeff * (given.buffers["density"] / form.max_density - 1).clamp_min(0)
+
+
+def jumprelu_sums(form: Form, given: Given, push_Mh: Tensor, g_pre: Tensor, parts_3SMh: Tensor) -> Back:
+    """What follows from sums over pieces of the tokens: ∂θ = −Σ (θ ∂f + the penalty's slope) / ε over the band."""
     g_b_enc, band_Mh, fired_Mh = parts_3SMh.sum(1)
-    vectors = {"b_enc": g_b_enc, "threshold": -band_Mh / width_M.unsqueeze(-1)}
-    return Back([g_pre], vectors, [g_b_enc], None, (push_Mh * fired_Mh).sum(-1), fired_Mh)
+    vectors = {"b_enc": g_b_enc, "threshold": -band_Mh / given.numbers["bandwidth"].unsqueeze(-1)}
+    sparsity_M = (push_Mh * fired_Mh).sum(-1)
+    if form.l0_target:
+        n = len(given.x_Nd) if given.keep_N is None else given.keep_N.sum()
+        sparsity_M = given.numbers["sparsity_coeff"] * form.penalty * n * excess(form, given).square()
+    return Back([g_pre], vectors, [g_b_enc], None, sparsity_M, fired_Mh)
 
 
 def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:

@@ -88,7 +88,7 @@ def rules_of(storage: Packed) -> tuple[Tensor, Tensor] | None:
         return None
     factor_V = torch.ones_like(storage.weights[VECTORS][0])
     least_V = torch.full_like(factor_V, -torch.inf)
-    for part, rule in storage.rules.items():
+    for part, rule in storage.rules:
         factor_V[part], least_V[part] = rule.lr_factor, rule.least
     return factor_V, least_V
 
