@@ -85,7 +85,7 @@ def _count_keys(
     member = tl.program_id(1).to(tl.int64)
     out_ptr = counts_ptr + member * 256
     if FINE:
-        first, above = _crossing(out_ptr, tl.load(want_ptr + member), 256)
+        first, _above = _crossing(out_ptr, tl.load(want_ptr + member), 256)
         out_ptr += members * 256
     b = tl.arange(0, 256)
     counts = tl.zeros([256], tl.int32)
@@ -105,7 +105,7 @@ def _least_key(counts_ptr, want_ptr, least_ptr, members):
     member = tl.program_id(0).to(tl.int64)
     want = tl.load(want_ptr + member)
     first, above = _crossing(counts_ptr + member * 256, want, 256)
-    second, more = _crossing(counts_ptr + (members + member) * 256, want - above, 256)
+    second, _more = _crossing(counts_ptr + (members + member) * 256, want - above, 256)
     tl.store(least_ptr + 2 * member, tl.maximum(first * 128 + second, 1))
 
 
@@ -201,10 +201,10 @@ def _count_elements(
     BINS: tl.constexpr = 2048 if LEVEL == 0 else 1024
     found = lowest * 0
     if LEVEL > 0:
-        found, above = _threshold(counts_ptr, tl.load(want_ptr + member), LEVEL)
+        found, _above = _threshold(counts_ptr, tl.load(want_ptr + member), LEVEL)
     counts = tl.zeros([BINS], tl.int32)
     for block in range(tl.program_id(0), tl.cdiv(number, B), tl.num_programs(0)):
-        value, bits, n, c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
+        _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
         over = bits - lowest
         if LEVEL == 0:
             which = tl.where(over >= 0, over >> 20, 0)
@@ -241,7 +241,7 @@ def _count_selected(
     sure = number * 0
     tie = number * 0
     if block * B < number:
-        value, bits, n, c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
+        value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
         sure = tl.sum(((bits > threshold) & (value > 0)).to(tl.int32), 0)
         tie = tl.sum(((bits == threshold) & (value > 0)).to(tl.int32), 0)
     out = member * tl.num_programs(0) + block

@@ -248,7 +248,7 @@ def _piece_dots(
         in_a = (j < a_end) & (a_end - a_begin > P)
         in_b = (j >= b_begin) & (j < b_end) & (b_end - b_begin > P)
         mask = in_a | in_b
-        v, on, rows, prefix = _entries(
+        _v, on, rows, prefix = _entries(
             values_ptr + member * E, index_ptr + member * E, j, mask, widths_ptr, w_ptr + member * H * D, D, G
         )
         row = tl.load(rows_ptr + member * E + j, mask=mask, other=0).to(tl.int64)
