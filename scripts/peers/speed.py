@@ -1,8 +1,8 @@
 """Times another library's training, in that library's environment: `PYTHON speed.py sae-lens ACTIVATIONS DEVICE`.
 
 Knows nothing of saeopt. Jobs come as lines of JSON on stdin; each answer is one line of JSON on stdout: milliseconds of
-a step by setting, medians. The library's own loop runs as it is shipped, with bfloat16 products (autocast) on a GPU and,
-where the library offers it, compiled; a step is what lies between two batches that the loop asks for.
+a step by setting, medians. The library's own loop runs as it is shipped, with bfloat16 products (autocast) on a GPU,
+and, where the library offers it, compiled; a step is what lies between two batches that the loop asks for.
 """
 
 from __future__ import annotations
