@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saeopt.config.base import Weight
 from saeopt.config.marks import Stack
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
 
@@ -31,6 +31,8 @@ class MagnitudeConfig(RevivalConfig):
 
 class GatedConfig(MagnitudeConfig):
     """`sae_type: gated`."""
+
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.9, 0.7, 0.5)
 
     aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""

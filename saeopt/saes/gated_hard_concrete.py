@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saeopt.config.base import Weight
 from saeopt.config.marks import Stack
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, GatedSAE
 from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
@@ -17,6 +17,8 @@ from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
 
 class GatedHardConcreteConfig(NoisyGateConfig):
     """`sae_type: gated_hard_concrete`."""
+
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.2, 1.3, 1.0)
 
     aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig
 from saeopt.saes.base import SAE, Forward, Reduction, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
@@ -66,6 +66,8 @@ def annealed_beta(config: NoisyGateConfig, progress: Progress) -> float:
 
 class HardConcreteConfig(NoisyGateConfig):
     """`sae_type: hard_concrete`."""
+
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.21, 1.0, 1.0)
 
     magnitude_activation: Stack[Literal["relu", "softplus", "identity"]] = "identity"
     """What the magnitude passes through; null means `identity`: the code can be negative."""

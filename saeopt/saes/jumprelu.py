@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saeopt.config.base import Float, Weight
 from saeopt.config.marks import Member, Stack
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import SAE, Forward, Rule, StepInputs
 from saeopt.saes.numbers import Number, Progress
@@ -25,6 +25,7 @@ class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.2, 1.0, 1.0)
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"
     """What λ multiplies: `step`, the mean L0; `tanh`, the mean of Σ tanh(4 f ‖W_dec‖); `quadratic`,

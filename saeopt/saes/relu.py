@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saeopt.config.base import Amount
 from saeopt.config.marks import Stack
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
@@ -17,6 +17,8 @@ from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
 
 class ReluConfig(RevivalConfig, PrefixConfig):
     """`sae_type: relu`."""
+
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.45, 0.75, 0.5)
 
     resample_every_tokens: Stack[Amount | None] = None
     """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs

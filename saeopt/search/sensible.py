@@ -68,7 +68,7 @@ def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:
             if section == "saes" and own in saes.without_effect:
                 reason = f"for {saes.sae_type}: add 'when: {{sae_type: […]}}' with the architectures for which it does"
             elif field == "saes.sparsity_coeff" and saes.target_l0 is not None:
-                reason = "but where λ starts, beside 'saes.target_l0': vary one of them"
+                reason = "beside 'saes.target_l0', which moves λ: vary one of them"
             elif section == "saes" and own in (idle := saes.idle()):
                 reason = f"without 'saes.{idle[own]}: true'"
             elif field == "min_lr_factor" and cell.config.schedule == "constant":

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saeopt.config.saes import SAEConfig
+from saeopt.saes.base import SAE
 from saeopt.saes.numbers import EVALUATED
 from saeopt.training.controls import Control, progress_of
 from saeopt.training.step.contract import Store
@@ -23,8 +25,10 @@ BEGIN, FREEZE = 0.05, 0.05
 """Shares of the run: nothing is moved before this one (nor while λ warms up), and during this last one."""
 SMOOTHING = 0.01
 """Share of the run over which L0 is averaged."""
-ABOVE, ABOVE_UNTIL = 0.2, 0.6
-"""How far above its target L0 may be, and until which share of the run."""
+ABOVE, ABOVE_UNTIL, MOST_ABOVE = 0.2, 0.9, 5.0
+"""How far above its target L0 may be, until which share of the run, and by which factor at most."""
+BAND, BAND_UNTIL = 0.5, 0.4
+"""Distance of ln L0 from where it may be that is left alone at the start, and share of the run at which it is 0."""
 PROPORTIONAL, INTEGRAL = 1.0, 33.0
 """d ln λ per change of ln(L0 / reference), and per ln(L0 / reference) and run."""
 MOST_STEP = 0.05
@@ -35,23 +39,35 @@ TOLERANCE = 0.05
 """Relative distance from the target beyond which a run says that it has not come there."""
 
 
+def with_first_coeff(sae: SAE) -> SAEConfig:
+    """A member's section with λ where it starts."""
+    section, guess = sae.config, sae.config.first_coeff
+    if section.target_l0 is None or guess is None or sae.normalisation == "none":
+        return section
+    return section.model_copy(update={"sparsity_coeff": section.mse_coeff * guess.at(section.target_l0, sae.e)})
+
+
 class TargetL0(Control):
     """A PI control of ln λ, of all members of a stack that have a target; λ of the others stays as it is scheduled.
 
     At the share t of a run, with L̄ the running mean of the windows' L0 (bias-corrected, over `SMOOTHING` of the run):
 
-        r = L* (1 + ABOVE · max(0, ABOVE_UNTIL / t − 1))      e = clip(ln(L̄ / r), ±1)
+        r = L* min(MOST_ABOVE, 1 + ABOVE · max(0, ABOVE_UNTIL / t − 1))      b = BAND · max(0, 1 − t / BAND_UNTIL)
+        e = c − clip(c, ±b), c = clip(ln(L̄ / r), ±1)
         d ln λ = clip(PROPORTIONAL · Δe + INTEGRAL · e · Δt, ±MOST_STEP)      |ln(λ / λ_start)| ≤ MOST
 
     L0 is that of the evaluation form: where gates are noisy in training, the tally `EVALUATED`. The reference r falls
-    as L0 does in a run of constant λ, about as 1/t. A control that holds the target from the first windows on needs a
-    much larger λ there, and what is too sparse in the beginning learns features that it keeps (arXiv 2508.16560, A.8).
+    as L0 does in a run of constant λ, about as 1/t, and what is within the band of it is left alone: with a λ that is
+    too large in the beginning latents die for good (arXiv 2508.16560, A.8), with one that is too small gates that
+    learn by a penalty on L0 settle where they explain less. So λ starts at a guess (`SAEConfig.first_coeff`) and is
+    moved late rather than early.
     """
 
     name = "target_l0"
 
     def __init__(self, members: Sequence[Member], total: int) -> None:
         self.members, self.total = members, total
+        self._sections = {id(m): with_first_coeff(m.sae) for m in members}
         self._sent: tuple[list[float], Tensor] | None = None
 
     def state(self, members: Sequence[Member]) -> Store:
@@ -61,9 +77,11 @@ class TargetL0(Control):
         """
         targets = [math.nan if m.sae_config.target_l0 is None else m.sae_config.target_l0 for m in members]
         begins = [max(BEGIN * self.total, progress_of(m, 0, self.total).sparsity_warmup) for m in members]
-        moving = {n: torch.zeros(len(members), dtype=torch.float64) for n in ("ln", "sum", "weight", "error", "at")}
-        fixed = {"target": targets, "begin": begins}
-        return moving | {n: torch.tensor(values, dtype=torch.float64) for n, values in fixed.items()}
+        moving = {
+            name: torch.zeros(len(members), dtype=torch.float64) for name in ("ln", "sum", "weight", "error", "at")
+        }
+        given = {"target": targets, "begin": begins}
+        return moving | {name: torch.tensor(values, dtype=torch.float64) for name, values in given.items()}
 
     def moves(self, member: Member) -> bool:
         """As the contract says."""
@@ -72,7 +90,8 @@ class TargetL0(Control):
     def numbers(self, state: Store, samples: int) -> Mapping[str, Tensor]:
         """λ."""
         scheduled = [
-            m.sae.numbers["sparsity_coeff"].at(m.sae.config, progress_of(m, samples, self.total)) for m in self.members
+            m.sae.numbers["sparsity_coeff"].at(self._sections[id(m)], progress_of(m, samples, self.total))
+            for m in self.members
         ]
         return {"sparsity_coeff": self._on_device(scheduled, state["ln"].device) * state["ln"].exp()}
 
@@ -80,10 +99,8 @@ class TargetL0(Control):
         """Sent where it changed, without waiting."""
         if self._sent is None or self._sent[0] != values:
             tensor = torch.tensor(values, dtype=torch.float64)
-            self._sent = (
-                values,
-                (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True),
-            )
+            sent = tensor.pin_memory() if device.type == "cuda" else tensor
+            self._sent = values, sent.to(device, non_blocking=True)
         return self._sent[1]
 
     def observe(self, state: Store, window: Mapping[str, Tensor]) -> None:
@@ -93,10 +110,12 @@ class TargetL0(Control):
         keep_M = (-passed_M / SMOOTHING).exp()
         state["sum"] = keep_M * state["sum"] + (1 - keep_M) * l0_M
         state["weight"] = keep_M * state["weight"] + (1 - keep_M)
-        reference_M = state["target"] * (1 + ABOVE * (ABOVE_UNTIL / share_M - 1).clamp_min(0))
-        error_M = (state["sum"] / state["weight"] / reference_M).clamp_min(1e-6).log().clamp(-1, 1)
+        above_M = (1 + ABOVE * (ABOVE_UNTIL / share_M - 1).clamp_min(0)).clamp_max(MOST_ABOVE)
+        ratio_M = state["sum"] / state["weight"] / (state["target"] * above_M)
+        away_M, band_M = ratio_M.clamp_min(1e-6).log().clamp(-1, 1), BAND * (1 - share_M / BAND_UNTIL).clamp_min(0)
+        error_M = away_M - torch.minimum(torch.maximum(away_M, -band_M), band_M)
         move_M = PROPORTIONAL * (error_M - state["error"]) + INTEGRAL * error_M * passed_M
-        on_M = (window["samples"] > state["begin"]) & (share_M <= 1 - FREEZE) & ~state["target"].isnan()
+        on_M = (window["samples"] > state["begin"]) & (share_M <= 1 - FREEZE) & state["target"].isfinite()
         moved_M = state["ln"] + torch.where(on_M, move_M.clamp(-MOST_STEP, MOST_STEP), 0.0)
         state["ln"] = moved_M.clamp(-MOST, MOST)
         state["error"] = torch.where(state["target"].isnan(), 0.0, error_M)

@@ -98,7 +98,7 @@ def test_a_study_sweeps_it_over_all_architectures(base: str) -> None:
 
 
 def test_beside_it_a_swept_lambda_or_k_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'space.saes.sparsity_coeff': changes nothing but where λ starts"):
+    with pytest.raises(UserError, match=r"'space.saes.sparsity_coeff': changes nothing beside 'saes.target_l0'"):
         cells(study({"saes.sparsity_coeff": [0.1, 1]}, {"sae_type": "relu", "target_l0": 8}))
     with pytest.raises(UserError, match=r"'k' .* and 'target_l0' .* differ"):
         cells(study({"saes.k": [8, 16]}, {"target_l0": 8}))

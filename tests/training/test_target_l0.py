@@ -27,6 +27,7 @@ from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.controls import Controls
 from saeopt.training.pack import Member, Pack, controls_of
 from saeopt.training.runtime import Runtime
+from saeopt.training.steering import with_first_coeff
 from saeopt.training.step.choose import make_stack, reference_stack
 from saeopt.training.step.contract import Place
 from saeopt.training.step.tally import join
@@ -62,8 +63,9 @@ def path_of_ln(l0: list[float], target: float, step: int) -> list[float]:
         t, passed = (i + 1) * step / TOTAL, step / TOTAL
         keep = math.exp(-passed / 0.01)
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        reference = target * (1 + 0.2 * max(0.0, 0.6 / t - 1))
-        error = min(1.0, max(-1.0, math.log(mean / weight / reference)))
+        reference = target * min(5.0, 1 + 0.2 * max(0.0, 0.9 / t - 1))
+        away, band = min(1.0, max(-1.0, math.log(mean / weight / reference))), 0.5 * max(0.0, 1 - t / 0.4)
+        error = math.copysign(max(0.0, abs(away) - band), away)
         move = 1.0 * (error - before) + 33.0 * error * passed
         if 0.05 < t <= 0.95:
             ln += min(0.05, max(-0.05, move))
@@ -83,7 +85,8 @@ def test_lambda_follows_the_law(make_config: Make) -> None:
         paths.append(controls.states[-1]["ln"].tolist())
         told = [float(row["sparsity_coeff"]) for row in controls.numbers((i + 2) * step)]
         rising = min(1.0, (i + 2) * step / round(0.05 * TOTAL))
-        expected = [(0.2 + m) * rising * math.exp(paths[-1][m]) for m in range(3)]
+        starts = [0.45 * 2**0.75 * math.sqrt(6 / 64), 0.45 * 0.4**0.75 * math.sqrt(6 / 64), 2.2]  # d = 6
+        expected = [start * rising * math.exp(paths[-1][m]) for m, start in enumerate(starts)]
         assert told == pytest.approx(expected, rel=1e-12)
     for m, target in enumerate((8.0, 40.0)):
         expected = path_of_ln([row[m] for row in l0], target, step)
@@ -131,8 +134,19 @@ def test_members_with_and_without_a_target_share_a_stack(make_config: Make) -> N
     assert "sparsity_coeff" not in rows[1]
     assert any("target_l0" in name for name in pack.state(members[0]))
     assert not any("target_l0" in name for name in pack.state(members[1]))
-    assert pack.aimed(members[0], TOTAL) == {"target_l0": 4.0, "sparsity_coeff": pytest.approx(0.2)}
+    guessed = 0.45 * 4**0.75 * math.sqrt(6 / 64)
+    assert pack.aimed(members[0], TOTAL) == {"target_l0": 4.0, "sparsity_coeff": pytest.approx(guessed)}
     assert pack.aimed(members[1], TOTAL) == {}
+
+
+def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
+    """A guess is for normalised activations; an architecture of somebody's own has none."""
+    assert with_first_coeff(group(make_config, [8.0])[0].sae).sparsity_coeff == pytest.approx(
+        0.45 * 2**0.75 * math.sqrt(6 / 64)
+    )
+    (plain,) = group(make_config, [8.0], **{"saes.normalize_activations": "none"})
+    sae = type(plain.sae)(6, 20, plain.sae_config)
+    assert with_first_coeff(sae).sparsity_coeff == 0.2
 
 
 # ---- L0 as an evaluation counts it
