@@ -226,11 +226,13 @@ class SAE(Normalised):
     # ---- what people call: raw activations in raw units
     def encode(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N h"]:
         """The evaluation code f of raw activations: the code that was trained, in normalised units."""
+        _check_width(x_Nd, self.d, "this SAE reads")
         f_Nh = self.code(self.normalised(x_Nd))
         return f_Nh if self.unit_lengths is None else f_Nh * self.unit_lengths
 
     def decode(self, f_Nh: Float[Tensor, "*N h"]) -> Float[Tensor, "*N e"]:
         """Raw activations from a code."""
+        _check_width(f_Nh, self.h, "this SAE's code has")
         return self.raw(self.reconstruct(f_Nh))
 
     def forward(self, x_Nd: Float[Tensor, "*N d"]) -> Float[Tensor, "*N e"]:
@@ -379,6 +381,11 @@ class SAE(Normalised):
     def masked(f_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
         """The code with the rows of masked tokens set to 0."""
         return f_Nh if keep_N is None else f_Nh * keep_N.unsqueeze(-1)
+
+
+def _check_width(given: Tensor, width: int, what: str) -> None:
+    if given.shape[-1:] != (width,):
+        raise ValueError(f"{what} {width} numbers per token: got the shape {tuple(given.shape)}")
 
 
 _NORMALISED = ("training_forward", "code", "reconstruct", "initialise", "measure", "start_encoder")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from sae_cases import IDS, VARIANTS, activations, build, loss, step_inputs
+from sae_cases import IDS, VARIANTS, activations, build, gradients, loss, step_inputs
 from torch import Tensor
 
 from saeopt.config.saes import SAEConfig
@@ -28,7 +28,10 @@ def test_training_and_evaluation_code_have_the_same_support_without_noise(
     if inputs.u_Nh is not None:
         inputs.u_Nh = torch.full_like(inputs.u_Nh, 0.5)  # the noise's median: the median gate follows
     forward = sae.training_forward(x_Nd, inputs)
-    if fields.get("eval_gate") != "paper":
+    if sae.selects_over_batch:  # once the threshold has seen this batch, it lets the same pass, but for the smallest
+        sae.after_window(forward.tallies, torch.tensor(float(len(x_Nd))))
+        assert (forward.f_Nh > 0).sum() - (sae.encode(x_Nd) > 0).sum() == 1
+    elif fields.get("eval_gate") != "paper":
         torch.testing.assert_close(forward.f_Nh, sae.encode(x_Nd))
         torch.testing.assert_close(forward.x_hat_Nd, sae(x_Nd))
 
@@ -65,14 +68,29 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "eval_gate": "paper",
         "input_dependent_gates": False,
     },
-    "topk": {"k": 5, "aux_k": 1, "aux_coeff": 0.5},
+    "topk": {"k": 5, "aux_k": 1, "aux_coeff": 0.5, "prefixes": [0.5, 1]},
+    "jumprelu": {
+        "penalty": "tanh",
+        "initial_threshold": 0.3,
+        "threshold_lr_factor": 0.5,
+        "bandwidth": 0.6,
+        "final_bandwidth": 0.7,
+        "max_density": 0.01,
+    },
 }
+ELSEWHERE = {"l0_penalty_target", "pre_activation_coeff", "density_coeff", "resample_every_tokens"}
+"""What needs other fields, or works between windows: tried in tests of its own."""
+REVIVAL = {"auxk_coeff": 0.5, "aux_k": 1}
 OTHER_VALUES["gated_hard_concrete"] = {
     **{k: v for k, v in OTHER_VALUES["hard_concrete"].items() if k != "input_dependent_gates"},
     "aux_coeff": 0.5,
     "aux_form": "seed",
     "magnitude_activation": "softplus",
 }
+for name in ("relu", "gated", "hard_concrete", "gated_hard_concrete", "jumprelu"):
+    OTHER_VALUES[name] = OTHER_VALUES.get(name, {}) | REVIVAL
+OTHER_VALUES["relu"]["prefixes"] = [0.5, 1]
+OTHER_VALUES["batch_topk"] = OTHER_VALUES["matryoshka_batch_topk"] = OTHER_VALUES["topk"] | {"k": 5.5}
 COMMON = {"mse_coeff": 3.0, "init_decoder_orthogonal": False, "bias_init": "zero"}
 CASES = [(name, {field: value}) for name, others in OTHER_VALUES.items() for field, value in (others | COMMON).items()]
 CASES += [
@@ -84,10 +102,13 @@ CASES += [
 def footprint(sae_type: str, fields: dict[str, Any]) -> list[Tensor]:
     """All that a config can change: terms, code, a step's constraints, the start, and the β in mid-run."""
     annealed = {"final_beta": 0.2, "beta_annealing": True} if "hard_concrete" in sae_type else {}
-    fields = annealed | fields
+    auxk = {"auxk_coeff": 0.3} if "auxk_coeff" in OTHER_VALUES[sae_type] else {}
+    fields = annealed | auxk | fields
     sae, x_Nd = build(sae_type, fields), activations()
     forward = sae.training_forward(x_Nd, step_inputs(sae, beta=numbers(sae).get("beta", 1.0)))
-    found = [*forward.terms.values(), *(part for ratio in forward.ratios.values() for part in ratio), sae.encode(x_Nd)]
+    slopes = gradients(sae, loss(sae, x_Nd, step_inputs(sae)))
+    found = [*slopes.values(), *(torch.tensor(rule) for rule in sae.rules.values())]
+    found += [*forward.terms.values(), *(part for ratio in forward.ratios.values() for part in ratio), sae.encode(x_Nd)]
     with torch.no_grad():
         sae.W_dec.mul_(2)
     sae.after_step()
@@ -107,7 +128,7 @@ def test_every_field_of_a_config_changes_something(sae_type: str, fields: dict[s
 @pytest.mark.parametrize("sae_type", OTHER_VALUES)
 def test_the_fields_tried_above_are_all_there_are(sae_type: str) -> None:
     own = set(get_sae(sae_type).Config.model_fields) - set(SAEConfig.model_fields)
-    assert own == set(OTHER_VALUES[sae_type])
+    assert own - ELSEWHERE == set(OTHER_VALUES[sae_type])
 
 
 @every_architecture
@@ -154,3 +175,11 @@ def test_subclass_hooks_are_enough_for_state_of_its_own() -> None:
             self.register_buffer("seen", torch.zeros(()))
 
     assert "seen" in Counting(2, 3, SAEConfig(sae_type="x", sae_positions=["a"])).state_dict()
+
+
+def test_another_width_is_refused_by_what_is_right() -> None:
+    sae = build("relu")
+    with pytest.raises(ValueError, match=r"this SAE reads 6 numbers per token: got the shape \(2, 5\)"):
+        sae.encode(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="this SAE's code has 15 numbers per token"):
+        sae.decode(torch.zeros(2, 16))
