@@ -231,3 +231,21 @@ def test_memory_for_centred_activations_is_counted(tmp_path):
     assert sizes[1]["activations"] - sizes[0]["activations"] == 4 * 32 * 64
     name = "weights, gradients, optimiser"
     assert sizes[1][name] - sizes[0][name] == 2 * 4 * 65
+
+
+def test_gamma_is_told_warned_of_where_nothing_is_centred_and_evaluated(tmp_path, caplog):
+    x_Nd = torch.randn(1000, D, generator=torch.Generator().manual_seed(0)) + 4
+    save_file({"x": x_Nd}, tmp_path / "x.safetensors")
+    gamma = 4 * D**0.5 / D**0.5
+    for kind, warned in (("scale", 1), ("mean_scale", 0), ("whiten", 0)):
+        caplog.clear()
+        given = config(tmp_path / "x.safetensors", normalize_activations=kind)
+        with caplog.at_level("INFO", logger="saeopt"):
+            result = train_pack([TrialPlan(kind, given, tmp_path / kind)], Runtime("cpu"))[kind]
+        (told,) = [r for r in caplog.records if r.getMessage().startswith("γ = ")]
+        assert float(told.getMessage().split()[-1]) == pytest.approx(gamma, rel=0.1)
+        notices = [r.getMessage() for r in caplog.records if "γ is above 1 at here" in r.getMessage()]
+        assert len(notices) == warned
+        held = x_Nd[-80:].double()
+        exact = held.mean(0).norm() / held.var(0, correction=0).sum().sqrt()
+        assert result.evaluation["here"]["gamma"] == pytest.approx(exact.item(), rel=1e-5)
