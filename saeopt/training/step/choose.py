@@ -18,6 +18,7 @@ from saeopt.training.step import dense, forms
 from saeopt.training.step.contract import StackOptions
 from saeopt.training.step.cpu import dense_on_cpu
 from saeopt.training.step.forms import Form
+from saeopt.training.step.jumprelu import JUMPRELU
 from saeopt.training.step.reference import one_by_one
 from saeopt.training.step.sparse import topk_on_cpu
 from saeopt.training.step.stack import Assembly, Stack, Watcher
@@ -66,7 +67,7 @@ FAST = {
     "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
     "topk": Fast(forms.plain, topk_on_cpu, _on_gpu("topk"), 20.0, (2.0, 2.0), rounds=False),
     "batch_topk": Fast(forms.plain, None, _on_gpu("batch_topk"), 20.0, (2.2, 2.0), rounds=False),
-    "jumprelu": Fast(forms.jumprelu, None, _on_gpu("jumprelu"), 32.0, (4.0, 4.0)),
+    "jumprelu": Fast(forms.jumprelu, partial(dense_on_cpu, JUMPRELU), _on_gpu("jumprelu"), 28.0, (4.0, 4.0)),
 }
 FAST["matryoshka_batch_topk"] = FAST["batch_topk"]
 
@@ -89,8 +90,9 @@ def make_stack(
     if performance.stack == "reference" or reason is not None:
         return reference_stack(saes, seeds, options, watcher)
     row = FAST[saes[0].config.sae_type]
+    form = row.form(saes[0])._replace(dead_after=options.dead_after_tokens)
     if row.cpu is None or saes[0].W_enc.is_cuda:
-        assembly = row.gpu(row.form(saes[0]), saes, options, performance)
+        assembly = row.gpu(form, saes, options, performance)
     else:
         if "on" in (performance.compile, performance.graphs):
             _notice("'performance.compile' and 'performance.graphs' have no effect on the CPU")
@@ -99,7 +101,7 @@ def make_stack(
                 f"'mixed_precision' has no effect on {saes[0].config.sae_type}'s fused step on the CPU"
                 " (performance.stack: reference has it)"
             )
-        assembly = row.cpu(row.form(saes[0]), saes, options)
+        assembly = row.cpu(form, saes, options)
     return Stack(saes, seeds, options, assembly, watcher)
 
 
@@ -125,8 +127,6 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
         return f"'{sae_type}' has none on the CPU"
     if on_cpu and first.prefixes and sae_type != "relu":
         return "nested dictionaries ('saes.prefixes') have none on the CPU"
-    if getattr(first.config, "penalty", None) == "tanh":
-        return "'saes.penalty: tanh' has none"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"
     if first.W_enc.is_cuda and (find_spec("triton") is None or first.W_enc.dtype != torch.float32):

@@ -16,7 +16,7 @@ from saeopt.saes.noise import uniform
 from saeopt.saes.numbers import EVALUATED
 from saeopt.training.step.books import Books, zeros
 from saeopt.training.step.contract import TALLY, Example, Optimiser, Parts, Pass, Place, StackOptions
-from saeopt.training.step.dense import Architecture, Found, Given, run
+from saeopt.training.step.dense import FIRED, Architecture, Found, Given, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.numbers import Table
 from saeopt.training.step.optimiser import PULL, CpuOptimiser
@@ -74,14 +74,14 @@ class DensePass(Pass):
 
     def __init__(self, architecture: Architecture, storage: Packed, table: Table, seeds: Sequence[int]) -> None:
         self.architecture, self.storage, self.table, self.seeds = architecture, storage, table, seeds
-        self.sums = InPlace(storage, self._penalty)
+        self.sums, self.tells_fired = InPlace(storage, self._more), FIRED in storage.saes[0].tallies
 
-    def _penalty(self) -> Parts:
-        """The penalty's part of W_dec's gradient, where the norm of its rows counts."""
+    def _more(self) -> Parts:
+        """The penalty's part of W_dec's gradient, where the norm of its rows counts, and the tally of firings."""
         storage = self.storage
-        if storage.form.unit or storage.form.directions:
-            return Parts({}, {})
-        return Parts({PULL: torch.zeros_like(storage.norm_Mh)}, {})
+        fixed, size = storage.form.unit or storage.form.directions, (len(storage.saes), storage.h)
+        window = {TALLY + FIRED: zeros(*size, device=storage.device)} if self.tells_fired else {}
+        return Parts({} if fixed else {PULL: torch.zeros_like(storage.norm_Mh)}, window)
 
     def before(self, example: Example, *, first: bool) -> None:
         """As the contract says."""
@@ -128,6 +128,8 @@ class DensePass(Pass):
             grads[PULL][member] += found.pull_Mh[0]
         window["totals"][member] += found.totals_M4[0]
         window["fired"][member] += found.fired_Mh[0]
+        if self.tells_fired:
+            window[TALLY + FIRED][member] += found.fired_Mh[0]
         for name, tally_M in found.tallies().items():
             window[name][member] += tally_M[0]
 

@@ -27,6 +27,8 @@ and plain matrix products are the faster way."""
 ALONE = 2**25
 """Pre-activations of a member (tokens x latents) from which members of a dense stack on a GPU are computed one after
 another: each fills the card by itself, and what lies between the products needs room for one of them only."""
+FIRED = "fired"
+"""The tally of how often each latent fired."""
 
 
 class Given(NamedTuple):
@@ -113,6 +115,8 @@ class Back(NamedTuple):
     sparsity_M: Tensor
     fired_Mh: Tensor
     evaluated_M: Tensor | None = None
+    more_M: Tensor | float = 0.0
+    """Loss terms besides the squared error and the sparsity term."""
 
 
 class Architecture(NamedTuple):
@@ -228,7 +232,8 @@ def last_sums(
         matrix_Mhd = given.low[name]
         through = torch.bmm(vector_Mh.to(matrix_Mhd.dtype).unsqueeze(1), matrix_Mhd).squeeze(1)
         g_b_dec = g_b_dec - through.to(g_b_dec.dtype)
-    return g_b_dec, torch.stack([loss_M + back.sparsity_M, squared_M, back.sparsity_M, back.fired_Mh.sum(-1)], -1)
+    loss_M = loss_M + back.sparsity_M + back.more_M
+    return g_b_dec, torch.stack([loss_M, squared_M, back.sparsity_M, back.fired_Mh.sum(-1)], -1)
 
 
 # ---- relu: f = relu(x̄ W_enc + b_enc), see `saeopt.saes.relu`

@@ -17,7 +17,8 @@ class Form(NamedTuple):
     `mse`, `aux`, `penalty`: coefficients, divided by d under `legacy_scaling` as the modules do. `unit`: decoder rows
     are kept at norm 1; `directions`: only their direction is used. `prefixes`: where prefixes of the dictionary end
     that reconstruct by themselves, the last one at h; empty where there is only the whole. `l0_target` above 0: the
-    penalty is a square around it; `max_density` above 0: latents that fire more often are penalised more.
+    penalty is a square around it; `max_density` above 0: latents that fire more often are penalised more; `tanh`: the
+    penalty is by activation, and `pre_activation` draws back latents that were silent for `dead_after` tokens.
     """
 
     mse: float
@@ -34,6 +35,9 @@ class Form(NamedTuple):
     l0_target: float = 0.0
     max_density: float = 0.0
     density_coeff: float = 0.0
+    tanh: bool = False
+    pre_activation: float = 0.0
+    dead_after: int = 0
 
     @property
     def blocks(self) -> list[slice]:
@@ -52,13 +56,15 @@ def plain(sae: SAE) -> Form:
 
 
 def jumprelu(sae: SAE) -> Form:
-    """Its penalty reaches the thresholds alone."""
+    """Its penalty, and which latents it is larger for."""
     assert isinstance(sae, JumpReluSAE)
     config = sae.config
     return plain(sae)._replace(
         l0_target=config.l0_penalty_target or 0.0,
         max_density=config.max_density or 0.0,
         density_coeff=config.density_coeff,
+        tanh=config.penalty == "tanh",
+        pre_activation=config.pre_activation_coeff,
     )
 
 

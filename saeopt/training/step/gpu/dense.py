@@ -19,7 +19,7 @@ from saeopt.saes.noise import row_keys
 from saeopt.training.step.books import Books
 from saeopt.training.step.compiled import compiled
 from saeopt.training.step.contract import TALLY, Example, Optimiser, Parts, Pass, StackOptions, Store
-from saeopt.training.step.dense import ALONE, Architecture, Found, Given, Product, run
+from saeopt.training.step.dense import ALONE, FIRED, Architecture, Found, Given, Product, run
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.optimiser import GpuOptimiser
 from saeopt.training.step.numbers import FIRST_SAMPLE, Table
@@ -27,8 +27,6 @@ from saeopt.training.step.optimiser import PULL
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import VECTORS, Packed
 
-FIRED = "fired"
-"""The tally of how often each latent fired."""
 Call = Callable[..., Any]
 """How a stage is called: compiled where that is wanted."""
 

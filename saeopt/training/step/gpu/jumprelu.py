@@ -23,7 +23,8 @@ from saeopt.training.step.dense import (
     pulled_back,
 )
 from saeopt.training.step.forms import Form
-from saeopt.training.step.gpu.dense import Call, around, caller, products
+from saeopt.training.step.gpu.dense import Call, PlainCore, around, caller, products
+from saeopt.training.step.jumprelu import JUMPRELU, counted, push
 from saeopt.training.step.kernels import jumprelu as kernels_jumprelu
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import Packed
@@ -33,7 +34,7 @@ _AT_ONCE = 2**24
 
 
 class JumpReluCore:
-    """Of penalties that reach θ alone: `step` and `quadratic`."""
+    """Of penalties that reach θ alone: `step` and `quadratic`; `tanh` has the dense core."""
 
     writes_code = True
 
@@ -74,33 +75,15 @@ class JumpReluCore:
 def before(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x̄ in the dtype of the products, b_enc, θ, the penalty's slope by each latent's firings, and ε."""
     theta = given.vectors["threshold"].contiguous()
-    slope_M = given.numbers["sparsity_coeff"] * form.penalty
-    if form.l0_target:
-        slope_M = slope_M * 2 * excess(form, given) / form.l0_target
-    push_Mh = (slope_M.unsqueeze(-1) * weight(form, given)).contiguous()
+    push_Mh = push(form, given).contiguous()
     return centre(given), given.vectors["b_enc"].contiguous(), theta, push_Mh, given.numbers["bandwidth"].contiguous()
-
-
-def excess(form: Form, given: Given) -> Tensor:
-    """L0 / L0* − 1 in the window before, per member."""
-    return given.buffers["last_l0"] / form.l0_target - 1
-
-
-def weight(form: Form, given: Given) -> Tensor:
-    """λ's factor per latent (M, h)."""
-    if not form.max_density:
-        return torch.ones_like(given.vectors["threshold"])
-    return 1 + form.density_coeff * (given.buffers["density"] / form.max_density - 1).clamp_min(0)
 
 
 def jumprelu_sums(form: Form, given: Given, push_Mh: Tensor, g_pre: Tensor, parts_3SMh: Tensor) -> Back:
     """What follows from sums over pieces of the tokens: ∂θ = −Σ (θ ∂f + the penalty's slope) / ε over the band."""
     g_b_enc, band_Mh, fired_Mh = parts_3SMh.sum(1)
     vectors = {"b_enc": g_b_enc, "threshold": -band_Mh / given.numbers["bandwidth"].unsqueeze(-1)}
-    sparsity_M = (push_Mh * fired_Mh).sum(-1)
-    if form.l0_target:
-        n = len(given.x_Nd) if given.keep_N is None else given.keep_N.sum()
-        sparsity_M = given.numbers["sparsity_coeff"] * form.penalty * n * excess(form, given).square()
+    sparsity_M = counted(form, given, push_Mh, fired_Mh)
     return Back([g_pre], vectors, [g_b_enc], None, sparsity_M, fired_Mh)
 
 
@@ -108,4 +91,5 @@ def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance
     """jumprelu members."""
     storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
     call = caller(performance.compile != "off")
-    return around(JumpReluCore(form, call), storage, performance, options, call)
+    core = PlainCore(JUMPRELU, form, call) if form.tanh else JumpReluCore(form, call)
+    return around(core, storage, performance, options, call)
