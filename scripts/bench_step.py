@@ -4,6 +4,7 @@
     python scripts/bench_step.py --case relu:768:24576:4096:8     architecture:d:h:batch:members[:k[:dead share]]
     python scripts/bench_step.py --data activations.safetensors   real activations (scripts/harvest_activations.py)
     python scripts/bench_step.py --against reference --json out.json
+    python scripts/bench_step.py --peers sae-lens,dictionary-learning   their own loops beside (scripts/interop_envs.sh)
 
 Activations lie on the device; a step is forward, backward, clipping and Adam of all members. Medians over steps, after
 `--settle` steps of training: only then do latents fire as often, and as unevenly, as they do in a run.
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from bench_data import Activations
+from bench_peers import KINDS, check, time_peers
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -57,12 +59,19 @@ GPU_CASES = [
     "relu:768:24576:4096:8",
     "topk:768:24576:4096:8:64",
     "gated:768:24576:4096:8",
+    "batch_topk:768:24576:4096:1:64",
+    "batch_topk:768:24576:32768:1:64",
+    "matryoshka_batch_topk:768:24576:4096:1:64",
+    "matryoshka_batch_topk:768:24576:32768:1:64",
+    "jumprelu:768:24576:4096:1",
+    "jumprelu:768:24576:32768:1",
     "relu:64:2048:4096:8",
     "relu:64:2048:4096:32",
     "topk:64:2048:4096:32:64",
 ]
 CPU_CASES = ["relu:64:2048:4096:1", "topk:64:2048:4096:1:16", "relu:576:1152:1024:8"]
 PRODUCTS = {"relu": 10, "gated": 14, "hard_concrete": 14, "gated_hard_concrete": 14, "topk": 2}
+PRODUCTS |= {"batch_topk": 2, "matryoshka_batch_topk": 2, "jumprelu": 10}
 """Dense products per token in units of d · h floating-point operations."""
 
 
@@ -84,7 +93,7 @@ class Case:
         name, *numbers = text.split(":")
         try:
             d, h, batch, members = map(int, numbers[:4])
-            usual = ["64" if name == "topk" else "0", "0"]
+            usual = ["64" if name.endswith("topk") else "0", "0"]
             k, dead = numbers[4:] + usual[len(numbers) - 4 :]
             case = cls(name, d, h, batch, members, int(k) or None, float(dead))
         except ValueError:
@@ -93,7 +102,7 @@ class Case:
         if min(d, h, batch, members) < 1 or not 0 <= case.dead <= 1:
             raise UserError(f"--case {text}: sizes must be above 0, the share of dead latents between 0 and 1")
         if case.k is not None and ("k" not in fields or not 0 < case.k <= h):
-            raise UserError(f"--case {text}: k is for topk, and at most h")
+            raise UserError(f"--case {text}: k is for those that select k latents, and at most h")
         return case
 
     @property
@@ -157,7 +166,7 @@ class Bench:
             torch.cuda.empty_cache()
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.batches = data.batches(case.d, case.batch, device, dtype)
-        numbers = {"lr": 1e-3, "sparsity_coeff": 0.1, "beta": 0.5, "max_grad_norm": 1.0}
+        numbers = {"lr": 1e-3, "sparsity_coeff": 0.1, "beta": 0.5, "bandwidth": 0.05, "max_grad_norm": 1.0}
         self.numbers = [numbers] * case.members
         self.steps_done = 0
 
@@ -220,6 +229,23 @@ class Bench:
             "finite": min(m["finite"] for m in found),
         }
 
+    def beside(self, libraries: list[str], env: str, steps: int) -> dict[str, float]:
+        """The peers' milliseconds on the same batches; they have no stacks."""
+        case = self.case
+        if case.sae_type not in KINDS or case.members > 1:
+            return {}
+        job = {"sae_type": case.sae_type, "d": case.d, "h": case.h, "batch": case.batch, "k": case.k, "steps": steps}
+        return time_peers(libraries, env, job, self.batches)
+
+    def measured(self, settled: list[SAE], steps: int, against: str | None) -> dict[str, Any]:
+        """Of the fast stack, and how many times as long the other one takes."""
+        row = self.run("auto", settled, steps)
+        row["densest_latent"], row["top_percent_share"] = densities(settled[0], self.batches[0])
+        if against:
+            row["ms_against"] = self.run(against, settled, min(steps, 10))["ms"]
+            row["ratio"] = row["ms_against"] / row["ms"]
+        return row
+
     def _times(self, stack: Stack, steps: int) -> list[float]:
         if not self.on_gpu:
             times = []
@@ -278,8 +304,8 @@ def usual_cases(device: torch.device, d: int | None) -> list[str]:
     usual = GPU_CASES if device.type == "cuda" else CPU_CASES
     if d is None:
         return usual
-    kinds, k = ("relu", "gated", "hard_concrete", "gated_hard_concrete", "topk"), 64 if device.type == "cuda" else 16
-    cases = [f"{kind}:{d}:{32 * d}:4096:1" + (f":{k}" if kind == "topk" else "") for kind in kinds]
+    k = 64 if device.type == "cuda" else 16
+    cases = [f"{kind}:{d}:{32 * d}:4096:1" + (f":{k}" if kind.endswith("topk") else "") for kind in PRODUCTS]
     return [*cases, f"topk:{d}:{32 * d}:32768:1:{k}"] if device.type == "cuda" else cases
 
 
@@ -293,11 +319,15 @@ def main(
     steps: Annotated[int, typer.Option(help="steps timed per case; 0: 40 on a GPU, 5 on the CPU")] = 0,
     compile: Annotated[str, typer.Option(help="performance.compile")] = "auto",
     graphs: Annotated[str, typer.Option(help="performance.graphs")] = "auto",
+    peers: Annotated[str, typer.Option(help="libraries to time beside: sae-lens,dictionary-learning")] = "",
+    env: Annotated[str, typer.Option(help="Python of each {library}'s environment")] = ".interop/{}/bin/python",
     profiles: Annotated[bool, typer.Option(help="show where the time of each case goes")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
 ) -> None:
     """Time the training step."""
     asked = {text: Case.parse(text) for text in case or ()}
+    libraries = [name for name in peers.split(",") if name]
+    check(libraries, env)
     where = choose_device(device)
     performance = {"compile": compile, "graphs": graphs}
     try:
@@ -317,12 +347,8 @@ def main(
         bench = Bench(one, activations, where, performance)
         settled = bench.settled(settle)
         count = steps or (40 if where.type == "cuda" else 5)
-        row = bench.run("auto", settled, count)
-        row["densest_latent"], row["top_percent_share"] = densities(settled[0], bench.batches[0])
+        row = bench.measured(settled, count, against) | {"peers_ms": bench.beside(libraries, env, min(count, 20))}
         row["share_of_peak"] = row["tflops"] / peak
-        if against:
-            row["ms_against"] = bench.run(against, settled, min(count, 10))["ms"]
-            row["ratio"] = row["ms_against"] / row["ms"]
         results.append(row)
         console.print(_line(text, row), soft_wrap=True)
         if profiles:
@@ -335,11 +361,12 @@ def main(
 def _line(text: str, row: dict[str, Any]) -> str:
     memory = f"{row['peak_memory_gb']:6.1f} GB " if row["peak_memory_gb"] is not None else ""
     against = f" {row['ratio']:5.2f}x" if "ratio" in row else ""
+    beside = "".join(f"\n      {name:34s} {ms:9.3f} ms {ms / row['ms']:5.2f}x" for name, ms in row["peers_ms"].items())
     return (
         f"{text:40s} {row['ms']:9.3f} ms {row['tokens_per_s'] / 1e6:8.3f} M tokens/s"
         f" {row['sae_tokens_per_s'] / 1e6:8.3f} M SAE-tokens/s {row['share_of_peak']:5.1%} of peak"
         f" {memory}densest latent {row['densest_latent']:.2f}, top 1 % {row['top_percent_share']:.0%} of firings"
-        f"{against}"
+        f"{against}{beside}"
     )
 
 

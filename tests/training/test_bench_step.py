@@ -34,7 +34,7 @@ def test_it_times_both_stacks_and_writes_json(tmp_path: Path) -> None:
         ("relu:1:2", "--case relu:1:2"),
         ("no:1:2:3:4", "unknown architecture 'no'"),
         ("relu:16:64:64:0", "above 0"),
-        ("relu:16:64:64:1:5", "k is for topk"),
+        ("relu:16:64:64:1:5", "k is for those that select"),
         ("topk:16:32:64:1:64", "at most h"),
     ],
 )
@@ -45,9 +45,12 @@ def test_a_case_that_is_none_is_one_line(case: str, part: str) -> None:
     assert part in done.stderr
 
 
-@pytest.mark.parametrize("option", [["--against", "no"], ["--compile", "no"], ["--device", "no"]])
+@pytest.mark.parametrize(
+    "option", [["--against", "no"], ["--compile", "no"], ["--device", "no"], ["--peers", "no"], ["--peers", "sae-lens"]]
+)
 def test_an_option_that_is_none_is_one_line(option: list[str]) -> None:
-    command = [sys.executable, str(SCRIPT), "--case", "relu:8:16:8:1", *option]
+    where = ["--env", "no/{}/python"]
+    command = [sys.executable, str(SCRIPT), "--case", "relu:8:16:8:1", *where, *option]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.splitlines()) == 1
