@@ -100,11 +100,9 @@ class BatchTopKSAE(TopKSAE):
     @torch.no_grad()
     def after_window(self, tallies: Mapping[str, Tensor], n: Tensor) -> None:
         """θ takes the window in."""
-        kept = tallies["batches"] > 0
-        self.threshold_windows.add_(kept.to(self.threshold.dtype))
-        weight = (1 - _MEMORY) / (1 - _MEMORY**self.threshold_windows).clamp_min(1 - _MEMORY)
-        found = (tallies["smallest"] / tallies["batches"].clamp_min(1)).to(self.threshold.dtype)
-        self.threshold.lerp_(found, weight * kept)
+        moved = running_mean(self.threshold, self.threshold_windows, tallies["smallest"], tallies["batches"])
+        self.threshold.copy_(moved[0])
+        self.threshold_windows.copy_(moved[1])
 
 
 class MatryoshkaBatchTopKSAE(BatchTopKSAE):
@@ -112,6 +110,17 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
 
     Config: ClassVar[type[BatchTopKConfig]] = MatryoshkaBatchTopKConfig
     config: MatryoshkaBatchTopKConfig
+
+
+def running_mean(mean: Tensor, windows: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """A running mean over windows and how many it has taken in, after another one, whose mean is total / count.
+
+    A window of count 0 changes nothing. Of any shape, element by element.
+    """
+    kept = count > 0
+    windows = windows + kept.to(mean.dtype)
+    weight = (1 - _MEMORY) / (1 - _MEMORY**windows).clamp_min(1 - _MEMORY)
+    return mean.lerp((total / count.clamp_min(1)).to(mean.dtype), weight * kept), windows
 
 
 def _smallest(f_Nh: Tensor) -> Tensor:

@@ -86,6 +86,10 @@ class Pass(Protocol):
         """Finish a whole window's gradients in place; gives each member's loss that has a denominator of its own."""
         return torch.zeros_like(parts.window["totals"][:, 0])
 
+    def after_window(self, tallies: Store, went_M: Tensor) -> bool:
+        """What the members' `after_window` does, for all at once and where they went; False: it is left to them."""
+        return False
+
     def state(self, member: int) -> Store:
         """What the pass needs besides weights and moments to go on with the same bits (`EXTRA`)."""
         return {}

@@ -183,7 +183,7 @@ class Stack:
         went_M = self.optimiser.finish(parts, aux_M)
         n = kept(parts.window).clamp_min(1)
         tallies = {name: parts.window[TALLY + name] for name in self.tallies}
-        if self.saes[0].learns_from_windows:
+        if self.saes[0].learns_from_windows and not self.passes.after_window(tallies, went_M):
             for member, sae in enumerate(self.saes):
                 own = {name: tensor[member] for name, tensor in tallies.items()}
                 unless_broken(sae, went_M[member], own, n if n.dim() == 0 else n[member])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
+from saeopt.saes.batch_topk import running_mean
 from saeopt.training.step.contract import TALLY, StackOptions, Store
 from saeopt.training.step.forms import Form
 from saeopt.training.step.gpu.topk import Code, GpuTopkPass, assembled
@@ -35,6 +36,22 @@ class GpuBatchTopkPass(GpuTopkPass):
         """The smallest kept activation of this micro-batch, and whether there is one."""
         least_M, found_M = self.call(smallest, code.values)
         return {TALLY + "smallest": least_M, TALLY + "batches": found_M}
+
+    def after_window(self, tallies: Store, went_M: Tensor) -> bool:
+        """As the contract says."""
+        buffers = self.storage.buffers
+        threshold_M, windows_M = buffers["threshold"], buffers["threshold_windows"]
+        self.call(move_thresholds, threshold_M, windows_M, tallies["smallest"], tallies["batches"], went_M)
+        return True
+
+
+def move_thresholds(
+    threshold_M: Tensor, windows_M: Tensor, smallest_M: Tensor, batches_M: Tensor, went_M: Tensor
+) -> None:
+    """Every member's threshold takes the window in, unless it was broken."""
+    new_M, more_M = running_mean(threshold_M, windows_M, smallest_M, batches_M)
+    threshold_M.copy_(torch.where(went_M, new_M, threshold_M))
+    windows_M.copy_(torch.where(went_M, more_M, windows_M))
 
 
 def smallest(values_ME: Tensor) -> tuple[Tensor, Tensor]:
