@@ -132,6 +132,16 @@ def _before(found_ptr, member, block, blocks, members):
 
 
 @triton.jit
+def _ranks(counted, B: tl.constexpr, G: tl.constexpr):
+    """Of B · G numbers: the sum of those before each, and of all. Short sums first, which threads do by themselves."""
+    by_group = tl.reshape(counted, [B, G])
+    within = tl.cumsum(by_group, 1)
+    groups = tl.sum(by_group, 1)
+    before = tl.cumsum(groups, 0) - groups
+    return tl.reshape(within + before[:, None], [B * G]) - counted, tl.sum(groups, 0)
+
+
+@triton.jit
 def _list_groups(keys_ptr, found_ptr, listed_ptr, least_ptr, total, members, capacity, B: tl.constexpr):
     """The numbers of the groups that are followed, in order: all above the least key, and ties while there is room."""
     member = tl.program_id(1).to(tl.int64)
@@ -141,10 +151,10 @@ def _list_groups(keys_ptr, found_ptr, listed_ptr, least_ptr, total, members, cap
     key = tl.load(keys_ptr + member * total + o, mask=o < total, other=0).to(tl.int32)
     sure = (key > least).to(tl.int32)
     tie = (key == least).to(tl.int32)
-    rank = tl.cumsum(sure + (tie << 16), 0)
+    rank, _all = _ranks(sure + (tie << 16), B // 16, 16)
     sure_before, tie_before, all_sure, all_ties = _before(found_ptr, member, block, tl.num_programs(0), members)
-    sure_rank = sure_before + (rank & 0xFFFF) - sure
-    tie_rank = tie_before + (rank >> 16) - tie
+    sure_rank = sure_before + (rank & 0xFFFF)
+    tie_rank = tie_before + (rank >> 16)
     room = capacity - all_sure
     place = sure_rank + tl.minimum(tie_rank, room)
     taken = (sure > 0) | ((tie > 0) & (tie_rank < room))
@@ -189,13 +199,47 @@ def _threshold(counts_ptr, want, LEVELS: tl.constexpr):
 
 
 @triton.jit
+def _gather(
+    pre_ptr, bias_ptr, listed_ptr, least_ptr, bag_ptr, bagged_ptr, N, H, capacity, room,
+    G: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """The bits of the elements that reach the least key, above it, into a bag in no order, and how many there are."""
+    member = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    number = tl.load(least_ptr + 2 * member + 1)
+    lowest = tl.load(least_ptr + 2 * member) << 16
+    if block * B < number:
+        _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
+        over = bits - lowest
+        reaches = (over >= 0).to(tl.int32)
+        rank, count = _ranks(reaches, B, G)
+        place = tl.atomic_add(bagged_ptr + member, count) + rank
+        tl.store(bag_ptr + member * room + place, over, mask=(reaches > 0) & (place < room))
+
+
+@triton.jit
+def _digit(over, found, LEVEL: tl.constexpr):
+    """The bin of this level, or 0, where anything may be."""
+    if LEVEL == 0:
+        which = tl.where(over >= 0, over >> 20, 0)
+    elif LEVEL == 1:
+        which = tl.where((over >= 0) & (over >> 20 == found), (over >> 10) & 1023, 0)
+    else:
+        which = tl.where((over >= 0) & (over >> 10 == found), over & 1023, 0)
+    return which
+
+
+@triton.jit
 def _count_elements(
-    pre_ptr, bias_ptr, listed_ptr, least_ptr, want_ptr, counts_ptr, N, H, capacity,
+    pre_ptr, bias_ptr, listed_ptr, least_ptr, bag_ptr, bagged_ptr, want_ptr, counts_ptr, N, H, capacity, room,
     LEVEL: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """Elements by the bits of this level, of those that agree with the K-th largest in the levels before."""
+    """Elements by the bits of this level, of those that agree with the K-th largest in the levels before.
+
+    From the bag, or from all listed groups where the bag had no room.
+    """
     member = tl.program_id(1).to(tl.int64)
-    number = tl.load(least_ptr + 2 * member + 1)
+    bagged = tl.load(bagged_ptr + member)
     lowest = tl.load(least_ptr + 2 * member) << 16
     counts_ptr += member * 4096
     BINS: tl.constexpr = 2048 if LEVEL == 0 else 1024
@@ -203,16 +247,16 @@ def _count_elements(
     if LEVEL > 0:
         found, _above = _threshold(counts_ptr, tl.load(want_ptr + member), LEVEL)
     counts = tl.zeros([BINS], tl.int32)
-    for block in range(tl.program_id(0), tl.cdiv(number, B), tl.num_programs(0)):
-        _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
-        over = bits - lowest
-        if LEVEL == 0:
-            which = tl.where(over >= 0, over >> 20, 0)
-        elif LEVEL == 1:
-            which = tl.where((over >= 0) & (over >> 20 == found), (over >> 10) & 1023, 0)
-        else:
-            which = tl.where((over >= 0) & (over >> 10 == found), over & 1023, 0)
-        counts += tl.histogram(which, BINS)
+    if bagged <= room:
+        for block in range(tl.program_id(0), tl.cdiv(bagged, B * G), tl.num_programs(0)):
+            o = block * B * G + tl.arange(0, B * G)
+            over = tl.load(bag_ptr + member * room + o, mask=o < bagged, other=-1)
+            counts += tl.histogram(_digit(over, found, LEVEL), BINS)
+    else:
+        number = tl.load(least_ptr + 2 * member + 1)
+        for block in range(tl.program_id(0), tl.cdiv(number, B), tl.num_programs(0)):
+            _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
+            counts += tl.histogram(_digit(bits - lowest, found, LEVEL), BINS)
     b = tl.arange(0, BINS)
     shift: tl.constexpr = 0 if LEVEL == 0 else 1024 + 1024 * LEVEL
     tl.atomic_add(counts_ptr + shift + b, counts, mask=(counts > 0) & (b > 0))
@@ -265,9 +309,9 @@ def _write(
         value, bits, n, c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
         sure = ((bits > threshold) & (value > 0)).to(tl.int32)
         tie = ((bits == threshold) & (value > 0)).to(tl.int32)
-        rank = tl.cumsum(sure + (tie << 16), 0)
-        tie_rank = tie_before + (rank >> 16) - tie
-        place = sure_before + (rank & 0xFFFF) - sure + tl.minimum(tie_rank, room)
+        rank, _all = _ranks(sure + (tie << 16), B, G)
+        tie_rank = tie_before + (rank >> 16)
+        place = sure_before + (rank & 0xFFFF) + tl.minimum(tie_rank, room)
         taken = ((sure > 0) | ((tie > 0) & (tie_rank < room))) & (place < E)
         out = member * E + place
         tl.store(values_ptr + out, value, mask=taken)
@@ -307,10 +351,13 @@ def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, want_M: Tens
     capacity = listed.shape[1]
     shape = (n, h, capacity)
     counts = torch.zeros(members, 4096, dtype=torch.int32, device=device)
-    blocks = triton.cdiv(capacity, _LISTED)
+    blocks, room = triton.cdiv(capacity, _LISTED), 4 * places
+    bag = torch.empty(members, room, dtype=torch.int32, device=device)
+    bagged = torch.zeros(members, dtype=torch.int32, device=device)
+    _gather[(blocks, members)](*given, bag, bagged, *shape, room, group, _LISTED, num_warps=4)
     for level in range(3):
-        _count_elements[(_programs(keys, blocks, 4), members)](
-            *given, want_M, counts, *shape, level, group, _LISTED, num_warps=4
+        _count_elements[(_programs(keys, blocks, 2), members)](
+            *given, bag, bagged, want_M, counts, *shape, room, level, group, _LISTED, num_warps=4
         )
     found = torch.empty(2, members, blocks, dtype=torch.int32, device=device)
     last = torch.empty(members, 2, dtype=torch.int32, device=device)
