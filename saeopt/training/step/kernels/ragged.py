@@ -343,15 +343,14 @@ def decode(
     k = 0 if rows is not None else values.shape[1]
     places = values.numel() // members
     most = max(16, triton.next_power_of_2(k)) if k else _most_at_once(places, n)
-    # long tokens have a larger tile, so that a row of W is not read in pieces of less than 64 bytes
-    tile, width = _TILE if k else 2 * _TILE, triton.next_power_of_2(d)
-    columns, short = min(width, max(16, tile // most)), min(width, max(16, 2 * _TILE // most))
+    width = triton.next_power_of_2(d)
+    columns, short = min(width, max(16, _TILE // most)), min(width, max(16, 2 * _TILE // most))
     nested = 1 < g <= 8 and W_Mhd.dtype == torch.bfloat16 and columns >= 16
     error = torch.empty(members, g, n, d, dtype=W_Mhd.dtype, device=device)
     dots = torch.empty_like(values)
     squares = torch.empty(2, members, n, device=device)
     pieces = triton.cdiv(places, most)
-    warps = max(1, min(8, most * columns // tile))
+    warps = max(1, min(8, most * columns // _TILE))
     if rows is None:
         part = places_of = start = values  # not read
     else:
