@@ -57,11 +57,13 @@ def both(variant: dict[str, Any], autocast: torch.dtype | None, accumulation: in
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_float32_equals_the_reference(variant: dict[str, Any], accumulation: int) -> None:
     expected, found, one, other = both(wide(variant), None, accumulation)
+    # over a whole batch there are latents at the edge, and the last bit of one decides which of two fires
+    edge = 10 if variant["sae_type"].endswith(("batch_topk", "jumprelu")) else 1
     for a_step, b_step in zip(found, expected, strict=True):
         for a, b in zip(a_step, b_step, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
-            assert a == pytest.approx(b, rel=2e-3, abs=2e-3)
-    assert_same_modules(other, one, 1e-2, 1e-3)
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-4 * edge)
+            assert a == pytest.approx(b, rel=2e-3 * edge, abs=2e-3 * edge)
+    assert_same_modules(other, one, 1e-2, 1e-3 * edge)
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, {"sae_type": "relu", "d": 160}], ids=name_of)
@@ -78,9 +80,10 @@ def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
 def test_large_members_are_computed_one_after_another(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saeopt.training.step.gpu.dense.ALONE", 1)
     expected, found, one, other = both(wide(variant), None, steps=12)
+    edge = 10 if variant["sae_type"] == "jumprelu" else 1
     for a, b in zip(found[-1], expected[-1], strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
-    assert_same_modules(other, one, 1e-2, 1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4 * edge)
+    assert_same_modules(other, one, 1e-2, 1e-3 * edge)
 
 
 @pytest.mark.parametrize("k", [16, [40, 3, 100]])

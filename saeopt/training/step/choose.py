@@ -66,7 +66,7 @@ FAST = {
     "hard_concrete": Fast(forms.hard_concrete, *_dense(dense.HARD_CONCRETE), 48.0, (12.0, 6.0)),
     "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
     "topk": Fast(forms.plain, topk_on_cpu, _on_gpu("topk"), 20.0, (2.0, 2.0), rounds=False),
-    "batch_topk": Fast(forms.plain, None, _on_gpu("batch_topk"), 20.0, (2.2, 2.0), rounds=False),
+    "batch_topk": Fast(forms.plain, None, _on_gpu("batch_topk"), 20.0, (2.3, 2.0), rounds=False),
     "jumprelu": Fast(forms.jumprelu, partial(dense_on_cpu, JUMPRELU), _on_gpu("jumprelu"), 28.0, (4.0, 4.0)),
 }
 FAST["matryoshka_batch_topk"] = FAST["batch_topk"]
