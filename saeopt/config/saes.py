@@ -104,9 +104,10 @@ class SAEConfig(StrictModel):
     """Fields of this section that differ at one hook point or site: `{its name: {field: value}}`."""
 
     def idle(self) -> dict[str, str]:
-        """Fields that change nothing with these values → the switch that each of them needs."""
+        """Fields that change nothing with these values → what each of them needs, as it is written."""
         values = self.model_dump(include=set(self.only_with.values()))
-        return {field: switch for field, switch in self.only_with.items() if not values[switch]}
+        needed = {switch: f"'saes.{switch}{': true' if value is False else ''}'" for switch, value in values.items()}
+        return {field: needed[switch] for field, switch in self.only_with.items() if not values[switch]}
 
     @classmethod
     def selects_k(cls) -> bool:

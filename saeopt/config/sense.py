@@ -8,7 +8,7 @@ from saeopt.errors import UserError
 
 def check_sense(config: RunConfig) -> None:
     """Raise :class:`UserError` for a field that has no effect because of another."""
-    values = config.saes.model_dump()
+    fields, values = type(config.saes).model_fields, config.saes.model_dump()
     for field, switch in config.saes.idle().items():
-        if values[field] is not None:
-            raise UserError(f"'saes.{field}' has no effect without 'saes.{switch}: true'")
+        if values[field] != fields[field].get_default(call_default_factory=True):
+            raise UserError(f"'saes.{field}' has no effect without {switch}")

@@ -70,7 +70,7 @@ def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:
             elif field == "saes.sparsity_coeff" and saes.target_l0 is not None:
                 reason = "beside 'saes.target_l0', which moves λ: vary one of them"
             elif section == "saes" and own in (idle := saes.idle()):
-                reason = f"without 'saes.{idle[own]}: true'"
+                reason = f"without {idle[own]}"
             elif field == "min_lr_factor" and cell.config.schedule == "constant":
                 reason = "with 'lr_schedule: constant'"
             if reason:

@@ -13,6 +13,7 @@ import yaml
 from saeopt.config import apply_overrides, dump_yaml, load_run_config, read_yaml, stream_key, validate_run
 from saeopt.config.marks import Role
 from saeopt.config.roles import DATA_AND_MODEL, MAY_DIFFER, MEMBER_FIELDS, PATHS, REPORTING, sections, walk
+from saeopt.config.sense import check_sense
 from saeopt.config.study_file import load_study_spec
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
@@ -52,16 +53,25 @@ def test_base_configs_of_the_replaced_system_load_unchanged(path: Path) -> None:
 @pytest.mark.parametrize("path", OWN, ids=lambda p: p.stem)
 def test_shipped_configs_load_and_survive_dump_and_load(path: Path, tmp_path: Path) -> None:
     config = load_run_config(path)
+    check_sense(config)
     (tmp_path / "final.yaml").write_text(dump_yaml(config), encoding="utf-8")
     again = load_run_config(tmp_path / "final.yaml")
     assert again == config
     assert dump_yaml(again) == dump_yaml(config)
 
 
-def test_every_architecture_has_a_config_for_both_models() -> None:
+def test_every_architecture_has_a_config_for_each_model() -> None:
     names = {p.stem for p in OWN}
-    assert {f"{m}-{a}" for m in ("tinystories", "gpt2") for a in ARCHITECTURES if a in (
-        "relu", "gated", "hard_concrete", "gated_hard_concrete", "topk")} <= names  # fmt: skip
+    assert {f"{model}-{a}" for model in ("stories260k", "tinystories", "gpt2") for a in ARCHITECTURES} <= names
+
+
+@pytest.mark.parametrize("sae_type", ARCHITECTURES)
+def test_defaults_of_every_architecture_make_sense(base: dict[str, Any], sae_type: str) -> None:
+    given = {"sae_type": sae_type, "sae_positions": ["x"]}
+    check_sense(validate_run({**base, "saes": given}, "run.yaml"))
+    if sae_type == "jumprelu":
+        with pytest.raises(UserError, match="'saes.density_coeff' has no effect without 'saes.max_density'$"):
+            check_sense(validate_run({**base, "saes": {**given, "density_coeff": 2.0}}, "run.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: f"{p.parent.name}-{p.stem}")
