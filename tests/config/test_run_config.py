@@ -70,7 +70,7 @@ def test_defaults_of_every_architecture_make_sense(base: dict[str, Any], sae_typ
     given = {"sae_type": sae_type, "sae_positions": ["x"]}
     check_sense(validate_run({**base, "saes": given}, "run.yaml"))
     if sae_type == "jumprelu":
-        with pytest.raises(UserError, match="'saes.density_coeff' has no effect without 'saes.max_density'$"):
+        with pytest.raises(UserError, match=r"'saes.density_coeff' has no effect without 'saes.max_density'$"):
             check_sense(validate_run({**base, "saes": {**given, "density_coeff": 2.0}}, "run.yaml"))
 
 
