@@ -327,9 +327,10 @@ def _write(
 
 
 def _programs(tensor: Tensor, blocks: int, per_multiprocessor: int) -> int:
-    """As many programs as run at a time, or as there are blocks."""
+    """As many programs as run at a time, or fewer, so that each has as many blocks as the others."""
     units = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-    return max(1, min(blocks, units * per_multiprocessor))
+    turns = triton.cdiv(blocks, units * per_multiprocessor)
+    return triton.cdiv(blocks, max(1, turns))
 
 
 def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, want_M: Tensor, places: int) -> Ragged:

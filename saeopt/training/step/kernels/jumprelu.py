@@ -108,6 +108,6 @@ def backward(
     block = min(_COLUMNS, triton.next_power_of_2(h))
     _backward[(triton.cdiv(h, block), pieces, members)](
         f_MNh, g_MNh, keep_N, theta_Mh, width_M, push_Mh, sums, n, h, members, keep_N is not None, _PIECE, _ROWS,
-        block, _STAGES, num_warps=4,
+        block, _STAGES, num_warps=4, maxnreg=112,
     )  # fmt: skip
     return sums
