@@ -29,9 +29,6 @@ from saeopt.training.step.kernels import jumprelu as kernels_jumprelu
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import Packed
 
-_AT_ONCE = 2**24
-"""Pre-activations that become a code while they are still in the second-level cache."""
-
 
 class JumpReluCore:
     """Of penalties that reach θ alone: `step` and `quadratic`; `tanh` has the dense core."""
@@ -48,7 +45,8 @@ class JumpReluCore:
         """
         low, form = given.low, self.form
         centred, b_enc, theta, push_Mh, width_M = self.call(before, form, given)
-        f = self._code(centred, low["W_enc"], b_enc, theta, width_M)
+        f = torch.bmm(centred, low["W_enc"].mT)
+        kernels_jumprelu.code(f, b_enc, theta, width_M)
         decoded = decode(form, [f], low["W_dec"])
         g_errors, g_b_dec, squared_M, loss_M = self.call(errors, form, given, decoded)
         del decoded
@@ -59,17 +57,6 @@ class JumpReluCore:
         wanted = [*decoder_products(form, [f], g_errors), Product("W_enc", g_pre, centred)]
         found = Found([], {**back.vectors, "b_dec": g_b_dec}, None, totals_M4, back.fired_Mh)
         return products(wanted, low, out), found
-
-    @staticmethod
-    def _code(centred: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, width_M: Tensor) -> Tensor:
-        (members, n, _), h = centred.shape, W_enc.shape[1]
-        f = torch.empty(members, n, h, dtype=centred.dtype, device=centred.device)
-        rows = max(512, _AT_ONCE // (members * h) // 128 * 128)
-        for first in range(0, n, rows):
-            some = slice(first, first + rows)
-            torch.bmm(centred[:, some], W_enc.mT, out=f[:, some])
-            kernels_jumprelu.code(f, b_enc, theta, width_M, first, min(rows, n - first))
-        return f
 
 
 def before(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

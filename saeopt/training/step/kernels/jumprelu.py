@@ -19,9 +19,9 @@ _PIECE = 256
 
 @triton.jit
 def _code(
-    pre_ptr, bias_ptr, theta_ptr, width_ptr, N, H, first, rows, BN: tl.constexpr, BH: tl.constexpr
+    pre_ptr, bias_ptr, theta_ptr, width_ptr, N, H, BN: tl.constexpr, BH: tl.constexpr
 ):  # fmt: skip
-    """π 1[π > θ] instead of x̄ W_enc, in `rows` rows of every member from row `first` on."""
+    """π 1[π > θ] instead of x̄ W_enc."""
     member = tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BH + tl.arange(0, BH)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -29,8 +29,8 @@ def _code(
     bias = tl.load(bias_ptr + member * H + c, mask=cm, other=0.0)[None, :]
     theta = tl.load(theta_ptr + member * H + c, mask=cm, other=0.0)[None, :]
     half = tl.load(width_ptr + member) * 0.5
-    at = (member * N + first + n.to(tl.int64))[:, None] * H + c[None, :]
-    mask = (n < rows)[:, None] & cm[None, :]
+    at = (member * N + n.to(tl.int64))[:, None] * H + c[None, :]
+    mask = (n < N)[:, None] & cm[None, :]
     pre = tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32) + bias
     # Triton makes 0.0 of a literal -0.0
     below = ((theta - pre < half).to(tl.int32) << 31).to(tl.float32, bitcast=True)
@@ -83,15 +83,12 @@ def _backward(
     tl.store(sums_ptr + 2 * step + out, tl.sum(fired, 0), mask=cm)
 
 
-def code(
-    pre_MNh: Tensor, bias_Mh: Tensor, theta_Mh: Tensor, width_M: Tensor, first: int = 0, rows: int | None = None
-) -> None:
-    """x̄ W_enc becomes the code, in rows [first, first + rows) of every member; `width_M`: ε."""
+def code(pre_MNh: Tensor, bias_Mh: Tensor, theta_Mh: Tensor, width_M: Tensor) -> None:
+    """x̄ W_enc becomes the code; `width_M`: ε."""
     members, n, h = pre_MNh.shape
-    rows = n if rows is None else rows
     block = min(512, triton.next_power_of_2(h))
-    _code[(triton.cdiv(h, block), triton.cdiv(rows, 8), members)](
-        pre_MNh, bias_Mh, theta_Mh, width_M, n, h, first, rows, 8, block, num_warps=4
+    _code[(triton.cdiv(h, block), triton.cdiv(n, 8), members)](
+        pre_MNh, bias_Mh, theta_Mh, width_M, n, h, 8, block, num_warps=4
     )
 
 
