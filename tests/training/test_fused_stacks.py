@@ -41,6 +41,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"sae_type": "topk", "k": 3, "recipe": 1},
     {"sae_type": "topk", "k": 4, "legacy": True, "mse_coeff": 0.5},
     {"sae_type": "topk", "k": [3, 1, 5]},
+    {"sae_type": "topk", "k": 3, "prefixes": [[0.3, 0.5, 1]] * 3},
+    {"sae_type": "batch_topk", "k": [3.3, 0.5, 5]},
+    {"sae_type": "batch_topk", "k": 2, "h": 64, "decoder_norm": "free", "aux_k": 4},
+    {"sae_type": "matryoshka_batch_topk", "k": 3, "legacy": True, "mse_coeff": 0.5},
 ]
 Step = list[dict[str, float]]  # the members' metrics
 

@@ -39,14 +39,14 @@ class Fast(NamedTuple):
 
     `form`: the numbers that never change, also whether the decoder's rows are free, of norm 1, or directions.
     `cpu` makes an :class:`Assembly` from form, members and options, `gpu` from the config's performance section
-    besides; `cpu` None: the reference is all there is. `cpu_bytes`: bytes per token and latent of the reference step,
-    of which the fused one has a chunk at a time. `gpu_bytes`: per token, latent and member of the fused step: behind
-    the code's gradient, and beside the weights' own. `keeps_code`: up to this width the GPU's step never writes its
-    code. `rounds`: whether the CPU's step heeds `mixed_precision`.
+    besides. `cpu_bytes`: bytes per token and latent of the reference step, of which the fused one has a chunk at a
+    time. `gpu_bytes`: per token, latent and member of the fused step: behind the code's gradient, and beside the
+    weights' own. `keeps_code`: up to this width the GPU's step never writes its code. `rounds`: whether the CPU's step
+    heeds `mixed_precision`.
     """
 
     form: Callable[[SAE], Form]
-    cpu: Callable[[Form, Sequence[SAE], StackOptions], Assembly] | None
+    cpu: Callable[[Form, Sequence[SAE], StackOptions], Assembly]
     gpu: Callable[[Form, Sequence[SAE], StackOptions, PerformanceConfig], Assembly]
     cpu_bytes: float
     gpu_bytes: tuple[float, float]
@@ -66,7 +66,7 @@ FAST = {
     "hard_concrete": Fast(forms.hard_concrete, *_dense(dense.HARD_CONCRETE), 48.0, (12.0, 6.0)),
     "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
     "topk": Fast(forms.plain, topk_on_cpu, _on_gpu("topk"), 20.0, (2.0, 2.0), rounds=False),
-    "batch_topk": Fast(forms.plain, None, _on_gpu("batch_topk"), 20.0, (2.3, 2.0), rounds=False),
+    "batch_topk": Fast(forms.plain, topk_on_cpu, _on_gpu("batch_topk"), 20.0, (2.3, 2.0), rounds=False),
     "jumprelu": Fast(forms.jumprelu, partial(dense_on_cpu, JUMPRELU), _on_gpu("jumprelu"), 28.0, (4.0, 4.0)),
 }
 FAST["matryoshka_batch_topk"] = FAST["batch_topk"]
@@ -91,7 +91,7 @@ def make_stack(
         return reference_stack(saes, seeds, options, watcher)
     row = FAST[saes[0].config.sae_type]
     form = row.form(saes[0])._replace(dead_after=options.dead_after_tokens)
-    if row.cpu is None or saes[0].W_enc.is_cuda:
+    if saes[0].W_enc.is_cuda:
         assembly = row.gpu(form, saes, options, performance)
     else:
         if "on" in (performance.compile, performance.graphs):
@@ -122,11 +122,6 @@ def _why_not_fused(saes: Sequence[SAE], options: StackOptions) -> str | None:
         return "'saes.auxk_coeff' has none"
     if first.widths is not None:
         return "it is for what reads and writes one hook point"
-    on_cpu = not first.W_enc.is_cuda
-    if on_cpu and FAST[sae_type].cpu is None:
-        return f"'{sae_type}' has none on the CPU"
-    if on_cpu and first.prefixes and sae_type != "relu":
-        return "nested dictionaries ('saes.prefixes') have none on the CPU"
     if options.autocast == torch.float16:
         return "float16 needs loss scaling"
     if first.W_enc.is_cuda and (find_spec("triton") is None or first.W_enc.dtype != torch.float32):
