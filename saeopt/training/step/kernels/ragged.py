@@ -195,7 +195,8 @@ def _over_pieces(
 def _decode(
     values_ptr, index_ptr, start_ptr, part_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale_ptr, keep_ptr, error_ptr,
     dots_ptr, squares_ptr, N, H, E, pieces, members, factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, NESTED: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
+    NESTED: tl.constexpr,
 ):  # fmt: skip
     """One token of one member. K > 0: every token has K entries, else `start` says which are its."""
     row = tl.program_id(0).to(tl.int64)
@@ -240,7 +241,7 @@ def _decode(
             tl.store(squares_ptr + members * N, every)
         else:
             part_ptr += member * pieces * 2 * G * D
-            last, every = _long(begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step, D, G, P, 4, 2 * C)
+            last, every = _long(begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step, D, G, P, 4, LONG)
             tl.store(squares_ptr, last)
             tl.store(squares_ptr + members * N, every)
 
@@ -266,9 +267,11 @@ def _long_rows(start_ptr, rows_ptr, member, piece, N, E, P: tl.constexpr):
 @triton.jit
 def _piece_sums(
     values_ptr, index_ptr, start_ptr, rows_ptr, widths_ptr, w_ptr, part_ptr, N, H, E,
-    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Σ value · W by prefix over entries [P·piece, P·(piece + 1)) of the long tokens: one or two of them reach in here.
+    """Σ value · W by prefix over entries [P·piece, P·(piece + 1)) of the long tokens, WIDE columns.
+
+    One or two of these tokens reach in here.
 
     Place 2·piece holds what belongs to the token of the first entry, the next one what belongs to a token that begins
     later and goes on behind the last.
@@ -286,7 +289,8 @@ def _piece_sums(
                 values_ptr + member * E, index_ptr + member * E, j, mask, widths_ptr, w_ptr + member * H * D, D, G
             )
             out_ptr = part_ptr + ((member * tl.num_programs(0) + piece) * 2 + side) * G * D
-            for c0 in range(0, D, C):
+            first_column = tl.program_id(2) * WIDE
+            for c0 in range(first_column, first_column + WIDE, C):
                 c = c0 + tl.arange(0, C)
                 cm = c < D
                 w = tl.load(rows[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0).to(tl.float32)
@@ -296,25 +300,24 @@ def _piece_sums(
 
 
 @triton.jit
-def _piece_dots(
+def _long_dots(
     values_ptr, index_ptr, start_ptr, rows_ptr, widths_ptr, w_ptr, error_ptr, dots_ptr, N, H, E, factor,
-    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """The dots of a piece's entries that belong to long tokens."""
+    """The dots of those of B entries that belong to tokens with more than P."""
     member = tl.program_id(1).to(tl.int64)
-    piece = tl.program_id(0).to(tl.int64)
-    first, used, a_begin, a_end, b_begin, b_end = _long_rows(start_ptr, rows_ptr, member, piece, N, E, P)
-    if (first < used) & ((a_end - a_begin > P) | (b_end - b_begin > P)):
-        j = first + tl.arange(0, P)
-        in_a = (j < a_end) & (a_end - a_begin > P)
-        in_b = (j >= b_begin) & (j < b_end) & (b_end - b_begin > P)
-        mask = in_a | in_b
+    start_ptr += member * (N + 1)
+    j = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    used = j < tl.load(start_ptr + N).to(tl.int64)
+    row = tl.load(rows_ptr + member * E + j, mask=used, other=0).to(tl.int64)
+    token = tl.where(used, row - member * N, 0)
+    mask = used & (tl.load(start_ptr + token + 1) - tl.load(start_ptr + token) > P)
+    if tl.max(mask.to(tl.int32), 0) > 0:
         _v, on, rows, prefix = _entries(
             values_ptr + member * E, index_ptr + member * E, j, mask, widths_ptr, w_ptr + member * H * D, D, G
         )
-        row = tl.load(rows_ptr + member * E + j, mask=mask, other=0).to(tl.int64)
         errors = error_ptr + (row + (member * (G - 1) + prefix) * N) * D
-        dots = tl.zeros([P], tl.float32)
+        dots = tl.zeros([B], tl.float32)
         for c0 in range(0, D, C):
             c = c0 + tl.arange(0, C)
             at = on[:, None] & (c < D)[None, :]
@@ -356,17 +359,20 @@ def decode(
     else:
         places_of, start = rows
         part = torch.empty(members, pieces, 2, g, d, device=device)
-        _piece_sums[(pieces, members)](
-            values, index, start, places_of, widths, W_Mhd, part, n, h, places, d, g, most, columns, num_warps=warps
-        )
+        wide = max(columns, min(width, 128))
+        _piece_sums[(pieces, members, triton.cdiv(d, wide))](
+            values, index, start, places_of, widths, W_Mhd, part, n, h, places, d, g, most, columns, wide,
+            num_warps=warps,
+        )  # fmt: skip
     _decode[(members * n,)](
         values, index, start, part, widths, W_Mhd, b_dec_Md, x_Nd, scale, keep_N, error, dots, squares, n, h, places,
-        pieces, members, factor, d, keep_N is not None, k, g, most, columns, short, nested,
+        pieces, members, factor, d, keep_N is not None, k, g, most, columns, short,
+        min(width, 128), nested,
         num_warps=warps,
     )  # fmt: skip
     if rows is not None:
-        _piece_dots[(pieces, members)](
-            values, index, start, places_of, widths, W_Mhd, error, dots, n, h, places, factor, d, g, most, columns,
-            num_warps=warps,
+        _long_dots[(triton.cdiv(places, 32), members)](
+            values, index, start, places_of, widths, W_Mhd, error, dots, n, h, places, factor, d, g, most, 32,
+            min(width, 64), num_warps=1,
         )  # fmt: skip
     return error, dots, squares
