@@ -95,6 +95,9 @@ def _notices(spec: StudySpec) -> list[str]:
         found.append(f"'early_stopping: {spec.early_stopping.type}' is not W&B's: its runs train to their end")
     if spec.sampler.type == "grid" and spec.max_trials is not None:
         found.append("'max_trials' becomes run_cap: W&B takes the cells of a grid in an order of its own")
+    aimed = spec.base["saes"].get("target_l0") is not None or Space(spec).varies("saes.target_l0")
+    if len(expanded(spec)) == 1 and aimed and spec.objectives[0].metric != "l0":
+        found.append("the objective of a trial that misses its 'saes.target_l0' is worse here, and not in W&B")
     if spec.sampler.type == "qmc":
         found.append("W&B has no quasi-random design: the sweep is random")
     return found

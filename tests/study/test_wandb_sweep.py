@@ -55,6 +55,14 @@ def test_the_metric_is_one_that_runs_log(spec: Callable[..., StudySpec], tmp_pat
         assert name in keys or objective["metric"] == "explained_variance"
 
 
+def test_what_a_missed_target_costs_is_told(spec: Callable[..., StudySpec], tmp_path: Path) -> None:
+    space = {"saes.target_l0": [4, 8]}
+    for objectives, told in [(ONE, 1), ([{"metric": "l0"}], 0), ([*ONE, {"metric": "l0"}], 0)]:
+        paths, notices = export_wandb_sweep(spec(space=space, objectives=objectives), tmp_path / "sweep.yaml")
+        assert sum("saes.target_l0" in notice for notice in notices) == told
+    assert read(paths[0])["parameters"]["saes.target_l0"] == {"values": [4.0, 8.0]}
+
+
 def test_the_command_runs_from_any_folder(spec: Callable[..., StudySpec], tmp_path: Path) -> None:
     folder = tmp_path / "a folder's"
     export_wandb_sweep(spec(objectives=ONE), folder / "sweep.yaml")
