@@ -35,6 +35,8 @@ class FirstCoeff(NamedTuple):
     at_16: float
     by_l0: float
     by_d: float
+    reach: float = 1e4
+    """Factor by which λ may leave its start: beyond it the penalty does not move L0 any more."""
 
     def at(self, target_l0: float, d: int) -> float:
         """Where λ may start."""
@@ -108,6 +110,11 @@ class SAEConfig(StrictModel):
         values = self.model_dump(include=set(self.only_with.values()))
         needed = {switch: f"'saes.{switch}{': true' if value is False else ''}'" for switch, value in values.items()}
         return {field: needed[switch] for field, switch in self.only_with.items() if not values[switch]}
+
+    @property
+    def steers(self) -> bool:
+        """Whether λ is moved until L0 is what was asked for."""
+        return self.target_l0 is not None and not self.selects_k()
 
     @classmethod
     def selects_k(cls) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -18,6 +19,7 @@ from saeopt.saes.numbers import Number, Progress
 
 _MEMORY = 0.99
 """What is left, after a window, of the weight that a window has in the running density."""
+_START_TOKENS, _START_ABOVE = 2048, 2.0
 Positive = Annotated[Float, Field(gt=0, le=1e6)]
 
 
@@ -25,7 +27,7 @@ class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.2, 1.0, 1.0)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.2, 1.0, 1.0, reach=10)
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"
     """What λ multiplies: `step`, the mean L0; `tanh`, the mean of Σ tanh(4 f ‖W_dec‖); `quadratic`,
@@ -136,6 +138,18 @@ class JumpReluSAE(Revival):
         """As in the base; θ is set."""
         super().start_encoder(directions_dh, x_Nd)
         self.threshold.fill_(self.config.initial_threshold)
+
+    @torch.no_grad()
+    def initialise(self, x_Nd: Tensor, generator: torch.Generator, y_Ne: Tensor | None = None) -> None:
+        """As in the base; with `target_l0` θ starts where so many times that many latents are active, if not above.
+
+        θ's steps are as long as its learning rate whatever λ is: from L0 h / 2 a short run would never come to a few.
+        """
+        super().initialise(x_Nd, generator, y_Ne)
+        if self.config.target_l0 is not None:
+            pre_Nh = self.pre_activation(x_Nd[:_START_TOKENS].to(self.W_enc))
+            active = min(pre_Nh.numel(), math.ceil(_START_ABOVE * self.config.target_l0 * len(pre_Nh)))
+            self.threshold.clamp_min_(pre_Nh.flatten().topk(active).values[-1])
 
     def code(self, x_Nd: Tensor) -> Tensor:
         """π where it is above θ."""

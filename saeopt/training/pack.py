@@ -275,7 +275,7 @@ def centring(sae: SAE) -> str:
 def controls_of(members: Sequence[Member], total: int) -> list[Control]:
     """What sets the numbers of some members, all of one stack, in a run of `total` samples."""
     found = schedules(members, total)
-    if any(m.sae_config.target_l0 is not None for m in members):
+    if any(m.sae_config.steers for m in members):
         found.append(TargetL0(members, total))
     return found
 

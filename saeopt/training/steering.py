@@ -34,7 +34,7 @@ PROPORTIONAL, INTEGRAL = 1.0, 33.0
 MOST_STEP = 0.05
 """|d ln λ| per window."""
 MOST = 4 * math.log(10)
-"""|ln(λ / its start)|."""
+"""|ln(λ / its start)|, where the architecture does not say less (`FirstCoeff.reach`)."""
 TOLERANCE = 0.05
 """Relative distance from the target beyond which a run says that it has not come there."""
 
@@ -73,19 +73,21 @@ class TargetL0(Control):
     def state(self, members: Sequence[Member]) -> Store:
         """`ln`: ln(λ / its schedule's); `sum` and `weight` of L̄; `error`: the last e; `at`: the samples then.
 
-        `target` and `begin` never change.
+        `target`, `begin` and `most` never change.
         """
-        targets = [math.nan if m.sae_config.target_l0 is None else m.sae_config.target_l0 for m in members]
+        targets = [m.sae_config.target_l0 or math.nan if m.sae_config.steers else math.nan for m in members]
+        guesses = [m.sae_config.first_coeff for m in members]
+        most = [MOST if guess is None else math.log(guess.reach) for guess in guesses]
         begins = [max(BEGIN * self.total, progress_of(m, 0, self.total).sparsity_warmup) for m in members]
         moving = {
             name: torch.zeros(len(members), dtype=torch.float64) for name in ("ln", "sum", "weight", "error", "at")
         }
-        given = {"target": targets, "begin": begins}
+        given = {"target": targets, "begin": begins, "most": most}
         return moving | {name: torch.tensor(values, dtype=torch.float64) for name, values in given.items()}
 
     def moves(self, member: Member) -> bool:
         """As the contract says."""
-        return member.sae_config.target_l0 is not None
+        return member.sae_config.steers
 
     def numbers(self, state: Store, samples: int) -> Mapping[str, Tensor]:
         """λ."""
@@ -117,7 +119,7 @@ class TargetL0(Control):
         move_M = PROPORTIONAL * (error_M - state["error"]) + INTEGRAL * error_M * passed_M
         on_M = (window["samples"] > state["begin"]) & (share_M <= 1 - FREEZE) & state["target"].isfinite()
         moved_M = state["ln"] + torch.where(on_M, move_M.clamp(-MOST_STEP, MOST_STEP), 0.0)
-        state["ln"] = moved_M.clamp(-MOST, MOST)
+        state["ln"] = torch.minimum(torch.maximum(moved_M, -state["most"]), state["most"])
         state["error"] = torch.where(state["target"].isnan(), 0.0, error_M)
         state["at"] = window["samples"].clone()
 
@@ -127,7 +129,7 @@ class TargetL0(Control):
             return None
         target, ln = float(state["target"][member]), float(state["ln"][member])
         l0 = float(state["sum"][member] / state["weight"][member])
-        at_bound = abs(ln) > MOST - 1e-9
+        at_bound = abs(ln) > float(state["most"][member]) - 1e-9
         if math.isnan(target) or (abs(l0 / target - 1) <= TOLERANCE and not at_bound):
             return None
         why = (

@@ -139,6 +139,30 @@ def test_members_with_and_without_a_target_share_a_stack(make_config: Make) -> N
     assert pack.aimed(members[1], TOTAL) == {}
 
 
+def test_where_k_is_the_target_no_lambda_is_moved(make_config: Make) -> None:
+    config = make_config(**{"saes.sae_type": "topk", "saes.target_l0": 8, "gradient_accumulation_steps": 1})
+    members = [Member(str(i), HOOK, config, get_sae("topk")(6, 20, config.saes)) for i in range(2)]
+    pack = Pack(members, Runtime("cpu"), total_samples=TOTAL)
+    assert not any("target_l0" in name for name in pack.state(members[0]))
+    assert pack.aimed(members[0], TOTAL) == {"target_l0": 8.0}
+    assert all("sparsity_coeff" not in row for _, row in pack.metrics(TOTAL))
+
+
+def test_jumprelu_starts_near_its_target_and_its_lambda_does_not_run_away(make_config: Make) -> None:
+    """θ's steps are as long as its learning rate, whatever λ is: L0 has to start near, and a large λ does nothing."""
+    config = make_config(**{"saes.sae_type": "jumprelu", "saes.target_l0": 4, "saes.initial_threshold": 0.01})
+    sae = get_sae("jumprelu")(6, 60, config.saes)
+    x_Nd = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
+    sae.initialise(x_Nd, torch.Generator().manual_seed(2))
+    assert float((sae.code(x_Nd) != 0).sum() / 500) == pytest.approx(2 * 4, rel=0.01)
+    members = [Member("a", HOOK, config, sae)]
+    controls = Controls(members, controls_of(members, TOTAL))
+    for at in range(4, TOTAL + 1, 4):
+        controls.observe(window(at, [30.0]), torch.ones(1, dtype=torch.bool))
+    assert controls.states[-1]["ln"][0] == pytest.approx(math.log(10))
+    assert "bound, 1e+01 times its start" in controls.verdicts(0)[0]
+
+
 def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
     """A guess is for normalised activations; an architecture of somebody's own has none."""
     assert with_first_coeff(group(make_config, [8.0])[0].sae).sparsity_coeff == pytest.approx(
