@@ -22,6 +22,7 @@ from saeopt.runs.folder import RunFolder
 from saeopt.runs.tensor_file import read_tensors
 from saeopt.saes.base import SAE
 from saeopt.saes.numbers import EVALUATED
+from saeopt.saes.registry import get_sae
 from saeopt.testing.cases import joined
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.controls import Controls
