@@ -326,10 +326,10 @@ def _write(
         tl.store(rows_ptr + member * E + f, (tl.zeros([F], tl.int64) + (member + 1) * N).to(tl.int32), mask=unused)
 
 
-def _programs(tensor: Tensor, blocks: int, per_multiprocessor: int) -> int:
-    """As many programs as run at a time, or fewer, so that each has as many blocks as the others."""
-    units = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-    turns = triton.cdiv(blocks, units * per_multiprocessor)
+def _programs(keys_Mx: Tensor, blocks: int, per_multiprocessor: int) -> int:
+    """Of each member, as many as run at a time, or fewer, so that each has as many blocks as the others."""
+    units = torch.cuda.get_device_properties(keys_Mx.device).multi_processor_count if keys_Mx.is_cuda else 1
+    turns = triton.cdiv(blocks * len(keys_Mx), units * per_multiprocessor)
     return triton.cdiv(blocks, max(1, turns))
 
 
