@@ -18,7 +18,10 @@ from saeopt.saes.prefixes import Prefixes
 from saeopt.saes.topk import TopKConfig, TopKSAE
 
 _MEMORY = 0.99
-"""What is left, after a window, of the weight that a window has in the threshold."""
+"""What is left, after a window, of the weight that a window has in the threshold, once there were many."""
+_RECENT = 4
+"""Before, window n has the weight `_RECENT` / (n + `_RECENT` − 1): the mean follows what the last quarter or so gave,
+while activations still change fast."""
 _START_TOKENS = 2048
 
 
@@ -43,8 +46,8 @@ class BatchTopKSAE(TopKSAE):
 
     The batch is a micro-batch of one process, as wherever this is trained: other micro-batches select otherwise. θ is
     the running mean of the windows' smallest kept activation (its mean over the window's micro-batches that kept any),
-    each window weighing 0.99 of the next one, without a bias towards its start; before the first window it is what the
-    calibration's tokens give. The loss, its auxiliary part and all deviations are those of
+    each window weighing 0.99 of the next one (less in the first 400), without a bias towards its start; before the
+    first window it is what the calibration's tokens give. The loss, its auxiliary part and all deviations are those of
     :class:`~saeopt.saes.topk.TopKSAE`.
     """
 
@@ -119,7 +122,7 @@ def running_mean(mean: Tensor, windows: Tensor, total: Tensor, count: Tensor) ->
     """
     kept = count > 0
     windows = windows + kept.to(mean.dtype)
-    weight = (1 - _MEMORY) / (1 - _MEMORY**windows).clamp_min(1 - _MEMORY)
+    weight = (_RECENT / (windows + _RECENT - 1)).clamp(1 - _MEMORY, 1.0)  # the first window alone: no bias
     return mean.lerp((total / count.clamp_min(1)).to(mean.dtype), weight * kept), windows
 
 

@@ -245,3 +245,19 @@ def test_auxk_is_0_where_the_error_has_no_spread(n: int, dtype: torch.dtype) -> 
         for parameter in sae.parameters():
             parameter.zero_()
     assert sae.training_forward(torch.zeros(5, 6, dtype=dtype), step_inputs(sae, 5)).ratios["aux"].value(5).item() == 0
+
+
+def test_the_threshold_of_batch_topk_has_no_bias_and_follows_a_short_run() -> None:
+    steady, rising = build("batch_topk"), build("batch_topk")
+    for sae in (steady, rising):
+        sae.get_buffer("threshold").fill_(100.0)  # forgotten with the first window
+    for window in range(1, 51):
+        for sae, smallest in ((steady, 0.5), (rising, float(window))):
+            sums = {"smallest": torch.tensor(3 * smallest).double(), "batches": torch.tensor(3.0).double()}
+            sae.after_window(sums, torch.tensor(40.0))
+        nothing = {name: torch.zeros(()).double() for name in sums}
+        steady.after_window(nothing, torch.tensor(40.0))  # a window that kept nothing counts for nothing
+        assert steady.get_buffer("threshold").item() == pytest.approx(0.5)
+    assert rising.get_buffer("threshold_windows").item() == 50
+    late = rising.get_buffer("threshold").item()  # a mean over all of so few windows would be 25.5
+    assert late == pytest.approx(40.2, rel=1e-4)
