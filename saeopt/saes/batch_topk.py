@@ -75,6 +75,16 @@ class BatchTopKSAE(TopKSAE):
         self.threshold.copy_(_smallest(f_Nh).nan_to_num(posinf=0.0))
         self.threshold_windows.zero_()
 
+    @torch.no_grad()
+    def rescale_rows(self) -> bool:
+        """As in the base; θ, one number for all latents, grows as the mean row; the next window replaces it."""
+        length = self.W_dec.norm(dim=-1).mean()
+        changed = super().rescale_rows()
+        if changed:
+            self.threshold.mul_(length)
+            self.threshold_windows.zero_()
+        return changed
+
     def activations(self, x_Nd: Tensor) -> Tensor:
         """relu(π)."""
         return torch.relu(self.pre_activation(x_Nd))

@@ -261,3 +261,17 @@ def test_the_threshold_of_batch_topk_has_no_bias_and_follows_a_short_run() -> No
     assert rising.get_buffer("threshold_windows").item() == 50
     late = rising.get_buffer("threshold").item()  # a mean over all of so few windows would be 25.5
     assert late == pytest.approx(40.2, rel=1e-4)
+
+
+@pytest.mark.parametrize(("sae_type", "length"), [("jumprelu", "each"), ("batch_topk", "all"), ("relu", "each")])
+def test_rows_made_1_long_leave_reconstructions_as_they_were(sae_type: str, length: str) -> None:
+    sae, x_Nd = build(sae_type), activations()
+    with torch.no_grad():
+        sae.W_dec.mul_(3.0 if length == "all" else torch.linspace(0.5, 3, sae.h).unsqueeze(-1))
+        if sae_type != "relu":
+            sae.threshold.fill_(0.4)
+    before, code = sae(x_Nd), sae.encode(x_Nd)
+    assert sae.rescale_rows()
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(sae.h).double())
+    assert torch.equal(sae.encode(x_Nd) != 0, code != 0)
+    torch.testing.assert_close(sae(x_Nd), before)
