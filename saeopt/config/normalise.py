@@ -29,8 +29,25 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
     varied = {name.partition("@")[0] for name in space}
     if "saes.target_l0" in varied and "k" not in spec.base["saes"]:
         base["saes"].pop("k", None)  # nobody chose it: the target sets it
+    if _SAE_TYPE in varied:
+        for field in _defaults_that_differ(sae_types) - spec.base["saes"].keys():
+            base["saes"].pop(field, None)  # nobody chose it: each architecture has its own
     base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}
     return spec.model_copy(update={"base": base, "space": space})
+
+
+def _defaults_that_differ(sae_types: list[str]) -> set[str]:
+    """Fields of `saes` that several of the architectures have, each with a default of its own."""
+    from saeopt.saes.registry import sae_config_class
+
+    seen: dict[str, object] = {}
+    differing = {"sae_type"}
+    for sae_type in sae_types:
+        for name, field in sae_config_class(sae_type).model_fields.items():
+            default = field.get_default(call_default_factory=True, validated_data={})
+            if seen.setdefault(name, default) != default:
+                differing.add(name)
+    return differing - {"sae_type"}
 
 
 def _expanded(folder: str, source: str) -> str:

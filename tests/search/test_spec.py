@@ -132,3 +132,14 @@ def test_a_study_of_before_recipes_is_found_again_by_its_file(tmp_path):
     assert create_study(store, spec(space={"lr": [1e-3, 2e-3]})).study_id == study_id
     config = store.spec("s").run_config({})
     assert (config.recipe, config.saes.normalize_activations, config.saes.init) == (2, True, "random")
+
+
+@pytest.mark.parametrize("base", ["relu", "matryoshka_batch_topk"])
+def test_each_architecture_has_its_own_default_unless_the_base_chose(base: str) -> None:
+    fields = {"sae_type": base, "sae_positions": ["blocks.0.hook_resid_pre"], "dict_size_to_input_ratio": 2}
+    types = ["relu", "batch_topk", "matryoshka_batch_topk"]
+    for chosen, expected in (({}, [None, None, 5]), ({"prefixes": [0.5, 1]}, [2, 2, 2])):
+        given = {**BASE, "saes": {**fields, **chosen}}
+        study = study_spec({"name": "s", "base": given, "space": {"sae_type": types}, "sampler": {"type": "grid"}}, "s")
+        found = [study.run_config({"saes.sae_type": name}).saes.prefixes for name in types]
+        assert [None if prefixes is None else len(prefixes) for prefixes in found] == expected
