@@ -14,7 +14,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.console import log
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
-from saeopt.training.step import dense, forms
+from saeopt.training.step import dense, forms, gates
 from saeopt.training.step.contract import StackOptions
 from saeopt.training.step.cpu import dense_on_cpu
 from saeopt.training.step.forms import Form
@@ -62,9 +62,9 @@ FAST = {
     "relu": Fast(
         forms.plain, partial(dense_on_cpu, dense.RELU), _on_gpu("relu"), 16.0, (4.0, 4.0), keeps_code=dense.NARROW
     ),
-    "gated": Fast(forms.gated, *_dense(dense.GATED), 32.0, (10.0, 4.0)),
-    "hard_concrete": Fast(forms.hard_concrete, *_dense(dense.HARD_CONCRETE), 48.0, (12.0, 6.0)),
-    "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(dense.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
+    "gated": Fast(forms.gated, *_dense(gates.GATED), 32.0, (10.0, 4.0)),
+    "hard_concrete": Fast(forms.hard_concrete, *_dense(gates.HARD_CONCRETE), 48.0, (12.0, 6.0)),
+    "gated_hard_concrete": Fast(forms.gated_hard_concrete, *_dense(gates.GATED_HARD_CONCRETE), 48.0, (10.0, 4.0)),
     "topk": Fast(forms.plain, topk_on_cpu, _on_gpu("topk"), 20.0, (2.0, 2.0), rounds=False),
     "batch_topk": Fast(forms.plain, topk_on_cpu, _on_gpu("batch_topk"), 20.0, (2.3, 2.0), rounds=False),
     "jumprelu": Fast(forms.jumprelu, partial(dense_on_cpu, JUMPRELU), _on_gpu("jumprelu"), 28.0, (4.0, 4.0)),
