@@ -191,7 +191,8 @@ def test_noisy_gates_tally_the_non_zeros_of_their_evaluation_form(sae_type: str,
         for i, sae in enumerate(saes):
             sae.get_buffer("beta").fill_(numbers[i]["beta"])
             f_Nh = sae.encode(example.x_Nd)
-            expected[i] += (f_Nh != 0).sum() if example.keep_N is None else (f_Nh != 0)[example.keep_N].sum()
+            open_Nh = (f_Nh != 0) if example.keep_N is None else (f_Nh != 0)[example.keep_N]
+            expected[i] += open_Nh.sum().cpu()
         stack.accumulate(example, numbers)
     (sums, *_) = [t for ts in stack.partial().values() for t in ts if _is_tally(stack, t)]
     torch.testing.assert_close(sums.double().cpu(), expected, rtol=1e-3 if step == "gpu" else 0, atol=0)

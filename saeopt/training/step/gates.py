@@ -42,7 +42,7 @@ def gated_back(form: Form, given: Given, pres: list[Tensor], codes: list[Tensor]
     fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
     sparsity_M = penalty_M * (per_latent_Mh * given.norm_Mh).sum(-1)
     pull_Mh = penalty_pull(form, penalty_M, per_latent_Mh, given.norm_Mh)
-    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (pull_Mh, sparsity_M, fired_Mh))
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (pull_Mh, sparsity_M, fired_Mh, None))
 
 
 def gated_sums(
@@ -51,7 +51,7 @@ def gated_sums(
     g_gate: Tensor,
     g_inner: Tensor,
     low: torch.dtype,
-    sums: tuple[Tensor | None, Tensor, Tensor],
+    sums: tuple[Tensor | None, Tensor, Tensor, Tensor | None],
 ) -> Back:
     """Gradients behind those of a gate and a magnitude that share their product."""
     g_shared = g_gate + gain_M1h * g_inner
@@ -123,8 +123,8 @@ def gated_hard_concrete_back(
         weight_MNh = torch.relu(log_alpha_MNh)
         g_gate = (g_z + g_aux * weight_MNh) * slope_MNh + g_open + g_aux * z_MNh * (log_alpha_MNh > 0)
     fired_Mh = (codes[0] != 0).sum(1, dtype=dtype)
-    back = gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, (None, sparsity_M, fired_Mh))
-    return back._replace(evaluated_M=evaluated(form, given, log_alpha_MNh, inner_MNh))
+    sums = (None, sparsity_M, fired_Mh, evaluated(form, given, log_alpha_MNh, inner_MNh))
+    return gated_sums(shared_MNh, gain_M1h, g_gate, g_inner, codes[0].dtype, sums)
 
 
 GATED = Architecture(gated_codes, gated_back)
