@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
+from saeopt.saes.first_contract import refuse_first_contract
 from saeopt.saes.init import initialise
 from saeopt.saes.normalisation import Normalised, Widths, kind_of
 from saeopt.saes.numbers import Number, sparsity_coeff
@@ -386,22 +387,3 @@ class SAE(Normalised):
 def _check_width(given: Tensor, width: int, what: str) -> None:
     if given.shape[-1:] != (width,):
         raise ValueError(f"{what} {width} numbers per token: got the shape {tuple(given.shape)}")
-
-
-_NORMALISED = ("training_forward", "code", "reconstruct", "initialise", "measure", "start_encoder")
-_NOW_CALLED = {"encode": "code", "decode": "reconstruct"}
-
-
-def refuse_first_contract(cls: type[SAE]) -> None:
-    """Until `encode` and `decode` took raw activations, architectures defined and called them on normalised ones.
-
-    Raises:
-        TypeError: the class does; its numbers would silently be others.
-    """
-    for name, now in _NOW_CALLED.items():
-        if name in vars(cls):
-            raise TypeError(f"rename {cls.__name__}.{name} to '{now}': 'encode' and 'decode' take raw activations now")
-        for method in _NORMALISED:
-            if name in getattr(getattr(vars(cls).get(method), "__code__", None), "co_names", ()):
-                where = f"{cls.__name__}.{method}"
-                raise TypeError(f"in {where} call '{now}' instead of '{name}', which takes raw activations now")

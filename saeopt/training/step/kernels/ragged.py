@@ -195,13 +195,11 @@ def _over_pieces(
 def _decode(
     values_ptr, index_ptr, start_ptr, part_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale_ptr, keep_ptr, error_ptr,
     dots_ptr, squares_ptr, N, H, E, pieces, members, factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr,
-    NESTED: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
     """One token of one member. K > 0: every token has K entries, else `start` says which are its."""
     row = tl.program_id(0).to(tl.int64)
-    member = row // N
-    n = row % N
+    member, n = row // N, row % N
     keep = 1.0
     if KEEP:
         keep = tl.load(keep_ptr + n)
