@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -19,7 +18,7 @@ from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig
-from saeopt.saes.base import SAE, Forward, Reduction, StepInputs
+from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
 from saeopt.saes.numbers import EVALUATED, Number, Progress
 
@@ -105,13 +104,14 @@ class NoisyGateSAE(Revival):
     """What both hard-concrete architectures share. The buffer `beta` is that of the last training step."""
 
     numbers: ClassVar[dict[str, Number]] = {**SAE.numbers, "beta": Number(annealed_beta)}
-    tallies: Mapping[str, Reduction] = MappingProxyType({EVALUATED: "sum"})
     needs_noise: ClassVar[bool] = True
     config: NoisyGateConfig
     beta: Tensor
 
     def build(self) -> None:
         super().build()
+        if self.config.steers:
+            self.tallies = {EVALUATED: "sum"}
         self.register_buffer("beta", self.ones() * self.config.initial_beta)
 
     def rescale_rows(self) -> bool:
@@ -133,7 +133,12 @@ class NoisyGateSAE(Revival):
 
     @torch.no_grad()
     def evaluated(self, log_alpha_Nh: Tensor, m_Nh: Tensor, inputs: StepInputs) -> dict[str, Tensor]:
-        """The tally of what the evaluation form has for non-zeros: gates without noise open others than the noisy."""
+        """The tally of what the evaluation form has for non-zeros: gates without noise open others than the noisy.
+
+        Nothing where no target is steered to by it.
+        """
+        if not self.tallies:
+            return {}
         opens = quiet_threshold(inputs.beta, self.config.hard_concrete_stretch_limits, self.config.eval_gate)
         return {EVALUATED: self.masked(((log_alpha_Nh > opens) & (m_Nh != 0)).double(), inputs.keep_N).sum()}
 

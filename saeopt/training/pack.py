@@ -133,7 +133,7 @@ class Pack:
             type(sae),
             (sae.d, sae.e, sae.h),
             sae.W_enc.dtype,
-            (sae.legacy_scaling, sae.recipe),
+            (sae.legacy_scaling, sae.recipe, *sae.tallies),
             (sae.normalisation, centring(sae)),  # a stack shares one normalised x
             member.config.adam_betas,
             member.config.performance,

@@ -181,7 +181,8 @@ def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
 def test_noisy_gates_tally_the_non_zeros_of_their_evaluation_form(sae_type: str, eval_gate: str, step: str) -> None:
     device = "cuda" if step == "gpu" else "cpu"
     shape = {"d": 48, "h": 320} if step == "gpu" else {}
-    variant = {"sae_type": sae_type, "eval_gate": eval_gate, "magnitude_activation": "relu", **shape}
+    fields = {"eval_gate": eval_gate, "magnitude_activation": "relu", "target_l0": 3.0}
+    variant = {"sae_type": sae_type, **fields, **shape}
     dtype = torch.float32 if step == "gpu" else torch.float64
     saes = make_members(variant, 2, dtype, device)
     stack = _stack(step, saes)

@@ -19,6 +19,7 @@ class Form(NamedTuple):
     that reconstruct by themselves, the last one at h; empty where there is only the whole. `l0_target` above 0: the
     penalty is a square around it; `max_density` above 0: latents that fire more often are penalised more; `tanh`: the
     penalty is by activation, and `pre_activation` draws back latents that were silent for `dead_after` tokens.
+    `eval_gate`: how the non-zeros of the evaluation form are counted; None: they are not.
     """
 
     mse: float
@@ -28,7 +29,7 @@ class Form(NamedTuple):
     aux: float = 0.0
     magnitude: str = "relu"
     limits: tuple[float, float] = (-0.1, 1.1)
-    eval_gate: str = "median"
+    eval_gate: str | None = None
     seed_aux: bool = False
     frozen_aux: bool = True
     prefixes: tuple[int, ...] = ()
@@ -81,7 +82,7 @@ def hard_concrete(sae: SAE) -> Form:
     config = sae.config
     limits = config.hard_concrete_stretch_limits
     form = plain(sae)._replace(directions=True, magnitude=config.magnitude_activation, limits=limits)
-    return form._replace(eval_gate=config.eval_gate)
+    return form._replace(eval_gate=config.eval_gate if sae.tallies else None)
 
 
 def gated_hard_concrete(sae: SAE) -> Form:
@@ -90,4 +91,4 @@ def gated_hard_concrete(sae: SAE) -> Form:
     config, aux = sae.config, sae.config.aux_coeff * _share(sae)
     limits, seed_aux = config.hard_concrete_stretch_limits, config.aux_form == "seed"
     form = plain(sae)._replace(aux=aux, magnitude=config.magnitude_activation, limits=limits, seed_aux=seed_aux)
-    return form._replace(eval_gate=config.eval_gate)
+    return form._replace(eval_gate=config.eval_gate if sae.tallies else None)

@@ -162,8 +162,10 @@ def noisy_gate(form: Form, given: Given, log_alpha_MNh: Tensor) -> tuple[Tensor,
     return stretched.clamp(0, 1), slope_MNh
 
 
-def evaluated(form: Form, given: Given, log_alpha_MNh: Tensor, inner_MNh: Tensor) -> Tensor:
-    """Non-zeros of the evaluation form per member."""
+def evaluated(form: Form, given: Given, log_alpha_MNh: Tensor, inner_MNh: Tensor) -> Tensor | None:
+    """Non-zeros of the evaluation form per member, where they are tallied."""
+    if form.eval_gate is None:
+        return None
     opens = quiet_threshold(given.numbers["beta"][:, None, None], form.limits, form.eval_gate)
     open_MNh = (log_alpha_MNh > opens) & (activation(form.magnitude, inner_MNh) != 0)
     return masked(open_MNh.to(given.norm_Mh.dtype), given.keep_N).sum(1).sum(-1)
