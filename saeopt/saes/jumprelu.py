@@ -53,6 +53,9 @@ class JumpReluConfig(RevivalConfig):
     def _target_where_it_is_needed(self) -> Self:
         if (self.penalty == "quadratic") != (self.l0_penalty_target is not None):
             raise ValueError("'penalty: quadratic' and 'l0_penalty_target' go together: give both or neither")
+        usual = type(self).model_fields["pre_activation_coeff"].default
+        if self.pre_activation_coeff != usual and self.penalty != "tanh":
+            raise ValueError("'pre_activation_coeff' has no effect without 'penalty: tanh'")
         if self.penalty == "quadratic" and self.target_l0 is not None:
             raise ValueError("'target_l0' moves λ, and 'penalty: quadratic' has 'l0_penalty_target' in its place")
         return self

@@ -183,3 +183,9 @@ def test_another_width_is_refused_by_what_is_right() -> None:
         sae.encode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match="this SAE's code has 15 numbers per token"):
         sae.decode(torch.zeros(2, 16))
+
+
+def test_jumprelu_refuses_what_its_penalty_does_not_read() -> None:
+    with pytest.raises(ValidationError, match="'pre_activation_coeff' has no effect without 'penalty: tanh'"):
+        build("jumprelu", {"pre_activation_coeff": 0.1})
+    assert build("jumprelu", {"pre_activation_coeff": 0.1, "penalty": "tanh"}).needs_dead
