@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_loop import plan, weights
 
 from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder, resume_point
-from saeopt.runs.weights import load_run
 from saeopt.saes.registry import get_sae
-from saeopt.training import Observer, TrialPlan, train_pack
+from saeopt.training import Observer, train_pack
 from saeopt.training.runtime import Runtime
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -22,15 +22,6 @@ HOOK = "blocks.1.hook_resid_pre"
 @pytest.fixture(scope="module")
 def runtime():
     return Runtime("cpu")
-
-
-def plan(config, tmp_path, name, resume=False):
-    return TrialPlan(name, config, tmp_path / name, resume)
-
-
-def weights(run_dir):
-    _, saes = load_run(run_dir)
-    return {f"{hook}/{n}": t for hook, sae in saes.items() for n, t in sae.state_dict().items()}
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(make_config, runtime, tmp_path, caplog):
