@@ -4,7 +4,7 @@ All SAEs are trained as one pack on one stream: every architecture under every v
 what fired on none of the last `--silent` training tokens (the counter that every weights file holds). Example:
 
     python scripts/dead_latents.py --model ../shared/models/stories260K --out output/dead \\
-        --data ../shared/data/tinystories-1000/tinystories_1000.txt --types relu topk \\
+        --data ../shared/data/tinystories-1000/tinystories_1000.txt --types relu topk --l0 16 \\
         --positions blocks.2.hook_resid_pre --variant recipe2:recipe=2 --variant recipe3:recipe=3
 """
 
@@ -25,11 +25,12 @@ from saeopt.config import RunConfig, apply_overrides, load_run_config
 from saeopt.config.io import parse_override
 from saeopt.files import write_json
 from saeopt.runs.weights import load_run
+from saeopt.saes.registry import ARCHITECTURES, sae_config_class
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.launch import make_runtime
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "stories260k"
-TYPES = ("relu", "gated", "hard_concrete", "gated_hard_concrete", "topk")
+BASE = Path(__file__).resolve().parents[1] / "configs" / "stories260k" / "stories260k-relu.yaml"
+"""Of this only what is not the SAE's: every architecture has the defaults of its fields."""
 
 
 def options() -> argparse.Namespace:
@@ -38,12 +39,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a Hugging Face directory")
     parser.add_argument("--data", required=True, help="text, as data.dataset_name takes it")
     parser.add_argument("--positions", nargs="+", required=True)
-    parser.add_argument(
-        "--types",
-        nargs="+",
-        default=list(TYPES),
-        help="each starts from configs/stories260k (those that have no file there: topk's or relu's)",
-    )
+    parser.add_argument("--types", nargs="+", default=list(ARCHITECTURES), help="all, where nothing is said")
+    parser.add_argument("--l0", nargs="+", type=float, default=[16.0], help="targets; several: a front per variant")
     parser.add_argument(
         "--variant",
         action="append",
@@ -51,7 +48,6 @@ def options() -> argparse.Namespace:
         metavar="NAME:FIELD=VALUE,…",
         help="settings to try; fields that an architecture does not have are left out for it",
     )
-    parser.add_argument("--sparsity", nargs="*", default=[], metavar="TYPE=VALUE", help="λ, or k of a selection")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="for all of them")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=512, help="tokens per step")
@@ -60,7 +56,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--silent", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0, help="of the data's order")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the SAEs: the table has their means")
-    parser.add_argument("--factors", nargs="+", type=float, default=[1.0], help="of λ or k: a front for each variant")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -68,27 +63,17 @@ def options() -> argparse.Namespace:
 
 def jobs(given: argparse.Namespace) -> Iterator[tuple[dict[str, Any], RunConfig]]:
     """What every run is, and its config."""
-    sparsity = dict(item.split("=") for item in given.sparsity)
+    raw = load_run_config(BASE).model_dump(mode="json", exclude_unset=True, exclude={"as_typed", "saes", "recipe"})
     given.out.mkdir(parents=True, exist_ok=True)
-    for sae_type in given.types:
-        base = CONFIGS / f"stories260k-{sae_type}.yaml"
-        if not base.exists():
-            base = CONFIGS / f"stories260k-{'topk' if 'topk' in sae_type else 'relu'}.yaml"
-        config = load_run_config(base, [f"saes.sae_type={sae_type}"])
-        raw = config.model_dump(mode="json", exclude_unset=True, exclude={"as_typed"})
-        for field in ("normalize_activations", "init"):  # what the base's recipe wrote out
-            raw["saes"].pop(field, None)
-        known = {f"saes.{name}" for name in type(config.saes).model_fields}
-        amount = "saes.k" if "saes.k" in known else "saes.sparsity_coeff"
-        wanted = float(sparsity.get(sae_type, getattr(config.saes, amount.removeprefix("saes."))))
-        for text, seed, factor in product(given.variant, given.seeds, given.factors):
-            name, _, fields = text.partition(":")
-            changes = {amount: round(wanted * factor) if amount == "saes.k" else wanted * factor, "seed": seed}
-            changes |= dict(parse_override(field) for field in fields.split(",") if field)
-            changes = {k: v for k, v in changes.items() if not k.startswith("saes.") or k in known}
-            path = given.out / f"{name}-{sae_type}-{seed}-{factor:g}.json"
-            path.write_text(json.dumps(apply_overrides(raw, common(given) | changes)), encoding="utf-8")
-            yield {"type": sae_type, "variant": name, "seed": seed, "factor": factor}, load_run_config(path)
+    for sae_type, text, seed, l0 in product(given.types, given.variant, given.seeds, given.l0):
+        name, _, fields = text.partition(":")
+        changes = {"seed": seed, "saes.sae_type": sae_type, "saes.target_l0": l0}
+        changes |= dict(parse_override(field) for field in fields.split(",") if field)
+        known = {f"saes.{field}" for field in sae_config_class(sae_type).model_fields}
+        changes = {key: value for key, value in changes.items() if not key.startswith("saes.") or key in known}
+        path = given.out / f"{name}-{sae_type}-{seed}-{l0:g}.json"
+        path.write_text(json.dumps(apply_overrides(raw, common(given) | changes)), encoding="utf-8")
+        yield {"type": sae_type, "variant": name, "seed": seed, "target": l0}, load_run_config(path)
 
 
 def common(given: argparse.Namespace) -> dict[str, Any]:
@@ -120,13 +105,13 @@ def rows(given: argparse.Namespace) -> list[Any]:
 
 
 def table(found: list[Any]) -> str:
-    """Markdown: a line per architecture, variant and factor, a column per hook point: dead share (L0, FVU)."""
+    """Markdown: a line per architecture, variant and target, a column per hook point: dead share (L0, FVU)."""
     hooks = list(dict.fromkeys(row["hook"] for row in found))
     lines = [f"| | | | {' | '.join(hooks)} |", "| --- | --- | --- |" + " --- |" * len(hooks)]
-    for line in dict.fromkeys((row["type"], row["variant"], row["factor"]) for row in found):
+    for line in dict.fromkeys((row["type"], row["variant"], row["target"]) for row in found):
         cells = []
         for hook in hooks:
-            same = [r for r in found if (r["type"], r["variant"], r["factor"], r["hook"]) == (*line, hook)]
+            same = [r for r in found if (r["type"], r["variant"], r["target"], r["hook"]) == (*line, hook)]
             dead, l0, fvu = (sum(r[key] for r in same) / len(same) for key in ("dead", "l0", "fvu"))
             cells.append(f"{dead:.1%} ({l0:.1f}, {fvu:.4f})")
         lines.append(f"| {line[0]} | {line[1]} | {line[2]:g} | {' | '.join(cells)} |")
@@ -134,7 +119,7 @@ def table(found: list[Any]) -> str:
 
 
 def at_equal_l0(found: list[Any]) -> str:
-    """Each variant's FVU in units of the first one's at the L0 of the first one's middle factor, per seed."""
+    """Each variant's FVU in units of the first one's at the L0 that the first one's middle target gave, per seed."""
     variants = list(dict.fromkeys(row["variant"] for row in found))
     lines = ["", f"FVU over {variants[0]}'s at equal L0, mean over seeds (least … most):"]
     for sae_type, hook in dict.fromkeys((row["type"], row["hook"]) for row in found):
@@ -160,7 +145,7 @@ def main() -> None:
     found = rows(given)
     write_json(given.out / f"dead-{given.seed}.json", found)
     sys.stdout.write(table(found) + "\n")
-    if len(given.factors) > 1:
+    if len(given.l0) > 1:
         sys.stdout.write(at_equal_l0(found) + "\n")
 
 

@@ -140,6 +140,8 @@ class SAE(Normalised):
     """Whether a transcoder's W_dec may start at 0: not where only its rows' directions count."""
     default_encoder_start: ClassVar[str] = "matched"
     """What `encoder_start: null` means under recipe 2."""
+    restart_share: ClassVar[float] = 0.2
+    """How long a resampled latent's column of W_enc is, in units of the living ones' mean (0.2: Bricken 2023)."""
     latent_vectors: ClassVar[tuple[str, ...]] = ("b_enc",)
     """Names of the parameters that hold one number per latent; they start at 0 unless `start_encoder` sets them."""
     stack_fields: ClassVar[frozenset[str]] = fields_with(SAEConfig, "member")
@@ -288,6 +290,23 @@ class SAE(Normalised):
                 self.get_parameter(name).clamp_(min=rule.least)
         if self.unit_rows:
             self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    @torch.no_grad()
+    def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
+        """Point dead latents along new directions; each is to fire where x̄ · direction is above `opens_at_n`.
+
+        Their latent vectors are 0, their decoder rows set.
+        """
+        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        if "b_enc" in self.latent_vectors:
+            self.b_enc[dead_n] = -length * opens_at_n
+
+    @staticmethod
+    def point(encoder_dh: Tensor, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, share: float) -> Tensor:
+        """Set columns of a matrix that reads x to directions, as long as `share` of the living ones; that length."""
+        length = share * encoder_dh[:, alive_h].norm(dim=0).mean().nan_to_num(1.0)
+        encoder_dh[:, dead_n] = (along_nd * length).T
+        return length
 
     def after_window(self, tallies: Mapping[str, Tensor], n: Tensor) -> None:
         """Write buffers from a window's tallies, over all its micro-batches and ranks, and its n kept tokens.

@@ -76,6 +76,12 @@ class GatedSAE(Revival):
         return gate_Nh, magnitude_Nh * (gate_Nh > 0)
 
     @torch.no_grad()
+    def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
+        """As in the base, for gate and magnitude."""
+        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        self.b_gate[dead_n] = self.b_mag[dead_n] = -length * opens_at_n
+
+    @torch.no_grad()
     def shift_code(self, shift_d: Tensor) -> None:
         """As in the base; both halves see the same product."""
         shared_h = shift_d @ self.W_enc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -42,6 +43,13 @@ class GatedHardConcreteSAE(NoisyGateSAE):
     r_mag: nn.Parameter
 
     shift_code = GatedSAE.shift_code
+
+    @torch.no_grad()
+    def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
+        """As in the base; the gate is as steep as the living ones, and r_mag makes the magnitude small."""
+        length = self.point(self.W_enc, dead_n, alive_h, along_nd, 1.0)
+        self.b_gate[dead_n] = -length * opens_at_n
+        self.r_mag[dead_n] = self.r_mag[alive_h].mean().nan_to_num(0.0) + math.log(self.restart_share)
 
     def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """log α and the magnitude."""

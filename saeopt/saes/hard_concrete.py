@@ -175,6 +175,15 @@ class HardConcreteSAE(NoisyGateSAE):
             typical = self.centred(x_Nd).norm(dim=-1).mean().clamp_min(1e-12)
             self.W_gate.copy_(directions_dh * (math.sqrt(self.d) / typical))
 
+    @torch.no_grad()
+    def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
+        """As in the base; the gates are as steep as the living ones, or as open where they do not see x."""
+        self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        if self.config.input_dependent_gates:
+            self.b_gate[dead_n] = -self.point(self.W_gate, dead_n, alive_h, along_nd, 1.0) * opens_at_n
+        else:
+            self.b_gate[dead_n] = self.b_gate[alive_h].mean().nan_to_num(0.0)
+
     def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """log α and m."""
         centred_Nd = self.centred(x_Nd)

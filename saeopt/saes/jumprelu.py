@@ -154,6 +154,12 @@ class JumpReluSAE(Revival):
             active = min(pre_Nh.numel(), math.ceil(_START_ABOVE * self.config.target_l0 * len(pre_Nh)))
             self.threshold.clamp_min_(pre_Nh.flatten().topk(active).values[-1])
 
+    @torch.no_grad()
+    def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
+        """As in the base; θ says where a latent opens, and not its bias."""
+        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        self.threshold[dead_n] = (length * opens_at_n).clamp_min(self.config.initial_threshold)
+
     def code(self, x_Nd: Tensor) -> Tensor:
         """π where it is above θ."""
         pre_Nh = self.pre_activation(x_Nd)

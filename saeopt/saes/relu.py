@@ -7,8 +7,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saeopt.config.base import Amount
-from saeopt.config.marks import Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
@@ -19,11 +17,6 @@ class ReluConfig(RevivalConfig, PrefixConfig):
     """`sae_type: relu`."""
 
     first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.45, 0.75, 0.5)
-
-    resample_every_tokens: Stack[Amount | None] = None
-    """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs
-    that are badly reconstructed, small encoder rows and no bias (Bricken 2023); not in the last fifth of a run; null:
-    never."""
 
 
 class ReluSAE(Revival, PrefixSAE):

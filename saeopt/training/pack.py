@@ -174,7 +174,7 @@ class Pack:
         """New directions for dead latents where it is time for it, from a window's last micro-batch."""
         for group in self.groups:
             first, ranks = group.members[0], self.runtime.ranks.data
-            every, config = getattr(first.sae_config, "resample_every_tokens", None), first.config
+            every, config = first.sae_config.resample_every_tokens, first.config
             before = after - config.effective_batch * ranks.size
             if not is_due(every, before, after, self.total, config.data.context_length):
                 continue

@@ -15,8 +15,8 @@ from saeopt.training.step.contract import Example, Store
 
 Seed = tuple[int | str, ...]
 """Names and numbers from which what is drawn follows."""
-ENCODER_SHARE = 0.2
-"""The new encoder rows' length in units of the living ones' mean length, as in the source."""
+OPENS_AT = 0.0
+"""A new latent fires where the input's part along its direction is above this share of its own input's."""
 MOST_TOKENS = 8192
 """Of a micro-batch, the first so many are looked at."""
 LAST_SHARE = 0.8
@@ -37,8 +37,8 @@ def resample(
     """Point dead latents at inputs that are badly reconstructed; how many there were (waits for the device).
 
     The inputs are kept tokens of the first rank's example, drawn with probability ∝ ‖ŷ − y‖⁴. A new decoder row is the
-    token's direction from b_dec, of length 1; its encoder column is the same direction in x, `ENCODER_SHARE` of the
-    living ones' mean length; its bias, its Adam moments (`state` holds views) and its silence are 0.
+    token's direction from b_dec, of length 1; its encoder column is the same direction in x and its bias what
+    :meth:`SAE.restart` makes of them; its Adam moments (`state` holds views) and its silence are 0.
     """
     dead_n = (sae.tokens_since_fired >= dead_after).nonzero().squeeze(-1)
     if len(dead_n) == 0:
@@ -47,16 +47,18 @@ def resample(
     ranks.broadcast([x_nd, y_ne])
     alive_h = torch.ones(sae.h, dtype=torch.bool, device=dead_n.device)
     alive_h[dead_n] = False
-    length = sae.W_enc[:, alive_h].norm(dim=0).mean().nan_to_num(1.0)
-    sae.W_enc[:, dead_n] = (_unit(sae.centred(x_nd)) * ENCODER_SHARE * length).T
-    sae.W_dec[dead_n] = _unit(y_ne - sae.b_dec)
     for name in sae.latent_vectors:
         sae.get_parameter(name)[dead_n] = 0.0
-    for kind in ("m", "v"):
-        state[f"{kind}.W_enc"][:, dead_n] = 0.0
-        state[f"{kind}.W_dec"][dead_n] = 0.0
-        for name in sae.latent_vectors:
-            state[f"{kind}.{name}"][dead_n] = 0.0
+    sae.W_dec[dead_n] = _unit(y_ne - sae.b_dec)
+    centred_nd = sae.centred(x_nd)
+    sae.restart(dead_n, alive_h, _unit(centred_nd), OPENS_AT * centred_nd.norm(dim=-1))
+    for name, parameter in sae.named_parameters():
+        for kind in ("m", "v"):
+            moments = state[f"{kind}.{name}"]
+            if name == "W_dec" or name in sae.latent_vectors:
+                moments[dead_n] = 0.0
+            elif any(parameter is encoder for encoder in sae.encoders()):
+                moments[:, dead_n] = 0.0
     sae.tokens_since_fired[dead_n] = 0
     return len(dead_n)
 

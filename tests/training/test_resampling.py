@@ -11,11 +11,12 @@ from test_processes import weights
 
 from saeopt.activations.stream import Batch
 from saeopt.config import validate_run
+from saeopt.saes.relu import ReluSAE
 from saeopt.testing.cases import build
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.pack import Member, Pack
 from saeopt.training.ranks import Axis
-from saeopt.training.resampling import ENCODER_SHARE, is_due, resample
+from saeopt.training.resampling import is_due, resample
 from saeopt.training.runtime import Runtime
 
 D, H, DEAD = 6, 15, [2, 7, 11]
@@ -66,9 +67,9 @@ def test_dead_latents_look_at_inputs_and_nothing_else_changes(tmp_path, stack):
     assert (plain.b_enc[DEAD] < -40).all()
     assert not fresh.b_enc[DEAD].any()
     length = plain.W_enc[:, alive].norm(dim=0).mean()
-    torch.testing.assert_close(fresh.W_enc[:, DEAD].norm(dim=0), (ENCODER_SHARE * length).expand(3))
+    torch.testing.assert_close(fresh.W_enc[:, DEAD].norm(dim=0), (ReluSAE.restart_share * length).expand(3))
     torch.testing.assert_close(fresh.W_dec[DEAD].norm(dim=-1), torch.ones(3).double())
-    torch.testing.assert_close(fresh.W_enc[:, DEAD].T / (ENCODER_SHARE * length), fresh.W_dec[DEAD])
+    torch.testing.assert_close(fresh.W_enc[:, DEAD].T / (ReluSAE.restart_share * length), fresh.W_dec[DEAD])
     assert not fresh.tokens_since_fired[DEAD].any()
     state = pack.state(members["resampled"])
     assert not state["v.W_enc"][:, DEAD].any()
