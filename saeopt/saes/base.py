@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.first_contract import refuse_first_contract
-from saeopt.saes.init import initialise
+from saeopt.saes.init import initialise, point
 from saeopt.saes.normalisation import Normalised, Widths, kind_of
 from saeopt.saes.numbers import Number, sparsity_coeff
 
@@ -293,20 +293,10 @@ class SAE(Normalised):
 
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
-        """Point dead latents along new directions; each is to fire where x̄ · direction is above `opens_at_n`.
-
-        Their latent vectors are 0, their decoder rows set.
-        """
-        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        """Point dead latents, whose vectors are 0, along directions; they fire where x̄ · direction > `opens_at_n`."""
+        length = point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
         if "b_enc" in self.latent_vectors:
             self.b_enc[dead_n] = -length * opens_at_n
-
-    @staticmethod
-    def point(encoder_dh: Tensor, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, share: float) -> Tensor:
-        """Set columns of a matrix that reads x to directions, as long as `share` of the living ones; that length."""
-        length = share * encoder_dh[:, alive_h].norm(dim=0).mean().nan_to_num(1.0)
-        encoder_dh[:, dead_n] = (along_nd * length).T
-        return length
 
     def after_window(self, tallies: Mapping[str, Tensor], n: Tensor) -> None:
         """Write buffers from a window's tallies, over all its micro-batches and ranks, and its n kept tokens.

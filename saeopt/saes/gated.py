@@ -13,6 +13,7 @@ from saeopt.config.marks import Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import Forward, StepInputs
+from saeopt.saes.init import point
 
 MAGNITUDES = {"relu": torch.relu, "softplus": nn.functional.softplus, "identity": lambda m_Nh: m_Nh}
 
@@ -78,7 +79,7 @@ class GatedSAE(Revival):
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
         """As in the base, for gate and magnitude."""
-        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        length = point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
         self.b_gate[dead_n] = self.b_mag[dead_n] = -length * opens_at_n
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.base import Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, GatedSAE
 from saeopt.saes.hard_concrete import NoisyGateConfig, NoisyGateSAE
+from saeopt.saes.init import point
 
 
 class GatedHardConcreteConfig(NoisyGateConfig):
@@ -47,7 +48,7 @@ class GatedHardConcreteSAE(NoisyGateSAE):
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
         """As in the base; the gate is as steep as the living ones, and r_mag makes the magnitude small."""
-        length = self.point(self.W_enc, dead_n, alive_h, along_nd, 1.0)
+        length = point(self.W_enc, dead_n, alive_h, along_nd, 1.0)
         self.b_gate[dead_n] = -length * opens_at_n
         self.r_mag[dead_n] = self.r_mag[alive_h].mean().nan_to_num(0.0) + math.log(self.restart_share)
 

@@ -20,6 +20,7 @@ from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
+from saeopt.saes.init import point
 from saeopt.saes.numbers import EVALUATED, Number, Progress
 
 Limits = tuple[float, float]
@@ -178,9 +179,9 @@ class HardConcreteSAE(NoisyGateSAE):
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
         """As in the base; the gates are as steep as the living ones, or as open where they do not see x."""
-        self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
         if self.config.input_dependent_gates:
-            self.b_gate[dead_n] = -self.point(self.W_gate, dead_n, alive_h, along_nd, 1.0) * opens_at_n
+            self.b_gate[dead_n] = -point(self.W_gate, dead_n, alive_h, along_nd, 1.0) * opens_at_n
         else:
             self.b_gate[dead_n] = self.b_gate[alive_h].mean().nan_to_num(0.0)
 

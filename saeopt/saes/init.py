@@ -91,6 +91,13 @@ def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator
     return W_hd / W_hd.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+def point(encoder_dh: Tensor, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, share: float) -> Tensor:
+    """Set columns of a matrix that reads x to directions, as long as `share` of the living ones; that length."""
+    length = share * encoder_dh[:, alive_h].norm(dim=0).mean().nan_to_num(1.0)
+    encoder_dh[:, dead_n] = (along_nd * length).T
+    return length
+
+
 def initial_bias(x_Nd: Float[Tensor, "N d"], kind: str) -> Float[Tensor, " d"]:
     """Geometric median, mean or zero."""
     if kind == "zero":

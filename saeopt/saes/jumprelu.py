@@ -15,6 +15,7 @@ from saeopt.config.marks import Member, Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import SAE, Forward, Rule, StepInputs
+from saeopt.saes.init import point
 from saeopt.saes.numbers import Number, Progress
 
 _MEMORY = 0.99
@@ -157,7 +158,7 @@ class JumpReluSAE(Revival):
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
         """As in the base; θ says where a latent opens, and not its bias."""
-        length = self.point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
+        length = point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
         self.threshold[dead_n] = (length * opens_at_n).clamp_min(self.config.initial_threshold)
 
     def code(self, x_Nd: Tensor) -> Tensor:
