@@ -82,7 +82,10 @@ class Samples(Protocol):
         """The first n training samples."""
 
     def eval_batches(self, batch: int) -> Iterator[Tensor]:
-        """The held-out samples."""
+        """The held-out samples that an evaluation reports on."""
+
+    def threshold_batches(self, batch: int) -> Iterator[Tensor]:
+        """The held-out samples that thresholds are set on."""
 
     def identity(self) -> str:
         """The same for the same samples."""

@@ -198,17 +198,18 @@ class StoredActivations:
 
 
 class StoredRows:
-    """Samples of row numbers: the last `data.n_eval_samples` are held out, the others shuffled by the data seed."""
+    """Samples of row numbers: the last `data.n_held_out` are held out (those of the evaluation behind those that
+    thresholds are set on), the others shuffled by the data seed."""
 
     def __init__(self, data: DataConfig, source: StoredActivations) -> None:
         self.data, self.n_rows = data, source.n_rows
         samples = self.n_rows // data.context_length
-        self.n_train = samples - data.n_eval_samples
+        self.n_train = samples - data.n_held_out
         if self.n_train < 1:
             raise UserError(
                 f"{_FIELD}: {source.path}: {self.n_rows:,} rows are {samples} samples of {data.context_length}"
-                f" ('data.context_length'), too few where {data.n_eval_samples} of them are held out"
-                " ('data.n_eval_samples')"
+                f" ('data.context_length'), too few where {data.n_held_out} of them are held out"
+                f" ('data.n_{'threshold' if data.n_threshold_samples else 'eval'}_samples')"
             )
         asked = data.n_train_samples
         if asked is not None and asked > self.n_train:
@@ -249,8 +250,14 @@ class StoredRows:
 
     def eval_batches(self, batch: int) -> Iterator[Tensor]:
         """The held-out samples, in their order."""
-        if self.data.n_eval_samples:
-            yield from self._rows(self.n_train + torch.arange(self.data.n_eval_samples)).split(batch)
+        yield from self._held_out(self.data.n_threshold_samples or 0, self.data.n_eval_samples, batch)
+
+    def threshold_batches(self, batch: int) -> Iterator[Tensor]:
+        """Those before them, which thresholds are set on."""
+        yield from self._held_out(0, self.data.n_threshold_samples or 0, batch)
+
+    def _held_out(self, first: int, n: int, batch: int) -> tuple[Tensor, ...]:
+        return self._rows(self.n_train + first + torch.arange(n)).split(batch) if n else ()
 
     def identity(self) -> str:
         """The same for as many rows, cut and ordered alike."""

@@ -70,8 +70,8 @@ class TokenData:
             UserError: no such data set, split or column; a column of the wrong type; token ids outside the
                 vocabulary; too few tokens.
         """
-        wanted = data.n_eval_samples * (data.context_length - data.prepend_bos)
-        if data.eval_data is None or data.n_eval_samples == 0:
+        wanted = data.n_held_out * (data.context_length - data.prepend_bos)
+        if data.eval_data is None or data.n_held_out == 0:
             return cls(*open_engine(data, model, wanted))
         held_out = HeldOut.load(data, model)
         engine, data, bos = open_engine(data, model, 0)
@@ -79,10 +79,11 @@ class TokenData:
 
     def _check_sizes(self) -> None:
         data, engine = self.data, self.engine
-        wanted, have = data.n_eval_samples * self._fresh_tokens, len(self.held_out)
+        wanted, have = data.n_held_out * self._fresh_tokens, len(self.held_out)
         if have < wanted:
+            field = "n_threshold_samples" if have >= data.n_eval_samples * self._fresh_tokens else "n_eval_samples"
             raise UserError(
-                f"'data.n_eval_samples': {data.n_eval_samples} samples of {data.context_length} tokens are more than "
+                f"'data.{field}': {data.n_held_out} held-out samples of {data.context_length} tokens are more than "
                 f"{data.dataset_name} holds ({engine.tokens_in_all} tokens)"
             )
         if self.n_train_available == 0:
@@ -134,8 +135,15 @@ class TokenData:
 
     def eval_batches(self, batch: int) -> Iterator[Tensor]:
         """Exactly `n_eval_samples` held-out sequences, tokens_bT."""
-        n = self.data.n_eval_samples
-        yield from self._samples.rows(self.held_out[: n * self._fresh_tokens], n).split(batch) if n else ()
+        yield from self._held_out(0, self.data.n_eval_samples, batch)
+
+    def threshold_batches(self, batch: int) -> Iterator[Tensor]:
+        """The `n_threshold_samples` held-out sequences behind these, tokens_bT."""
+        yield from self._held_out(self.data.n_eval_samples, self.data.n_threshold_samples or 0, batch)
+
+    def _held_out(self, first: int, n: int, batch: int) -> tuple[Tensor, ...]:
+        tokens = self.held_out[first * self._fresh_tokens : (first + n) * self._fresh_tokens]
+        return self._samples.rows(tokens, n).split(batch) if n else ()
 
     def fingerprint(self) -> str:
         """Changes when documents or their order change, and with every change of local files."""
@@ -205,24 +213,24 @@ class HeldOut:
 
     @classmethod
     def load(cls, data: DataConfig, model: LanguageModel, whole: bool = False) -> HeldOut:
-        """`data.n_eval_samples` of `data.eval_data`, or `whole`: as many as it holds.
+        """`data.n_held_out` samples of `data.eval_data`, or `whole`: as many as it holds.
 
         Raises:
             UserError: as :meth:`TokenData.load`, naming the fields of the held-out data.
         """
         own = data.eval_data
         assert own is not None
-        wanted = 0 if whole else data.n_eval_samples * (data.context_length - data.prepend_bos)
+        wanted = 0 if whole else data.n_held_out * (data.context_length - data.prepend_bos)
         with of_held_out_data():
             own = own.model_copy(update={"streaming": own.streaming and not whole, **_as_stored(own)})
             engine, own, bos = open_engine(own, model, wanted)
             found = cls(_all_tokens(engine) if whole else engine.held_out[:wanted], own, bos)
         if whole and (rest := engine.tokens_in_all % (found.n * found.fresh_tokens or 1)):
             log.info("%s: %d tokens at its end do not fill another sample", own.dataset_name, rest)
-        if found.n < (1 if whole else data.n_eval_samples):
+        if found.n < (1 if whole else data.n_held_out):
             raise UserError(
                 f"'data.eval_dataset_name': {own.dataset_name} holds {engine.tokens_in_all} tokens, less than"
-                f" {max(1, data.n_eval_samples)} samples of {data.context_length}"
+                f" {max(1, data.n_held_out)} samples of {data.context_length}"
             )
         return found
 

@@ -10,7 +10,7 @@ from saeopt.config.places import as_typed
 from saeopt.config.roles import MAY_DIFFER, MEMBER_FIELDS
 from saeopt.config.run import RunConfig
 
-_LATER = {"activations"}
+_LATER = {"activations", "n_threshold_samples"}
 """Fields of `data` that did not exist when the first studies stored their keys: null is as if they were not there."""
 
 

@@ -55,6 +55,9 @@ class DataConfig(StrictModel):
     """Samples to train on; null: one pass over the training documents."""
     n_eval_samples: Stream[Span] = 500
     """Held-out samples; whole documents are set aside for them (a very long one is cut)."""
+    n_threshold_samples: Stream[Amount | None] = None
+    """Held-out samples behind those of the evaluation, which reports on none of them: `saes.threshold: held_out` is
+    set on these."""
     eval_dataset_name: Stream[Located[Text | None]] = None
     """Data of their own for the held-out samples: nothing is set aside; null: `dataset_name`."""
     eval_column_name: Stream[Text | None] = None
@@ -134,6 +137,11 @@ class DataConfig(StrictModel):
         if not self.join_documents and not self.mask_special_tokens:
             raise ValueError("'join_documents: false' pads samples, and needs 'mask_special_tokens: true'")
         return self
+
+    @property
+    def n_held_out(self) -> int:
+        """Samples that are not trained on: first those of the evaluation, then those that thresholds are set on."""
+        return self.n_eval_samples + (self.n_threshold_samples or 0)
 
     @property
     def eval_data(self) -> Self | None:
@@ -310,6 +318,8 @@ class RunConfig(StrictModel):
             )
         if self.legacy_scaling and isinstance(self.saes.normalize_activations, str):
             raise ValueError("'legacy_scaling: true' leaves activations as they are: no 'saes.normalize_activations'")
+        if self.saes.set_on_held_out and self.data.n_threshold_samples is None:
+            raise ValueError("'saes.threshold: held_out' needs 'data.n_threshold_samples' (200, say), held out too")
         warmup = self.saes.sparsity_warmup_samples
         if n is not None and warmup is not None and warmup > n:
             raise ValueError(f"'saes.sparsity_warmup_samples' ({warmup}) exceeds 'data.n_train_samples' ({n})")

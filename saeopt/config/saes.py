@@ -119,6 +119,11 @@ class SAEConfig(StrictModel):
         """Whether λ is moved until L0 is what was asked for."""
         return self.target_l0 is not None and not self.selects_k()
 
+    @property
+    def set_on_held_out(self) -> bool:
+        """Whether a threshold is set at the end of training, at some site."""
+        return any(fields.get("threshold") == "held_out" for fields in self.per_hook.values())
+
     @classmethod
     def selects_k(cls) -> bool:
         """Whether a field k fixes L0, and not λ."""

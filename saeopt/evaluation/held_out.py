@@ -117,7 +117,9 @@ def _held_out(config: RunConfig, lm: Source, n: int, everything: bool) -> tuple[
     if config.data.eval_data is None:
         return open_samples(config.data, lm).eval_batches(batch), n
     assert isinstance(lm, LanguageModel)
-    own = HeldOut.load(config.data.model_copy(update={"n_eval_samples": n}), lm, everything)
+    own = HeldOut.load(
+        config.data.model_copy(update={"n_eval_samples": n, "n_threshold_samples": None}), lm, everything
+    )
     return own.batches(batch), own.n
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from saeopt.config.base import Float
@@ -30,6 +30,20 @@ class BatchTopKConfig(TopKConfig):
 
     k: Annotated[Member[Annotated[Float, Field(gt=0, le=2**20)]], Slow(4)] = 32.0  # type: ignore[assignment]
     """Latents kept per token in the mean over a batch."""
+    threshold: Member[Literal["running", "held_out"]] = "running"
+    """What π is compared with after training. running: the mean of what the windows kept last; held_out: at the end of
+    the run it is set so that the `data.n_threshold_samples` held-out samples have k latents per token in the mean."""
+
+    @property
+    def set_on_held_out(self) -> bool:
+        """As in the base, or here for all sites."""
+        return self.threshold == "held_out" or super().set_on_held_out
+
+    @model_validator(mode="after")
+    def _threshold_of_a_training(self) -> Self:
+        if self.set_on_held_out and not self.retrain_saes:
+            raise ValueError("'threshold: held_out' is set by a training: it has no effect on 'retrain_saes: false'")
+        return self
 
 
 class MatryoshkaBatchTopKConfig(BatchTopKConfig):
@@ -47,7 +61,8 @@ class BatchTopKSAE(TopKSAE):
     The batch is a micro-batch of one process, as wherever this is trained: other micro-batches select otherwise. θ is
     the running mean of the windows' smallest kept activation (its mean over the window's micro-batches that kept any),
     each window weighing 0.99 of the next one (less in the first 400), without a bias towards its start; before the
-    first window it is what the calibration's tokens give. The loss, its auxiliary part and all deviations are those of
+    first window it is what the calibration's tokens give. `threshold: held_out` sets it anew once the training is over
+    (:mod:`saeopt.training.thresholds`). The loss, its auxiliary part and all deviations are those of
     :class:`~saeopt.saes.topk.TopKSAE`.
     """
 

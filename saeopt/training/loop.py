@@ -36,6 +36,7 @@ from saeopt.training.setup import (
     sites_of,
     total_samples,
 )
+from saeopt.training.thresholds import set_thresholds
 from saeopt.training.trial import Trial, named, scalars
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
@@ -130,16 +131,9 @@ class _Loop:
     def run(self) -> dict[str, TrialResult]:
         if self.samples < self.total and self.pack.groups:
             self.stream = ActivationStream(
-                self.model,
-                self.tokens,
-                self.pack.hooks,
-                self.config,
-                rank=self.ranks.data.rank,
-                world=self.ranks.data.size,
-                start=self.samples,
-                end=self.total,
-                cursor=self.cursor,
-            )
+                self.model, self.tokens, self.pack.hooks, self.config, rank=self.ranks.data.rank,
+                world=self.ranks.data.size, start=self.samples, end=self.total, cursor=self.cursor,
+            )  # fmt: skip
         for trial in self.trials:  # after the stream: a cache that cannot be made leaves no run folders
             with self._writing(trial):
                 self._open(trial)
@@ -354,6 +348,7 @@ class _Loop:
 
     def _finish(self, trial: Trial) -> None:
         """All trials that reached the end together share one evaluation pass."""
+        set_thresholds(self.pack.active, self.model, self.tokens, self.config.data, self.ranks.data)
         self._save()
         together = [t for t in self.trials if t.result is None]
         found = self._measure(together)
