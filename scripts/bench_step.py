@@ -230,11 +230,12 @@ class Bench:
         }
 
     def beside(self, libraries: list[str], env: str, steps: int) -> dict[str, float]:
-        """The peers' milliseconds on the same batches; they have no stacks."""
+        """The peers' milliseconds on the same batches: as many SAEs, one after another in each step."""
         case = self.case
-        if case.sae_type not in KINDS or case.members > 1:
+        if case.sae_type not in KINDS:
             return {}
-        job = {"sae_type": case.sae_type, "d": case.d, "h": case.h, "batch": case.batch, "k": case.k, "steps": steps}
+        shared = {name: getattr(case, name) for name in ("sae_type", "d", "h", "batch", "members", "k")}
+        job = shared | {"steps": steps}
         return time_peers(libraries, env, job, self.batches)
 
     def measured(self, settled: list[SAE], steps: int, against: str | None) -> dict[str, Any]:

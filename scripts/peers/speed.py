@@ -2,7 +2,8 @@
 
 Knows nothing of saeopt. Jobs come as lines of JSON on stdin; each answer is one line of JSON on stdout: milliseconds of
 a step by setting, medians. The library's own loop runs as it is shipped, with bfloat16 products (autocast) on a GPU,
-and, where the library offers it, compiled; a step is what lies between two batches that the loop asks for.
+and, where the library offers it, compiled; a step (of all the SAEs, where a case has several) is what lies between two
+batches that the loop asks for.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class Clock:
 
 
 def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]:
-    """sae-lens' `SAETrainer.fit`, plainly and with the compiled forward that its runner offers (`compile_sae`)."""
+    """sae-lens' `SAETrainer.fit`, plainly and with the compiled forward that its runner offers (`compile_sae`).
+
+    Several SAEs: its `MultiSAETrainer`, which trains them in lockstep on one stream.
+    """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
@@ -62,6 +66,7 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
     )
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
     from sae_lens.training.sae_trainer import SAETrainer
 
     kind, h, k = job["sae_type"], job["h"], job["k"]
@@ -80,9 +85,11 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
     found = {}
     for setting in ("autocast", "autocast, compiled") if device != "cpu" else ("float32",):
         clock = Clock(x_Nd, job["batch"], job["steps"])
-        sae = sae_class(config_class(d_in=job["d"], d_sae=h, device=device, **own))
+        names = [f"sae{member}" for member in range(job["members"])]
+        saes = {name: sae_class(config_class(d_in=job["d"], d_sae=h, device=device, **own)) for name in names}
         if "compiled" in setting:
-            sae.training_forward_pass = torch.compile(sae.training_forward_pass)
+            for sae in saes.values():
+                sae.training_forward_pass = torch.compile(sae.training_forward_pass)
         config = SAETrainerConfig(
             total_training_samples=clock.steps * job["batch"],
             train_batch_size_samples=job["batch"],
@@ -92,14 +99,17 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
             autocast=device != "cpu",
         )
         batches = iter(clock)
-        SAETrainer(config, sae, batches).fit()
+        if len(saes) == 1:
+            SAETrainer(config, saes[names[0]], batches).fit()
+        else:
+            MultiSAETrainer(config, saes, dict.fromkeys(names, "x"), ({"x": batch} for batch in batches)).fit()
         next(batches)
         found[setting] = clock.ms()
     return found
 
 
 def dictionary_learning(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]:
-    """dictionary_learning's `trainSAE`."""
+    """dictionary_learning's `trainSAE`, which takes several SAEs for one stream."""
     from dictionary_learning.trainers import (
         BatchTopKTrainer,
         GatedSAETrainer,
@@ -128,7 +138,8 @@ def dictionary_learning(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[
         "lm_name": "activations", "lr": 1e-3, "warmup_steps": 1, "device": device, **own,
     }  # fmt: skip
     low = {} if device == "cpu" else {"autocast_dtype": torch.bfloat16}
-    trainSAE(clock, [config], clock.steps, device=device, **low)
+    configs = [config | {"seed": member} for member in range(job["members"])]
+    trainSAE(clock, configs, clock.steps, device=device, **low)
     return {"autocast" if low else "float32": clock.ms()}
 
 
