@@ -54,7 +54,7 @@ class Clock:
 def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]:
     """sae-lens' `SAETrainer.fit`, plainly and with the compiled forward that its runner offers (`compile_sae`).
 
-    Several SAEs: its `MultiSAETrainer`, which trains them in lockstep on one stream.
+    Several SAEs: its `MultiSAETrainer`, which trains them in lockstep on one stream; its runner compiles none of them.
     """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
@@ -83,7 +83,8 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
         "jumprelu": (JumpReLUTrainingSAEConfig, JumpReLUTrainingSAE, {"l0_coefficient": 0.1}),
     }[kind]
     found = {}
-    for setting in ("autocast", "autocast, compiled") if device != "cpu" else ("float32",):
+    ways = ["autocast", "autocast, compiled"][: 2 if job["members"] == 1 else 1]
+    for setting in ways if device != "cpu" else ["float32"]:
         clock = Clock(x_Nd, job["batch"], job["steps"])
         names = [f"sae{member}" for member in range(job["members"])]
         saes = {name: sae_class(config_class(d_in=job["d"], d_sae=h, device=device, **own)) for name in names}
