@@ -33,7 +33,7 @@ class MagnitudeConfig(RevivalConfig):
 class GatedConfig(MagnitudeConfig):
     """`sae_type: gated`."""
 
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.9, 0.7, 0.5)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.45, 0.7, 0.45)
 
     aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone (1 in the paper)."""

@@ -20,7 +20,7 @@ from saeopt.saes.init import point
 class GatedHardConcreteConfig(NoisyGateConfig):
     """`sae_type: gated_hard_concrete`."""
 
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.2, 1.3, 1.0)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.095, 1.0, 0.75)
 
     aux_coeff: Stack[Weight] = 1.0
     """α, the weight of the auxiliary reconstruction by the gate alone."""

@@ -67,7 +67,7 @@ def annealed_beta(config: NoisyGateConfig, progress: Progress) -> float:
 class HardConcreteConfig(NoisyGateConfig):
     """`sae_type: hard_concrete`."""
 
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.21, 1.0, 1.0)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.19, 0.9, 0.55)
 
     magnitude_activation: Stack[Literal["relu", "softplus", "identity"]] = "identity"
     """What the magnitude passes through; null means `identity`: the code can be negative."""

@@ -16,7 +16,7 @@ from saeopt.saes.prefixes import PrefixConfig, PrefixSAE
 class ReluConfig(RevivalConfig, PrefixConfig):
     """`sae_type: relu`."""
 
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.45, 0.75, 0.5)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.38, 0.72, 0.5)
 
 
 class ReluSAE(Revival, PrefixSAE):

@@ -65,7 +65,7 @@ def path_of_ln(l0: list[float], target: float, step: int) -> list[float]:
         keep = math.exp(-passed / 0.01)
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         reference = target * min(5.0, 1 + 0.2 * max(0.0, 0.9 / t - 1))
-        away, band = min(1.0, max(-1.0, math.log(mean / weight / reference))), 0.5 * max(0.0, 1 - t / 0.4)
+        away, band = min(1.0, max(-1.0, math.log(mean / weight / reference))), 1.0 * max(0.0, 1 - t / 0.6)
         error = math.copysign(max(0.0, abs(away) - band), away)
         move = 1.0 * (error - before) + 33.0 * error * passed
         if 0.05 < t <= 0.95:
@@ -86,7 +86,7 @@ def test_lambda_follows_the_law(make_config: Make) -> None:
         paths.append(controls.states[-1]["ln"].tolist())
         told = [float(row["sparsity_coeff"]) for row in controls.numbers((i + 2) * step)]
         rising = min(1.0, (i + 2) * step / round(0.05 * TOTAL))
-        starts = [0.45 * 2**0.75 * math.sqrt(6 / 64), 0.45 * 0.4**0.75 * math.sqrt(6 / 64), 2.2]  # d = 6
+        starts = [0.38 * 2**0.72 * math.sqrt(6 / 64), 0.38 * 0.4**0.72 * math.sqrt(6 / 64), 2.2]  # d = 6
         expected = [start * rising * math.exp(paths[-1][m]) for m, start in enumerate(starts)]
         assert told == pytest.approx(expected, rel=1e-12)
     for m, target in enumerate((8.0, 40.0)):
@@ -114,10 +114,10 @@ def test_a_broken_window_and_leaving_members_leave_the_others_alone(make_config:
     members = group(make_config, [8.0, 20.0, 30.0])
     controls = Controls(members, controls_of(members, TOTAL))
     for at in range(8, 1024, 8):
-        controls.observe(window(at, [50.0, 50.0, 50.0]), torch.ones(3).bool())
+        controls.observe(window(at, [150.0, 150.0, 150.0]), torch.ones(3).bool())
     before = [dict(controls.state(m)) for m in range(3)]
     copied = [{name: tensor.clone() for name, tensor in state.items()} for state in before]
-    controls.observe(window(1024, [math.nan, 50.0, 50.0]), torch.tensor([False, True, True]))
+    controls.observe(window(1024, [math.nan, 150.0, 150.0]), torch.tensor([False, True, True]))
     assert all(torch.equal(tensor, copied[0][name]) for name, tensor in controls.state(0).items())
     assert not torch.equal(controls.state(1)["control.target_l0.ln"], copied[1]["control.target_l0.ln"])
     controls.remove(0)
@@ -135,7 +135,7 @@ def test_members_with_and_without_a_target_share_a_stack(make_config: Make) -> N
     assert "sparsity_coeff" not in rows[1]
     assert any("target_l0" in name for name in pack.state(members[0]))
     assert not any("target_l0" in name for name in pack.state(members[1]))
-    guessed = 0.45 * 4**0.75 * math.sqrt(6 / 64)
+    guessed = 0.38 * 4**0.72 * math.sqrt(6 / 64)
     assert pack.aimed(members[0], TOTAL) == {"target_l0": 4.0, "sparsity_coeff": pytest.approx(guessed)}
     assert pack.aimed(members[1], TOTAL) == {}
 
@@ -167,7 +167,7 @@ def test_jumprelu_starts_near_its_target_and_its_lambda_does_not_run_away(make_c
 def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
     """A guess is for normalised activations; an architecture of somebody's own has none."""
     assert with_first_coeff(group(make_config, [8.0])[0].sae).sparsity_coeff == pytest.approx(
-        0.45 * 2**0.75 * math.sqrt(6 / 64)
+        0.38 * 2**0.72 * math.sqrt(6 / 64)
     )
     (plain,) = group(make_config, [8.0], **{"saes.normalize_activations": "none"})
     sae = type(plain.sae)(6, 20, plain.sae_config)
