@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saeopt.activations.local_files import check_sources
-from saeopt.config.study import StudySpec
+from saeopt.config.normalise import FEWEST
+from saeopt.config.study import AUTO, TARGET, StudySpec
 from saeopt.errors import UserError
 from saeopt.metrics import METRICS
+from saeopt.search.sensible import check_refined
+from saeopt.search.signs import first_targets
+from saeopt.search.space import Space
 from saeopt.training.dry_run import shapes, weightless
 
 if TYPE_CHECKING:
@@ -54,6 +58,49 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
             values = ", ".join(f"{k}={v}" for k, v in cell.params.items())
             hint = "" if "no such" not in str(error) else " (--elsewhere: it lies on the workers' hosts)"
             raise UserError(f"study {spec.name}: {values or 'base'}: {error}{hint}") from None
+
+
+def with_first_targets(spec: StudySpec, *, elsewhere: bool = False) -> StudySpec:
+    """A study whose `saes.target_l0: auto` is the L0s that are tried first, by the narrowest hook point's width.
+
+    Raises:
+        UserError: the model's width is not known here, or is too small.
+    """
+    alternatives = spec.space.get(TARGET, [])
+    if not any(d.values == [AUTO] for d in alternatives):
+        return spec
+    check_refined(spec, Space(spec))
+    by_hand = f"; or give them: {TARGET}: {{values: [8, 16, 32, 64, 128], refine: true}}"
+    where = f"study {spec.name}: '{TARGET}: auto'"
+    if elsewhere:
+        raise UserError(f"{where}: needs the model's width, which --elsewhere leaves out{by_hand}")
+    configs = _distinct(with_targets(spec, [1]))
+    try:
+        members = [m for config in configs for m in shapes(config, weightless(config)[0])]
+    except UserError as error:
+        raise UserError(f"{where}: needs the model's width: {error}{by_hand}") from None
+    d, h = min(m.d for m in members), min(m.h for m in members)
+    values = first_targets(d, h)
+    if len(values) < FEWEST:
+        raise UserError(f"{where}: a width of {d} and {h} latents are too few for a curve{by_hand}")
+    found = with_targets(spec, values)
+    found.set_older(*(with_targets(older, values) for older in spec.older))
+    return found
+
+
+def with_targets(spec: StudySpec, values: list[int]) -> StudySpec:
+    """The study with these L0s in place of `auto`."""
+    first = [d.model_copy(update={"values": values}) if d.values == [AUTO] else d for d in spec.space[TARGET]]
+    return spec.model_copy(update={"space": {**spec.space, TARGET: first}})
+
+
+def _distinct(spec: StudySpec) -> list[RunConfig]:
+    """A config for each shape that the study's SAEs have."""
+    found: dict[str, RunConfig] = {}
+    for cell in Space(spec).grid():
+        saes = cell.config.saes.model_dump_json(include={"sae_positions", "dict_size_to_input_ratio", "per_hook"})
+        found.setdefault(f"{cell.config.model} {cell.config.data.activations} {saes}", cell.config)
+    return list(found.values())
 
 
 def _check_folders(config: RunConfig) -> None:

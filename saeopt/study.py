@@ -68,9 +68,15 @@ def create(
 
     Two configs are --base-config and --sweep-config. The same command again makes no new cells.
     """
+    from saeopt.config.study import AUTO, TARGET
+
     spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
         spec = _with_base(spec, overrides, file or base_config)
+    if any(d.values == [AUTO] for d in spec.space.get(TARGET, [])):
+        from saeopt.reach import with_first_targets
+
+        spec = with_first_targets(spec, elsewhere=elsewhere)
     if dry_run:
         from saeopt.views.preview import print_preview
 
@@ -140,13 +146,13 @@ def _spec(
 
 def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> StudySpec:
     from saeopt.config.io import changed, validate_run
-    from saeopt.config.study_file import study_spec
+    from saeopt.config.study_file import study_spec, without_auto
 
     raw = spec.model_dump(mode="json", by_alias=True)
     if spec.older:
         del raw["base"]["recipe"]  # the file names none
     raw["base"] = changed(raw["base"], overrides)
-    validate_run(raw["base"], f"{source}: base", overrides)
+    validate_run(without_auto(raw["base"])[0], f"{source}: base", overrides)
     return study_spec(raw, str(source))
 
 
@@ -207,7 +213,7 @@ def status(
 
     found = gather(store, name)
     with Live(render(found), console=console, auto_refresh=False) as live:
-        while found.remaining:
+        while found.remaining or found.refines:
             time.sleep(interval)
             found = persistently(lambda: gather(store, name), "status")
             live.update(render(found), refresh=True)
@@ -230,15 +236,19 @@ def best(
     Also their parameters, and where their weights lie.
     """
     from saeopt.views import best as views
+    from saeopt.views import recommended as auto
 
     store = _open(storage)
     points, trials = views.load_points(store, name)
+    advice = auto.read(store, name, hook)
     points = views.chosen(points, hook)
     found = views.find_best(points, by)
     if as_json:
-        _say_json(views.as_json(found, trials))
+        _say_json(views.as_json(found, trials, advice))
     else:
         console.print(views.best_tables(found, trials, by), crop=False)
+        if (table := auto.recommended_table(advice)) is not None:
+            console.print(table, crop=False)
     tell = log.info if as_json else _say
     if png is not None:
         from saeopt.views.plots import pareto_plot

@@ -10,9 +10,11 @@ from saeopt.config.fields import field_names, field_value, has_field
 from saeopt.config.io import validate_run
 from saeopt.config.names import field_suggestion
 from saeopt.config.places import expanded
-from saeopt.config.study import Dimension, StudySpec
+from saeopt.config.study import AUTO, TARGET, Dimension, StudySpec
 from saeopt.errors import UserError
 
+FEWEST = 3
+"""Values of `saes.target_l0` from which its curve can be read."""
 _SAE_TYPE = "saes.sae_type"
 
 
@@ -69,6 +71,11 @@ def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list
     field, at, hook = name.partition("@")
     if at and (not field.startswith("saes.") or not hook):
         raise UserError(f"{where}: '{name}': only fields of 'saes' can differ per hook point")
+    if (dimension.refine or AUTO in (dimension.values or [])) and field == TARGET and at:
+        raise UserError(
+            f"{where}: '{name}': 'auto' holds for all hook points of a trial, and each gets an L0 of its own from it:"
+            f" name the field without '@{hook}'"
+        )
     when = _conditions(spec, name, dimension, where)
     visited = [t for t in sae_types if t in when.get(_SAE_TYPE, sae_types)]
     if not visited:
@@ -86,8 +93,27 @@ def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list
     if dimension.values is None:
         _check_range(field, dimension, visited[0], where)
         return dimension.model_copy(update={"when": when})
+    if field == TARGET and (dimension.refine or AUTO in dimension.values):
+        values = _first_targets(dimension.values, f"{where}: '{name}'", visited[0])
+        return dimension.model_copy(update={"when": when, "values": values, "refine": True})
+    if dimension.refine:
+        raise UserError(f"{where}: '{name}': 'refine' is for '{TARGET}' alone")
     values = [field_value(field, v, visited[0], where) for v in dimension.values]
     return dimension.model_copy(update={"when": when, "values": distinct(values)})
+
+
+def _first_targets(values: list[Any], where: str, sae_type: str) -> list[Any]:
+    """L0s that are refined; `auto` stays until the model's width is known."""
+    if AUTO in values:
+        if len(values) > 1:
+            raise UserError(f"{where}: 'auto' stands alone, in place of the list")
+        return [AUTO]
+    typed = distinct([field_value(TARGET, v, sae_type, where) for v in values])
+    if any(v is None or not float(v).is_integer() for v in typed):
+        raise UserError(f"{where}: 'refine: true' needs whole numbers")
+    if len(typed) < FEWEST:
+        raise UserError(f"{where}: 'refine: true' needs {FEWEST} values or more: fewer show no curve")
+    return [int(v) for v in typed]
 
 
 def _conditions(spec: StudySpec, name: str, dimension: Dimension, where: str) -> dict[str, list[Any]]:
@@ -100,6 +126,8 @@ def _conditions(spec: StudySpec, name: str, dimension: Dimension, where: str) ->
             raise UserError(f"{where}: '{name}': 'when' names '{parent}', which is not in the space")
         if alternatives is not None and (len(alternatives) > 1 or alternatives[0].values is None):
             raise UserError(f"{where}: '{name}': 'when' can only depend on a plain list, and '{parent}' is none")
+        if alternatives and parent == TARGET and (alternatives[0].refine or AUTO in (alternatives[0].values or [])):
+            raise UserError(f"{where}: '{name}': 'when' cannot depend on '{parent}', of which more values will come")
         if parent == name or (alternatives and alternatives[0].when):
             raise UserError(f"{where}: '{name}': 'when' cannot depend on '{parent}', which is conditional itself")
         result[parent] = distinct(values)

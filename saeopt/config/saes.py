@@ -150,7 +150,7 @@ class SAEConfig(StrictModel):
     @classmethod
     def _not_auto(cls, value: object) -> object:
         if value == "auto":
-            raise ValueError("must be a number; a study of several ([8, 16, 32]) shows by c_dec which fits the data")
+            raise ValueError("must be a number here; 'auto' is for a study, which finds one (docs/target-l0.md)")
         return value
 
     @field_validator("sae_positions", "pretrained_sae_paths", mode="before")

@@ -22,6 +22,8 @@ Positive = Annotated[Int, Field(gt=0, le=10**9)]
 Factor = Annotated[Float, Field(ge=0, le=1e9)]
 
 
+AUTO, TARGET = "auto", "saes.target_l0"
+"""Stands in place of the list of values of `TARGET`: five L0s by the model's width, and some more around the best."""
 FORMAT = 1
 """Of a stored spec; raised when older versions would misunderstand it."""
 
@@ -43,8 +45,17 @@ class Dimension(StrictModel):
     """Whole numbers only."""
     when: dict[str, list[Any]] = Field(default_factory=dict)
     """Field (`sae_type` is short for `saes.sae_type`) → values under which this parameter exists."""
+    refine: bool = False
+    """`saes.target_l0` alone: once its values have been tried, up to three more are tried around the one that the
+    decoder's own signs favour (docs/target-l0.md). `auto` in place of the values is five of them by the model's
+    width, refined."""
 
     model_config = StrictModel.model_config | {"populate_by_name": True}
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _auto_alone(cls, value: object) -> object:
+        return [value] if value == AUTO else value
 
     @field_validator("when", mode="before")
     @classmethod
@@ -62,6 +73,8 @@ class Dimension(StrictModel):
             if not self.values:
                 raise ValueError("the list of values is empty")
             return self
+        if self.refine:
+            raise ValueError("'refine: true' needs 'values'")
         if self.low is None or self.high is None:
             raise ValueError("needs 'values', or both 'low' and 'high'")
         if not self.low < self.high:

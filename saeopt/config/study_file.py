@@ -12,7 +12,7 @@ from saeopt.config.io import read_run_yaml, read_yaml, stored
 from saeopt.config.normalise import normalised
 from saeopt.config.places import expanded
 from saeopt.config.run import NEWEST_RECIPE
-from saeopt.config.study import StudySpec, known_names
+from saeopt.config.study import AUTO, TARGET, StudySpec, known_names
 from saeopt.errors import UserError
 
 
@@ -25,6 +25,10 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
         except UserError as error:
             raise UserError(f"{source}: 'base': {error}") from None
         raw = {**raw, "base": read_run_yaml(near if near.exists() else base)}
+    fixed, asked = without_auto(raw.get("base"))
+    if asked:
+        space = raw.get("space") or {}
+        raw = {**raw, "base": fixed, "space": {TARGET: AUTO, **space} if isinstance(space, dict) else space}
     try:
         spec = StudySpec.model_validate(raw)
     except ValidationError as error:
@@ -34,6 +38,14 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
         older = ({"recipe": 2, **spec.base}, stored(spec.base))
         found.set_older(*(normalised(spec.model_copy(update={"base": base}), str(source)) for base in older))
     return found
+
+
+def without_auto(base: object) -> tuple[Any, bool]:
+    """A base config without its `saes.target_l0: auto`, which is a matter of the space; whether it had one."""
+    saes = base.get("saes") if isinstance(base, dict) else None
+    if not isinstance(base, dict) or not isinstance(saes, dict) or saes.get("target_l0") != AUTO:
+        return base, False
+    return {**base, "saes": {key: value for key, value in saes.items() if key != "target_l0"}}, True
 
 
 def load_study_spec(path: str | Path) -> StudySpec:

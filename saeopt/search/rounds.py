@@ -25,7 +25,9 @@ def round_size(spec: StudySpec, workers: int = 1) -> int:
 
 
 def proposals_text(spec: StudySpec) -> str | None:
-    """What `create` says about the proposals of an adaptive sampler; None for any other."""
+    """What `create` says about trials whose values depend on results; None where there are none."""
+    if any(d.refine for alternatives in spec.space.values() for d in alternatives):
+        return "up to three trials more will come for each combination, around the L0 that the decoders favour"
     proposed, first = n_proposed(spec), n_designed(spec)
     if proposed <= 0:
         return None

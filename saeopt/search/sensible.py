@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from saeopt.config.fields import changes_results
 from saeopt.config.sense import check_sense
-from saeopt.config.study import StudySpec
+from saeopt.config.study import AUTO, TARGET, StudySpec
 from saeopt.errors import UserError
 from saeopt.search.objectives import objective_names
 from saeopt.search.space import MOST_CELLS, Space
@@ -28,11 +28,26 @@ def check_space(spec: StudySpec, space: Space) -> None:
     if spec.sampler.type != "grid" and (spec.max_trials or 0) > MOST_CELLS:
         raise UserError(f"{where}: 'max_trials' ({spec.max_trials:,}): a study has at most {MOST_CELLS:,} trials")
     objective_names(spec)
+    check_refined(spec, space)
+    if any(p.dimension.values == [AUTO] for p in space.parameters):
+        raise UserError(f"{where}: '{TARGET}: auto' needs the model's width (saeopt.reach.with_first_targets)")
     for p in space.parameters:
         try:
             p.distribution  # noqa: B018  (Optuna's own limits)
         except ValueError as error:
             raise UserError(f"{where}: 'space.{p.name}': {error}") from None
+
+
+def check_refined(spec: StudySpec, space: Space) -> None:
+    """Raise :class:`UserError` where the curve of what is refined would have gaps."""
+    for p in space.refined:
+        asked = f"study {spec.name}: 'space.{p.name}': {'auto' if p.dimension.values == [AUTO] else 'refine'}"
+        if spec.sampler.type != "grid":
+            raise UserError(f"{asked} needs 'sampler: grid', not {spec.sampler.type}: every L0 is tried once")
+        if spec.early_stopping.type != "none":
+            raise UserError(f"{asked} needs 'early_stopping: none': every L0 is trained to its end")
+        if spec.max_trials is not None:
+            raise UserError(f"{asked} excludes 'max_trials', which would cut the curve")
 
 
 def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:

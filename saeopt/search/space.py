@@ -42,6 +42,8 @@ class Parameter:
     def distribution(self) -> BaseDistribution:
         """Optuna's view of the dimension."""
         d = self.dimension
+        if d.refine:  # more values will come, and a list may not grow within a study
+            return IntDistribution(1, 10**9, log=True)
         if d.values is not None:
             return CategoricalDistribution(self.choices)
         assert d.low is not None
@@ -52,7 +54,7 @@ class Parameter:
 
     def value(self, stored: Any) -> Any:
         """The field's value for a stored parameter value."""
-        if self.dimension.values is not None:
+        if self.dimension.values is not None and not self.dimension.refine:
             return self.dimension.values[_index(self.choices, stored)]
         return stored
 
@@ -101,6 +103,11 @@ class Space:
         self.parameters = sorted(found, key=lambda p: self._slowness[p.field])
         self.by_name = {p.name: p for p in self.parameters}
         self.parents = sorted({parent for p in found for parent in p.dimension.when})
+
+    @property
+    def refined(self) -> list[Parameter]:
+        """Those of which more values are tried around the best."""
+        return [p for p in self.parameters if p.dimension.refine]
 
     @property
     def fixes_stream(self) -> bool:

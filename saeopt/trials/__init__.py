@@ -45,6 +45,9 @@ What a lost worker costs
     test_the_sign_of_a_dead_worker_whose_clock_ran_ahead_does_not_keep_its_trial
     Kills, and a database that restarts or is locked, lose nothing, double nothing, and change no bit of a result.
     test_kills_and_a_lost_database_change_nothing, test_a_database_that_restarts_loses_nothing
+Refinement
+    The trials that a study with `saes.target_l0: auto` adds come once, whoever ends last and whatever is killed.
+    test_two_workers_add_the_refinement_once, test_what_a_killed_worker_left_undone_the_next_one_does
 Results
     A result is stored in one transaction: values, constraints, attributes and state together, or nothing.
     test_a_result_is_stored_as_a_whole_or_not_at_all

@@ -22,6 +22,7 @@ from saeopt.runs.weights import list_checkpoints
 from saeopt.search.pareto import L0_RANGES, Point, best_in_ranges
 from saeopt.trials.attributes import RUN_DIR, not_found
 from saeopt.trials.internals import queries
+from saeopt.trials.refine import Recommendation
 from saeopt.trials.storage import Store
 from saeopt.views.points import candidates, fronts, points_of, was_evaluated
 
@@ -123,8 +124,10 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
     return Group(*parts)
 
 
-def as_json(found: Iterable[HookBest], trials: Mapping[str, Trained]) -> dict[str, Any]:
-    """The same for programs: hook point → front and ranges."""
+def as_json(
+    found: Iterable[HookBest], trials: Mapping[str, Trained], advice: Sequence[Recommendation] = ()
+) -> dict[str, Any]:
+    """The same for programs: hook point → front and ranges, and the recommended L0s of a study that looks for them."""
 
     def sae(point: Point) -> dict[str, Any]:
         trial = trials[point.label]
@@ -139,6 +142,7 @@ def as_json(found: Iterable[HookBest], trials: Mapping[str, Trained]) -> dict[st
             "ranges": [
                 {"l0": [low, high if math.isfinite(high) else None], **sae(p)} for (low, high), p in best.ranges
             ],
+            **({"recommended_l0": [r.as_json() for r in advice if r.hook_point == best.hook_point]} if advice else {}),
         }
         for best in found
     }

@@ -34,7 +34,7 @@ def save(store: Store, study_id: int, trial_id: int | None, body: str) -> None:
 def dimension_text(dimension: Dimension) -> str:
     """`0.05 … 10 (log)` or `8, 16, 32`."""
     if dimension.values is not None:
-        text = ", ".join(str(v) for v in dimension.values)
+        text = ", ".join(str(v) for v in dimension.values) + (", refined" if dimension.refine else "")
     else:
         kinds = [name for name, on in (("log", dimension.log), ("whole numbers", dimension.integer)) if on]
         kinds += [f"step {dimension.step:g}"] if dimension.step else []

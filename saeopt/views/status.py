@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.columns import Columns
@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from saeopt.config.study import StudySpec
+from saeopt.config.study import TARGET, StudySpec
 from saeopt.console import titled, unbroken
 from saeopt.metrics import METRICS
 from saeopt.search.collapse import rule_of, why_all_collapsed
@@ -23,7 +23,9 @@ from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
+from saeopt.trials.refine import REFINED, Recommendation
 from saeopt.trials.storage import Store
+from saeopt.views import recommended as auto
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
 
@@ -44,6 +46,10 @@ class Status:
     now: dt.datetime
     command: Callable[..., str]
     """How a person types a command for this store."""
+    recommended: list[Recommendation] = field(default_factory=list)
+    """With `saes.target_l0: auto`."""
+    refines: bool = False
+    """A worker will add trials around what is recommended."""
 
     def count(self, state: str) -> int:
         """Trials in a state."""
@@ -99,10 +105,12 @@ def gather(store: Store, name: str) -> Status:
     rows = queries.trial_rows(store.engine, study_id)
     begun = [row for row in rows if row.state == "RUNNING" or (row.state == "WAITING" and row.start is not None)]
     queries.add_steps(store.engine, begun)
+    queries.add_params(store.engine, rows if TARGET in spec.space else [], study_id)
     known = queries.attributes(store.engine, study_id, "saeopt:")
     now = store.now()
     workers = presence.workers(known, now.replace(tzinfo=dt.UTC).timestamp())
-    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now, store.command)
+    found, refines = auto.recommended(spec, rows), auto.awaited(spec, rows, known.get(REFINED) or [])
+    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now, store.command, found, refines)
 
 
 def duration(seconds: float | None) -> str:
@@ -121,7 +129,8 @@ def duration(seconds: float | None) -> str:
 
 def render(status: Status) -> RenderableType:
     """The tables of `status`; they fit into 80 columns, and with a few trials into 24 lines."""
-    parts = [_states(status), _pace(status), _workers(status), _running(status), _best(status), _reasons(status)]
+    parts = [_states(status), _pace(status), _workers(status), _running(status), _best(status)]
+    parts += [auto.recommended_table(status.recommended), _reasons(status)]
     return Group(*(part for part in parts if part is not None))
 
 
@@ -290,6 +299,7 @@ def as_json(status: Status) -> dict[str, Any]:
             hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"]} for p in front]
             for hook, front in best.items()
         },
+        "recommended_l0": auto.as_json(status.recommended),
     }
 
 

@@ -72,6 +72,8 @@ def export_wandb_sweep(spec: StudySpec, file: Path) -> tuple[list[Path], list[st
 
 def _refuse(spec: StudySpec) -> None:
     kind = spec.sampler.type
+    if refined := Space(spec).refined:
+        raise UserError(f"study '{spec.name}': a W&B sweep cannot refine '{refined[0].name}': give a list of values")
     if kind not in _METHODS:
         known = ", ".join(sorted(_METHODS))
         raise UserError(

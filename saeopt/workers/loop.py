@@ -23,6 +23,7 @@ from saeopt.trials.allowed import check_allowed
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, Refused, acquire, room
 from saeopt.trials.presence import Presence
+from saeopt.trials.refine import Refinement
 from saeopt.trials.reports import Progress, Reports
 from saeopt.trials.storage import Store, StudyGone, is_transient, patience, persistently
 from saeopt.views import monitoring
@@ -93,6 +94,7 @@ class Worker:
         self.heart = Heart(store, self.study_id, self.spec, self.me, self.identity)
         self.reports = Reports(store, self.study_id, self.spec)
         self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
+        self._refinement = Refinement(store, self.study_id, self.space, self.identity)
         self._ask_limit, self._probe = limit, probe
         self._limit: int | None = None
         self._ended = threading.Event()
@@ -134,6 +136,7 @@ class Worker:
         idle_since: float | None = None
         self._check_host()
         while not (self.interrupted.is_set() or self.heart.study_gone.is_set()):
+            persistently(self._refinement.step, "refining")
             room = self._room()
             if room == 0:
                 return

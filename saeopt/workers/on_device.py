@@ -101,7 +101,8 @@ def work(
 
 def share_activations(spec: StudySpec, pack: int, trials: int) -> None:
     """A study of several packs harvests its activations once (`activations.cache: auto`); a single one has no cache."""
-    if max(trials, spec.max_trials or 0) > pack or n_proposed(spec) > 0:
+    more = n_proposed(spec) > 0 or bool(Space(spec).refined)
+    if max(trials, spec.max_trials or 0) > pack or more:
         kept = settings().cache_dir
         root = spec.runs if kept is None else Path(kept).expanduser()
         os.environ.setdefault(CACHE_VARIABLE, str(root / "activations"))

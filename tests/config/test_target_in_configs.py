@@ -49,8 +49,11 @@ def test_topk_selects_so_many() -> None:
         ({"target_l0": 16.5}, "'target_l0' (16.5) is k here: must be a whole number"),
         ({"target_l0": 0}, "a.yaml: 'saes.target_l0': must be greater than 0"),
         ({"target_l0": "many"}, "a.yaml: 'saes.target_l0': must be a valid number"),
-        ({"target_l0": "auto"}, "a.yaml: 'saes.target_l0': must be a number; a study of several"),
-        ({"sae_type": "relu", "target_l0": "auto"}, "a.yaml: 'saes.target_l0': must be a number; a study of several"),
+        ({"target_l0": "auto"}, "a.yaml: 'saes.target_l0': must be a number here; 'auto' is for a study"),
+        (
+            {"sae_type": "relu", "target_l0": "auto"},
+            "a.yaml: 'saes.target_l0': must be a number here; 'auto' is for a study",
+        ),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(saes: dict[str, Any], said: str) -> None:

@@ -89,6 +89,13 @@ def first_trial(connection: sa.Connection, study_id: int) -> int | None:
     return connection.execute(statement).scalar()
 
 
+def next_number(connection: sa.Connection, study_id: int) -> int:
+    """The number of the study's next trial. Who asks this first adds first: the study is locked until then."""
+    connection.execute(sa.select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+    last = connection.execute(sa.select(sa.func.max(_t.number)).where(_t.study_id == study_id)).scalar()
+    return 0 if last is None else int(last) + 1
+
+
 def counts(connection: sa.Connection, study_id: int) -> dict[str, int]:
     """State → trials of the study; zeros included."""
     rows = connection.execute(sa.select(_t.state, sa.func.count()).where(_t.study_id == study_id).group_by(_t.state))
