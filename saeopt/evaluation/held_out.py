@@ -23,7 +23,8 @@ from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.metrics import Metrics
-from saeopt.runs.names import CONFIG
+from saeopt.files import read_metrics
+from saeopt.runs.names import CONFIG, METRICS_FILE
 from saeopt.runs.weights import Checkpoint, list_checkpoints
 from saeopt.saes.base import SAE
 
@@ -97,8 +98,19 @@ def measure(
             raise UserError(
                 "out of GPU memory: lower it with --set data.eval_batch_size=1 or use --device cpu"
             ) from None
-    rows = {hook: {**metrics, "samples": loaded.samples} for hook, metrics in found.items()}
+    rows = {hook: {**metrics, **_aimed(loaded, hook), "samples": loaded.samples} for hook, metrics in found.items()}
     return rows, conditions(config, lm, seen, cross_entropy)
+
+
+def _aimed(loaded: Checkpoint, hook: str) -> dict[str, float]:
+    """The L0 that training was to come to, and the λ that it had moved to, as the run's own evaluation says them."""
+    target = loaded.config.sae_at(hook).target_l0
+    if target is None:
+        return {}
+    logged = read_metrics(loaded.path.parent / METRICS_FILE)
+    here = [row for row in logged if row["hook_point"] == hook and row["samples"] <= loaded.samples]
+    moved = [row[key] for row in here for key in ("sparsity_coeff", "eval_sparsity_coeff") if key in row]
+    return {"target_l0": target} | ({"sparsity_coeff": moved[-1]} if moved else {})
 
 
 def _check_widths(path: Path, site: Site, sae: SAE, lm: Source) -> None:

@@ -226,3 +226,18 @@ def test_cross_entropy_of_a_trained_model(stories: Path, tinystories: list[str],
     assert got["ce_clean"] == pytest.approx(1.587, abs=0.05)
     assert got["ce_zero"] == pytest.approx(6.238, abs=0.1)
     assert got["n_predictions"] == 120 * 127
+
+
+def test_a_second_evaluation_says_what_l0_was_aimed_at_and_where_lambda_ended(
+    tmp_path: Path, config: RunConfig, make_sae: MakeSAE
+) -> None:
+    aiming = config.model_copy(update={"saes": config.saes.model_copy(update={"target_l0": 8.0})})
+    (tmp_path / "final_config.yaml").write_text(dump_yaml(aiming))
+    saes = {hook: make_sae(16, 32, seed=i, scale=0.5) for i, hook in enumerate(HOOKS)}
+    save_weights(weights_path(tmp_path, 50), aiming, saes, 50)
+    logged = [(40, {"sparsity_coeff": 0.5}), (50, {"eval_sparsity_coeff": 0.25}), (60, {"sparsity_coeff": 9.0})]
+    rows = [{"samples": samples, "hook_point": HOOKS[0], **row} for samples, row in logged]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(tmp_path)
+    found = [[row.get(key) for key in ("target_l0", "sparsity_coeff")] for row in evaluation(tmp_path).values()]
+    assert found == [[8.0, 0.25], [8.0, None]]
