@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, printable
 from saeopt.config.io import apply_overrides, stored, validate_run
@@ -51,6 +60,13 @@ class Dimension(StrictModel):
     width, refined."""
 
     model_config = StrictModel.model_config | {"populate_by_name": True}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        if not self.refine:  # older versions know no such field, and go on reading what does not need it
+            dumped.pop("refine", None)
+        return dumped
 
     @field_validator("values", mode="before")
     @classmethod

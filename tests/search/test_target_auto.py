@@ -76,6 +76,7 @@ def test_each_combination_has_its_own_five() -> None:
     assert (len(cells), proposed) == (20, 0)
     assert sorted({cell.config.saes.target_l0 for cell in cells}) == [4, 8, 16, 32, 64]
     assert StudySpec.from_json(spec.to_json()).to_json() == spec.to_json()
+    assert '"refine"' not in grid_spec(space={TARGET: [4, 8, 16]}).to_json()  # older versions read that
 
 
 @pytest.mark.parametrize(
