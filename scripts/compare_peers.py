@@ -33,7 +33,12 @@ SPARSITIES = {
     "relu": (0.075, 0.15, 0.3, 0.5, 0.8, 1.3, 2.6),
     "gated": (0.075, 0.15, 0.3, 0.5, 0.8, 1.3, 2.6),
     "topk": (4.0, 8.0, 16.0, 32.0, 64.0),
+    "batch_topk": (4.0, 8.0, 16.0, 32.0, 64.0),
+    "matryoshka_batch_topk": (4.0, 8.0, 16.0, 32.0, 64.0),
+    "jumprelu": (0.02, 0.04, 0.08, 0.16, 0.32),
+    "dictionary-learning:jumprelu": (4.0, 8.0, 16.0, 32.0, 64.0),
 }
+"""λ or k in saeopt's units; dictionary_learning's jumprelu asks for an L0, as saeopt's `penalty: quadratic` does."""
 
 
 def arguments() -> argparse.Namespace:
@@ -78,7 +83,7 @@ def arguments() -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace, system: str, sae_type: str) -> list[Job]:
     """The same search for everybody, unless told otherwise; the seed stays open."""
-    sparsities = SPARSITIES.get(sae_type, ())
+    sparsities = SPARSITIES.get(f"{system}:{sae_type}") or SPARSITIES.get(sae_type, ())
     for text in options.sparsity:
         name, _, values = text.partition("=")
         if name in (sae_type, f"{system}:{sae_type}"):

@@ -35,11 +35,11 @@ class JumpReluConfig(RevivalConfig):
     (L0 / `l0_penalty_target` − 1)²."""
     l0_penalty_target: Stack[Positive | None] = None
     """L0 at which the quadratic penalty is 0."""
-    initial_threshold: Member[Annotated[Float, Field(ge=0, le=1e6)]] = 0.01
+    initial_threshold: Member[Annotated[Float, Field(ge=0, le=1e6)]] = 0.5
     """What θ starts at, in units of the normalised activations."""
-    threshold_lr_factor: Stack[Annotated[Float, Field(ge=0, le=1e6)]] = 0.1
+    threshold_lr_factor: Stack[Annotated[Float, Field(ge=0, le=1e6)]] = 1.0
     """θ's learning rate as a multiple of `lr`."""
-    bandwidth: Member[Positive] = 0.05
+    bandwidth: Member[Positive] = 0.25
     """ε: θ learns from pre-activations that are closer to it than ε / 2."""
     final_bandwidth: Member[Positive | None] = None
     """ε moves exponentially to this value after the warm-up; null: it stays."""

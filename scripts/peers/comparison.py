@@ -25,6 +25,7 @@ from saeopt.config.sites import Site
 from saeopt.evaluation.evaluate import evaluate, keep_rule, reconstruct
 from saeopt.evaluation.metrics import Accumulator
 from saeopt.saes.base import SAE
+from saeopt.saes.batch_topk import BatchTopKSAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member, Pack
 from saeopt.training.runtime import Runtime
@@ -84,13 +85,12 @@ class Comparison:
         """saeopt's config of a job: what it ships, on this comparison's model and tokens."""
         options = self.options
         raw = read_yaml(options.configs.format(job.sae_type))
-        sparsity = "saes.k" if job.sae_type == "topk" else "saes.sparsity_coeff"
+        sparsity = "saes.k" if get_sae(job.sae_type).Config.selects_k() else "saes.sparsity_coeff"
         values: dict[str, Any] = {
             "tlens_model_path": options.model or "none", "lm_dtype": "float32",
             "data.dataset_name": options.data or "none",
             "data.column_name": options.column, "data.split": f"train[{options.train}]", "data.n_eval_samples": 0,
-            "saes.sae_positions": [options.hook], sparsity: int(job.sparsity) if sparsity == "saes.k" else job.sparsity,
-            "lr": job.lr, "seed": job.seed,
+            "saes.sae_positions": [options.hook], sparsity: job.sparsity, "lr": job.lr, "seed": job.seed,
         }  # fmt: skip
         if options.ratio is not None:
             values["saes.dict_size_to_input_ratio"] = options.ratio
@@ -198,14 +198,17 @@ class Comparison:
             batch = Batch({self.hook: x_Nd}, keep_N, step * samples, samples, self.batch // samples)
             pack.step(iter([batch]), (step + 1) * samples)
         for job, member in zip(jobs, members, strict=True):
-            state = {name: t.detach().float() for name, t in member.sae.folded().named_parameters()}
+            sae = member.sae.folded()
+            state = {name: t.detach().float() for name, t in sae.named_parameters()}
+            if isinstance(sae, BatchTopKSAE):
+                state["threshold"] = sae.threshold.float()
             save_file({name: t.cpu().contiguous() for name, t in state.items()}, job.path(self.out))
 
     # ---- measuring
     def sae(self, job: Job) -> SAE:
         """A trained SAE that takes raw activations."""
         cls = get_sae(job.sae_type)
-        own: dict[str, Any] = {"k": int(job.sparsity)} if job.sae_type == "topk" else {}
+        own: dict[str, Any] = {"k": job.sparsity} if cls.Config.selects_k() else {}
         section = cls.Config(sae_type=job.sae_type, sae_positions=[self.hook], decoder_norm="free", **own)
         sae = cls(self.d, self.h, section, device=self.runtime.device)
         sae.load_state_dict(load_file(job.path(self.out)), strict=False)

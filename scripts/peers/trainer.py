@@ -37,22 +37,30 @@ class Batches:
 def train_sae_lens(job: dict[str, Any], data: Batches) -> dict[str, Tensor]:
     """sae-lens: its documentation's recipe (normalised activations, λ warm-up 5 %, lr falling over the last 20 %)."""
     from sae_lens.config import SAETrainerConfig
-    from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
-    from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
-    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae, standard_sae, topk_sae
     from sae_lens.training.sae_trainer import SAETrainer
 
-    kind = job["sae_type"]
-    config_class, sae_class = {
-        "relu": (StandardTrainingSAEConfig, StandardTrainingSAE),
-        "gated": (GatedTrainingSAEConfig, GatedTrainingSAE),
-        "topk": (TopKTrainingSAEConfig, TopKTrainingSAE),
+    kind, h, warm = job["sae_type"], job["h"], data.steps // 20
+    k, l1 = {"k": job["sparsity"]}, {"l1_coefficient": job["sparsity"], "l1_warm_up_steps": warm}
+    module, name, own = {
+        "relu": (standard_sae, "StandardTrainingSAE", l1),
+        "gated": (gated_sae, "GatedTrainingSAE", l1),
+        "topk": (topk_sae, "TopKTrainingSAE", {"k": int(job["sparsity"])}),
+        "batch_topk": (batchtopk_sae, "BatchTopKTrainingSAE", k),
+        "matryoshka_batch_topk": (
+            matryoshka_batchtopk_sae,
+            "MatryoshkaBatchTopKTrainingSAE",
+            {**k, "matryoshka_widths": [h // 16, h // 8, h // 4, h // 2, h]},
+        ),
+        "jumprelu": (
+            jumprelu_sae,
+            "JumpReLUTrainingSAE",
+            {"l0_coefficient": job["sparsity"], "l0_warm_up_steps": warm},
+        ),
     }[kind]
-    own: dict[str, Any] = {"k": int(job["sparsity"])}
-    if kind != "topk":
-        own = {"l1_coefficient": job["sparsity"], "l1_warm_up_steps": data.steps // 20}
-    own |= {"apply_b_dec_to_input": kind != "relu", "normalize_activations": "expected_average_only_in"}
-    sae = sae_class(config_class(d_in=job["d"], d_sae=job["h"], device=data.device, **own))
+    own |= {"apply_b_dec_to_input": kind not in ("relu", "jumprelu")}
+    own |= {"normalize_activations": "expected_average_only_in"}
+    sae = getattr(module, name)(getattr(module, name + "Config")(d_in=job["d"], d_sae=h, device=data.device, **own))
     config = SAETrainerConfig(
         total_training_samples=data.steps * data.batch,
         train_batch_size_samples=data.batch,
@@ -69,7 +77,9 @@ def train_sae_lens(job: dict[str, Any], data: Batches) -> dict[str, Tensor]:
     sae.fold_W_dec_norm()
     found = {"W_enc": sae.W_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     names = ("b_gate", "b_mag", "r_mag") if kind == "gated" else ("b_enc",)
-    found |= {name: getattr(sae, name) for name in names}
+    found |= {name: getattr(sae, name) for name in (*names, *(["threshold"] if kind == "jumprelu" else []))}
+    if kind in ("batch_topk", "matryoshka_batch_topk"):
+        found["threshold"] = sae.topk_threshold
     if not sae.cfg.apply_b_dec_to_input:  # (x − b_dec) W_enc + b_enc is the form written
         found["b_enc"] = sae.b_enc + sae.b_dec @ sae.W_enc
     return found
@@ -77,15 +87,27 @@ def train_sae_lens(job: dict[str, Any], data: Batches) -> dict[str, Tensor]:
 
 def train_dictionary_learning(job: dict[str, Any], data: Batches) -> dict[str, Tensor]:
     """dictionary_learning: its demo's recipe (unit mean square, warm-ups, lr falling over the last 20 %)."""
-    from dictionary_learning.trainers import GatedSAETrainer, StandardTrainer, TopKTrainer
+    from dictionary_learning import trainers
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.training import trainSAE
 
     kind = job["sae_type"]
-    trainer = {"relu": StandardTrainer, "gated": GatedSAETrainer, "topk": TopKTrainer}[kind]
     warmup = data.steps // 20  # the demo: 1,000 and 5,000 steps of some 100,000
-    own: dict[str, Any] = {"k": int(job["sparsity"])}
-    if kind != "topk":
-        own = {"l1_penalty": job["sparsity"] / job["d"] ** 0.5, "sparsity_warmup_steps": warmup}
+    k, rising = {"k": int(job["sparsity"])}, {"sparsity_warmup_steps": warmup}
+    l1 = {"l1_penalty": job["sparsity"] / job["d"] ** 0.5, **rising}
+    # its own 1,000 steps without a threshold are some 1 % of its demo's runs
+    batchwise = {**k, "threshold_start_step": min(1000, data.steps // 100)}
+    trainer, own = {
+        "relu": (trainers.StandardTrainer, l1),
+        "gated": (trainers.GatedSAETrainer, l1),
+        "topk": (trainers.TopKTrainer, k),
+        "batch_topk": (trainers.BatchTopKTrainer, batchwise),
+        "matryoshka_batch_topk": (
+            MatryoshkaBatchTopKTrainer,
+            {**batchwise, "group_fractions": [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]},
+        ),
+        "jumprelu": (trainers.JumpReluTrainer, {"target_l0": job["sparsity"], **rising}),
+    }[kind]
     config = {
         "trainer": trainer, "steps": data.steps, "activation_dim": job["d"], "dict_size": job["h"], "layer": 0,
         "lm_name": "activations", "lr": job["lr"], "warmup_steps": min(1000, warmup), "device": data.device,
@@ -94,10 +116,24 @@ def train_dictionary_learning(job: dict[str, Any], data: Batches) -> dict[str, T
     with tempfile.TemporaryDirectory() as folder:
         trainSAE(data, [config], data.steps, save_dir=folder, normalize_activations=True, device=data.device)
         state = torch.load(Path(folder) / "trainer_0" / "ae.pt", weights_only=True)
-    names = {"relu": {"bias": "b_dec", "encoder.bias": "b_enc"}, "topk": {"b_dec": "b_dec", "encoder.bias": "b_enc"}}
-    names["gated"] = {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"}
+    linear = {"b_dec": "b_dec", "encoder.bias": "b_enc"}
+    plain = {name: name for name in ("b_dec", "b_enc", "threshold")}
+    names = {
+        "relu": {"bias": "b_dec", "encoder.bias": "b_enc"},
+        "gated": {"decoder_bias": "b_dec", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag"},
+        "topk": linear,
+        "batch_topk": {**linear, "threshold": "threshold"},
+        "matryoshka_batch_topk": plain,
+        "jumprelu": plain,
+    }
     found = {ours: state[theirs] for theirs, ours in names[kind].items()}
-    return found | {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
+    if "W_enc" in state:
+        found |= {"W_enc": state["W_enc"], "W_dec": state["W_dec"]}
+    else:
+        found |= {"W_enc": state["encoder.weight"].T, "W_dec": state["decoder.weight"].T}
+    if kind == "jumprelu":  # it does not subtract b_dec; (x − b_dec) W_enc + b_enc is the form written
+        found["b_enc"] = found["b_enc"] + found["b_dec"] @ found["W_enc"]
+    return found
 
 
 TRAINERS = {"sae-lens": train_sae_lens, "dictionary-learning": train_dictionary_learning}
