@@ -26,6 +26,8 @@ Cadence = Span | None
 NEWEST_RECIPE: Literal[3] = 3
 COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Since recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
+DEAD_AFTER_TOKENS, DEAD_SHARE_OF_RUN, RESAMPLINGS = 10_000_000, 10, 20
+"""Silence that is death; in short runs one part of so many, or since recipe 3 the time between two resamplings."""
 
 
 _OF_TEXT = (
@@ -341,6 +343,21 @@ class RunConfig(StrictModel):
         """Samples over which λ rises from 0 in a run of `total` samples."""
         given = sae.sparsity_warmup_samples
         return self._share(SPARSITY_WARMUP_SHARE, total) if given is None else given
+
+    def resample_every_tokens(self, sae: SAEConfig, total: int) -> int:
+        """Tokens between two times that dead latents get new directions, in a run of `total` samples; 0: never."""
+        given = getattr(sae, "resample_every_tokens", 0)
+        if given is not None or not self._resamples(sae):
+            return int(given or 0)
+        return max(1, total * self.data.context_length // RESAMPLINGS)
+
+    def dead_after_tokens(self, sae: SAEConfig, total: int) -> int:
+        """Tokens without firing after which a latent counts as dead, in a run of `total` samples."""
+        share = total * self.data.context_length // (RESAMPLINGS if self._resamples(sae) else DEAD_SHARE_OF_RUN)
+        return sae.dead_after_tokens or max(1, min(DEAD_AFTER_TOKENS, share))
+
+    def _resamples(self, sae: SAEConfig) -> bool:
+        return self.recipe >= 3 and "resample_every_tokens" in type(sae).model_fields
 
     def _share(self, part: float, total: int) -> int:
         """A part of the run; 0 where the config does not say how long it is."""

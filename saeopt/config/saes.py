@@ -97,10 +97,8 @@ class SAEConfig(StrictModel):
     E‖x − μ‖ = √d; `whiten`: (x − μ)(C + ε·I)^(−1/2), C the covariance, ε 0.001 of its mean eigenvalue, scaled to √d;
     `none` (= false); null: `mean_scale` (recipes 1 and 2: `scale`). The loss, `b_dec` and λ are in these units."""
     dead_after_tokens: Stack[Amount | None] = None
-    """A latent is dead when it has not fired for this many tokens; null: 10M, scaled down for short runs."""
-    resample_every_tokens: Stack[Amount | None] = None
-    """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs
-    that are badly reconstructed (after Bricken 2023); not in the last fifth of a run; null: never."""
+    """A latent is dead when it has not fired for this many tokens; null: 10M, or less in short runs: a tenth of the
+    run, where recipe 3 resamples a twentieth."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None
     """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
     retrain_saes: Stack[bool] = True

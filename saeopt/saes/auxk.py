@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import elu
 
-from saeopt.config.base import BatchSize, Weight
+from saeopt.config.base import BatchSize, Span, Weight
 from saeopt.config.marks import Stack
 from saeopt.config.saes import SAEConfig
 from saeopt.saes.base import SAE, Forward, Ratio, StepInputs
@@ -54,6 +54,10 @@ class RevivalConfig(SAEConfig):
     auxk_coeff: Stack[Weight] = 0.0
     """Weight of an auxiliary loss for dead latents, in topk's proportion to the squared error (there it is 1/32); 0:
     none. It takes the reference step."""
+    resample_every_tokens: Stack[Span | None] = None
+    """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs
+    that are badly reconstructed (after Bricken 2023); not in the last fifth of a run; 0: never; null: a twentieth of
+    the run (recipes 1 and 2: never)."""
     aux_k: Stack[BatchSize | None] = None
     """Dead latents that `auxk_coeff`'s loss uses per token; null: the power of two at or below d / 2."""
 

@@ -28,7 +28,7 @@ class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.08, 1.2, 0.6, reach=10)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.09, 0.9, 0.5, reach=10)
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"
     """What λ multiplies: `step`, the mean L0; `tanh`, the mean of Σ tanh(4 f ‖W_dec‖); `quadratic`,
@@ -159,7 +159,7 @@ class JumpReluSAE(Revival):
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:
         """As in the base; θ says where a latent opens, and not its bias."""
         length = point(self.W_enc, dead_n, alive_h, along_nd, self.restart_share)
-        self.threshold[dead_n] = (length * opens_at_n).clamp_min(self.config.initial_threshold)
+        self.threshold[dead_n] = length * opens_at_n
 
     def code(self, x_Nd: Tensor) -> Tensor:
         """π where it is above θ."""

@@ -50,7 +50,6 @@ class TopKSAE(PrefixSAE):
     needs_dead: bool = True
     default_decoder_norm: ClassVar[str] = "unit"
     default_encoder_start: ClassVar[str] = "transpose"
-    restart_share: ClassVar[float] = 1.0
     config: TopKConfig
     variance: Tensor
 

@@ -27,10 +27,6 @@ from saeopt.training.step.choose import make_stack
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
 from saeopt.training.step.stack import Stack
 
-DEAD_AFTER_TOKENS = 10_000_000
-DEAD_SHARE_OF_RUN = 10
-"""Latents of a short run count as dead after a tenth of its tokens."""
-
 
 @dataclass
 class Member:
@@ -107,7 +103,7 @@ class Pack:
     def _group(self, members: list[Member]) -> _Group:
         first = members[0]
         options = StackOptions(
-            self.dead_after_tokens(first),
+            first.config.dead_after_tokens(first.sae_config, self.total),
             first.config.adam_betas,
             autocast=self.runtime.autocast(first.config),
             ranks=self.runtime.ranks.data.size,
@@ -117,12 +113,6 @@ class Pack:
         watcher = controls if controls.names else None  # who has nothing to learn costs nothing
         stack = make_stack(saes, seeds, options, first.config.performance, watcher)
         return _Group(stack, members, controls, centring(first.sae))
-
-    def dead_after_tokens(self, member: Member) -> int:
-        """Tokens without firing after which a latent of this member counts as dead."""
-        given = member.sae_config.dead_after_tokens
-        run_tokens = self.total * member.config.data.context_length
-        return given or max(1, min(DEAD_AFTER_TOKENS, run_tokens // DEAD_SHARE_OF_RUN))
 
     def _key(self, member: Member) -> tuple[object, ...]:
         sae = member.sae
@@ -174,11 +164,12 @@ class Pack:
         """New directions for dead latents where it is time for it, from a window's last micro-batch."""
         for group in self.groups:
             first, ranks = group.members[0], self.runtime.ranks.data
-            every, config = first.sae_config.resample_every_tokens, first.config
+            config = first.config
+            every = config.resample_every_tokens(first.sae_config, self.total)
             before = after - config.effective_batch * ranks.size
             if not is_due(every, before, after, self.total, config.data.context_length):
                 continue
-            example, limit = group.example(batch, {}), self.dead_after_tokens(first)
+            example, limit = group.example(batch, {}), config.dead_after_tokens(first.sae_config, self.total)
             for number, member in enumerate(group.members):
                 seed = (member.config.seed, member.hook_point, after)
                 n = resample(member.sae, group.stack.state(number), example, limit, seed, ranks)

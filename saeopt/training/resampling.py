@@ -15,7 +15,7 @@ from saeopt.training.step.contract import Example, Store
 
 Seed = tuple[int | str, ...]
 """Names and numbers from which what is drawn follows."""
-OPENS_AT = 0.0
+OPENS_AT = 0.5
 """A new latent fires where the input's part along its direction is above this share of its own input's."""
 MOST_TOKENS = 8192
 """Of a micro-batch, the first so many are looked at."""
@@ -23,9 +23,9 @@ LAST_SHARE = 0.8
 """Nothing is resampled behind this share of a run: it could not be learned any more."""
 
 
-def is_due(every_tokens: int | None, before: int, after: int, total: int, tokens_per_sample: int) -> bool:
+def is_due(every_tokens: int, before: int, after: int, total: int, tokens_per_sample: int) -> bool:
     """Whether a multiple of `every_tokens` was passed from sample `before` to `after`."""
-    if every_tokens is None or after > LAST_SHARE * total:
+    if every_tokens == 0 or after > LAST_SHARE * total:
         return False
     return after * tokens_per_sample // every_tokens > before * tokens_per_sample // every_tokens
 

@@ -11,6 +11,7 @@ from test_processes import weights
 
 from saeopt.activations.stream import Batch
 from saeopt.config import validate_run
+from saeopt.saes.registry import ARCHITECTURES
 from saeopt.saes.relu import ReluSAE
 from saeopt.testing.cases import build
 from saeopt.training import TrialPlan, train_pack
@@ -44,7 +45,7 @@ def test_dead_latents_look_at_inputs_and_nothing_else_changes(tmp_path, stack):
     given = config(tmp_path)
     given = given.model_copy(update={"performance": given.performance.model_copy(update={"stack": stack})})
     members = {}
-    for name, every in (("plain", None), ("resampled", 256)):
+    for name, every in (("plain", 0), ("resampled", 256)):
         own = given.model_copy(update={"saes": given.saes.model_copy(update={"resample_every_tokens": every})})
         sae = build("relu", own.saes.model_dump(exclude={"sae_type", "sae_positions"}))
         sae.b_enc.data[DEAD] = -50.0
@@ -65,7 +66,7 @@ def test_dead_latents_look_at_inputs_and_nothing_else_changes(tmp_path, stack):
             pick = (lambda t: t[:, alive]) if name == "W_enc" else (lambda t: t[alive])
             assert torch.equal(pick(ours), pick(tensor)), name
     assert (plain.b_enc[DEAD] < -40).all()
-    assert not fresh.b_enc[DEAD].any()
+    assert (fresh.b_enc[DEAD] < 0).all()
     length = plain.W_enc[:, alive].norm(dim=0).mean()
     torch.testing.assert_close(fresh.W_enc[:, DEAD].norm(dim=0), (ReluSAE.restart_share * length).expand(3))
     torch.testing.assert_close(fresh.W_dec[DEAD].norm(dim=-1), torch.ones(3).double())
@@ -79,10 +80,36 @@ def test_dead_latents_look_at_inputs_and_nothing_else_changes(tmp_path, stack):
     assert (fresh.tokens_since_fired[DEAD] < 32).all()
 
 
+@pytest.mark.parametrize("sae_type", [*(t for t in ARCHITECTURES if "topk" not in t), "frozen gates"])
+def test_a_new_latent_of_every_architecture_fires_on_its_own_input_and_not_on_one_that_is_half_as_like(sae_type):
+    fields = {"input_dependent_gates": False} if sae_type == "frozen gates" else {}
+    sae = build("hard_concrete" if sae_type == "frozen gates" else sae_type, fields)
+    dead_n, alive_h = torch.tensor(DEAD), torch.ones(H).bool()
+    alive_h[dead_n] = False
+    generator = torch.Generator().manual_seed(1)
+    along_nd = torch.linalg.qr(torch.randn(D, len(DEAD), generator=generator, dtype=torch.float64)).Q.T
+    with torch.no_grad():
+        for name in sae.latent_vectors:
+            sae.get_parameter(name)[DEAD] = 0.0
+            sae.get_parameter(name)[alive_h] = 0.3
+        before = {name: tensor.clone() for name, tensor in sae.named_parameters()}
+        sae.restart(dead_n, alive_h, along_nd, torch.full((len(DEAD),), 20.0).double())
+        f_nn = sae.code(40 * along_nd + sae.b_dec)[:, DEAD]
+        off_nn = sae.code(10 * along_nd + sae.b_dec)[:, DEAD]
+    assert (f_nn.diagonal() > 0).all()
+    if sae_type != "frozen gates":  # they do not see their input
+        assert not off_nn.any()
+        assert not (f_nn - f_nn.diag().diag()).any()
+    for name, tensor in sae.named_parameters():
+        if name != "b_dec":
+            pick = (lambda t: t[..., alive_h]) if name in ("W_enc", "W_gate") else (lambda t: t[alive_h])
+            assert torch.equal(pick(tensor), pick(before[name])), name
+
+
 def test_it_is_due_where_a_multiple_is_passed_and_not_at_the_end():
     due = [n for n in range(1, 101) if is_due(30, n - 1, n, total=100, tokens_per_sample=2)]
     assert due == [15, 30, 45, 60, 75]
-    assert not any(is_due(None, n - 1, n, 100, 2) for n in range(1, 101))
+    assert not any(is_due(0, n - 1, n, 100, 2) for n in range(1, 101))
 
 
 def test_all_ranks_take_the_first_ones_inputs(tmp_path):
