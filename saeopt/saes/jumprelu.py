@@ -28,7 +28,7 @@ class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
-    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.09, 0.9, 0.5, reach=10)
+    first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.08, 1.2, 0.6, reach=10)
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"
     """What λ multiplies: `step`, the mean L0; `tanh`, the mean of Σ tanh(4 f ‖W_dec‖); `quadratic`,

@@ -27,7 +27,7 @@ SMOOTHING = 0.01
 """Share of the run over which L0 is averaged."""
 ABOVE, ABOVE_UNTIL, MOST_ABOVE = 0.2, 0.9, 5.0
 """How far above its target L0 may be, until which share of the run, and by which factor at most."""
-BAND, BAND_UNTIL = 1.0, 0.6
+BAND, BAND_UNTIL = 1.0, 0.5
 """Distance of ln L0 from where it may be that is left alone at the start, and share of the run at which it is 0."""
 PROPORTIONAL, INTEGRAL = 1.0, 33.0
 """d ln λ per change of ln(L0 / reference), and per ln(L0 / reference) and run."""

@@ -65,7 +65,7 @@ def path_of_ln(l0: list[float], target: float, step: int) -> list[float]:
         keep = math.exp(-passed / 0.01)
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         reference = target * min(5.0, 1 + 0.2 * max(0.0, 0.9 / t - 1))
-        away, band = min(1.0, max(-1.0, math.log(mean / weight / reference))), 1.0 * max(0.0, 1 - t / 0.6)
+        away, band = min(1.0, max(-1.0, math.log(mean / weight / reference))), 1.0 * max(0.0, 1 - t / 0.5)
         error = math.copysign(max(0.0, abs(away) - band), away)
         move = 1.0 * (error - before) + 33.0 * error * passed
         if 0.05 < t <= 0.95:

@@ -164,3 +164,17 @@ def test_what_it_needs_and_where_it_is_not_is_said(make_config):
     source = open_source(too_many)
     with pytest.raises(UserError, match=r"'data.n_threshold_samples': 1000020 held-out samples"):
         open_samples(too_many.data, source)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_stacks_threshold_is_the_one_that_is_saved(make_config, tmp_path):
+    config = make_config(**HELD_OUT)
+    assert train(config, Runtime("cuda"), tmp_path / "a").status == "finished"
+    active, n = l0(config, tmp_path / "a")  # counted on the CPU: other rounding
+    assert active == pytest.approx(2.5 * n, rel=0.02)
+    (row,) = json.loads((tmp_path / "a" / "evaluation.json").read_text()).values()
+    running = make_config(**HELD_OUT | {"saes.threshold": "running"})
+    assert train(running, Runtime("cuda"), tmp_path / "b").status == "finished"
+    (other,) = json.loads((tmp_path / "b" / "evaluation.json").read_text()).values()
+    assert row["l0"] != other["l0"]
