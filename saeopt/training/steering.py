@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saeopt.config.saes import SAEConfig
+from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.numbers import EVALUATED
 from saeopt.training.controls import Control, progress_of
@@ -39,10 +39,15 @@ TOLERANCE = 0.05
 """Relative distance from the target beyond which a run says that it has not come there."""
 
 
+def _guess(sae: SAE) -> FirstCoeff | None:
+    """Guesses are for normalised activations."""
+    return None if sae.normalisation == "none" else sae.config.first_coeff
+
+
 def with_first_coeff(sae: SAE) -> SAEConfig:
     """A member's section with λ where it starts."""
-    section, guess = sae.config, sae.config.first_coeff
-    if section.target_l0 is None or guess is None or sae.normalisation == "none":
+    section, guess = sae.config, _guess(sae)
+    if section.target_l0 is None or guess is None:
         return section
     return section.model_copy(update={"sparsity_coeff": section.mse_coeff * guess.at(section.target_l0, sae.e)})
 
@@ -129,12 +134,13 @@ class TargetL0(Control):
             return None
         target, ln = float(state["target"][member]), float(state["ln"][member])
         l0 = float(state["sum"][member] / state["weight"][member])
-        at_bound = abs(ln) > float(state["most"][member]) - 1e-9
-        if math.isnan(target) or (abs(l0 / target - 1) <= TOLERANCE and not at_bound):
+        if math.isnan(target) or abs(l0 / target - 1) <= TOLERANCE:
             return None
+        at_bound = abs(ln) > float(state["most"][member]) - 1e-9
+        better = " or another 'sparsity_coeff' to start from" if _guess(self.members[member].sae) is None else ""
         why = (
             f"λ has come to its bound, {math.exp(ln):.0e} times its start: it does not move L0 that far here"
             if at_bound
-            else f"λ was still moving ({math.exp(ln):.2g} times its start): more training or a better start helps"
+            else f"λ was still moving ({math.exp(ln):.2g} times its start): more training{better} helps"
         )
         return f"'target_l0' is {target:g}, training ended at L0 {l0:.3g}: {why}"
