@@ -257,7 +257,7 @@ def _decode(
     scale = tl.load(scale_ptr)
     values_ptr += member * E
     index_ptr += member * E
-    dots_ptr += (tl.program_id(1) * members.to(tl.int64) + member) * E
+    dots_ptr += (tl.program_id(1).to(tl.int64) * members + member) * E
     w_ptr += member * H * D
     bias_ptr += member * D
     x_ptr += n * D
@@ -288,7 +288,7 @@ def _decode(
         )  # fmt: skip
     squares_ptr += (member * tl.num_programs(1) + tl.program_id(1)) * N + n
     tl.store(squares_ptr, last)
-    tl.store(squares_ptr + members.to(tl.int64) * tl.num_programs(1) * N, every)
+    tl.store(squares_ptr + tl.num_programs(1).to(tl.int64) * members * N, every)
 
 
 def _most_at_once(places: int, n: int) -> int:
@@ -313,12 +313,13 @@ def decode(
     nested = 1 < g <= 8 and W_Mhd.dtype == torch.bfloat16
     wide = max(32, min(triton.next_power_of_2(d), _WIDE_NESTED if nested else _WIDE))
     parts = triton.cdiv(d, wide)
+    registers = 255 if W_Mhd.dtype != torch.bfloat16 else 168 if nested else 128
     error = torch.empty(members, g, n, d, dtype=W_Mhd.dtype, device=device)
     dots = torch.empty(parts, *values.shape, device=device)
     squares = torch.empty(2, members, parts, n, device=device)
     _decode[(members * n, parts)](
         values, index, start, widths, W_Mhd, b_dec_Md, x_Nd, scale, keep_N, error, dots, squares, n, h, places,
         members, factor, d, keep_N is not None, k, g, most, wide, _TILE, nested,
-        num_warps=max(1, min(8, most * 16 // _TILE)), maxnreg=168 if nested else 128,
+        num_warps=max(1, min(8, most * 16 // _TILE)), maxnreg=registers,
     )  # fmt: skip
     return error, dots[0] if parts == 1 else dots.sum(0), squares
