@@ -274,7 +274,7 @@ def _decode(
     if end - begin <= P // 2:
         last, every = _token(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, P // 2, min(WIDE // 2, 2 * TILE // P), WIDE, NESTED,
+            dots_ptr, step, factor, D, G, P // 2, min(WIDE // 2, max(16, 2 * TILE // P)), WIDE, NESTED,
         )  # fmt: skip
     elif end - begin <= P:
         last, every = _token(
