@@ -120,7 +120,9 @@ def _conditions(spec: StudySpec, name: str, dimension: Dimension, where: str) ->
     """The `when` of a dimension with typed values; every parent must be an unconditional list of the space."""
     result = {}
     for parent, accepted in dimension.when.items():
-        values = [field_value(parent.partition("@")[0], v, spec.base_sae_type, where) for v in accepted]
+        field = parent.partition("@")[0]
+        owner = next((t for t in spec.sae_types if has_field(field, t)), spec.base_sae_type)
+        values = [field_value(field, v, owner, where) for v in accepted]
         alternatives = spec.space.get(parent)
         if alternatives is None and parent != _SAE_TYPE:
             raise UserError(f"{where}: '{name}': 'when' names '{parent}', which is not in the space")

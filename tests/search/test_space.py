@@ -56,6 +56,16 @@ def test_conditional_parameters_exist_only_under_their_condition() -> None:
     assert set(cells[0].params) == {"saes.sae_type", "saes.sparsity_coeff[relu]"}
 
 
+def test_a_condition_may_name_a_field_that_the_bases_architecture_lacks() -> None:
+    space = {
+        "sae_type": ["jumprelu"],  # the base's is relu
+        "saes.penalty": ["step", "quadratic"],
+        "saes.l0_penalty_target": {"values": [8, 16], "when": {"saes.penalty": "quadratic"}},
+    }
+    found = [c.params.get("saes.l0_penalty_target") for c in Space(grid_spec(space=space)).grid()]
+    assert found == [None, 8, 16]
+
+
 def test_a_field_of_one_architecture_needs_a_condition() -> None:
     with pytest.raises(UserError, match="sae_type relu has no such field"):
         grid_spec(space={"sae_type": ["relu", "topk"], "saes.k": [8]})
