@@ -75,5 +75,8 @@ def field_value(field: str, value: object, sae_type: str, source: str) -> Any:
     try:
         return json.loads(adapter.dump_json(adapter.validate_python(value)))
     except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        first = error.errors(include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "list_type" and not first["loc"]:
+            message = "each value is a list itself, as in [[a, b], [c, d]]"
         raise UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{got(value)}") from None

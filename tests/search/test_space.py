@@ -56,6 +56,16 @@ def test_conditional_parameters_exist_only_under_their_condition() -> None:
     assert set(cells[0].params) == {"saes.sae_type", "saes.sparsity_coeff[relu]"}
 
 
+def test_values_that_are_lists_are_written_as_lists() -> None:
+    space = {"sae_type": ["relu"], "saes.prefixes": [[0.25, 1], [0.5, 1]]}
+    assert [c.config.saes.model_dump()["prefixes"] for c in Space(grid_spec(space=space)).grid()] == [
+        [0.25, 1],
+        [0.5, 1],
+    ]
+    with pytest.raises(UserError, match=r"'saes.prefixes': each value is a list itself, as in .* \(got 0.25\)"):
+        grid_spec(space={"sae_type": ["relu"], "saes.prefixes": [0.25, 1]})
+
+
 def test_a_condition_may_name_a_field_that_the_bases_architecture_lacks() -> None:
     space = {
         "sae_type": ["jumprelu"],  # the base's is relu
