@@ -89,6 +89,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
     from saeopt.config import recipe_notice
     from saeopt.search.rounds import proposals_text
     from saeopt.search.space import Space
+    from saeopt.search.stopping import stopping_text
     from saeopt.training.loggers import check_sinks
     from saeopt.trials.create import create_study, planned_cells
     from saeopt.views.monitoring import on_study_created
@@ -110,7 +111,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    if about := proposals_text(spec):
+    for about in filter(None, (proposals_text(spec), stopping_text(spec))):
         _say(f"  {about}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")

@@ -167,14 +167,17 @@ class Collapse(StrictModel):
 
 
 class EarlyStopping(StrictModel):
-    """When a trial is given up. One objective: Optuna's pruners; several: `pareto`."""
+    """When a trial is given up. One objective: `median`, `asha`, `hyperband`; several: `pareto`. Each compares a trial
+    with all others that have come as far, those of its own pack included."""
 
     type: Literal["none", "median", "asha", "hyperband", "pareto"] = "none"
-    """`pareto`: dominated by a margin by a finished trial at the same number of samples."""
+    """`median`: worse at its best than the median of the others. `asha`: not in the best 1 / `reduction_factor` at a
+    rung (at the end of the warm-up, and `reduction_factor` times later each). `hyperband`: the same, some trials skip
+    the first rungs. `pareto`: another is better in every objective by `margin`; whom no other beats goes on."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.2
     """Share of a trial's samples before which nothing is stopped (the learning rate's warm-up is added)."""
     n_startup_trials: Count = 5
-    """Trials that must have finished before others are compared with them (median, pareto)."""
+    """Other trials that must have come as far before a trial is compared with them (median, pareto)."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """asha and hyperband: at every rung one trial of this number goes on."""
     margin: Factor = 0.1

@@ -11,6 +11,13 @@ from saeopt.search.objectives import Evaluation
 
 COLLAPSED = "collapsed"
 """First word of the reason of a trial that was ended for it."""
+DIVERGED = "NaN or Inf"
+"""How the reason of a trial begins that diverged."""
+
+
+def is_hopeless(reason: str) -> bool:
+    """Whether a trial was ended for what it had become by itself, and not because others are better."""
+    return reason.startswith((COLLAPSED, DIVERGED))
 
 
 def rule_of(spec: StudySpec) -> Collapse:

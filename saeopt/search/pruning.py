@@ -1,4 +1,4 @@
-"""When to give up on a trial: Optuna's pruners for one objective, dominance by a margin for several."""
+"""What giving up on a trial rests on: curves, warm-ups, reports. The rules themselves: `search.stopping`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def warmup_samples(rule: EarlyStopping, config: RunConfig, total: int) -> int:
 
 
 def make_pruner(rule: EarlyStopping, warmup: int, total: int) -> BasePruner:
-    """Optuna's pruner; steps are samples."""
+    """Optuna's pruner, whose brackets a sampler looks at; steps are samples."""
     first = max(1, warmup)
     match rule.type:
         case "median":

@@ -26,6 +26,8 @@ class ObserverContract:
                 assert isinstance(observer.lost(name), bool)
                 assert isinstance(observer.on_log(name, samples, {"hook": row}), str | None)
                 assert isinstance(observer.on_eval(name, samples, {"hook": row}), str | None)
+            assert isinstance(observer.on_evaluated(samples), dict)
+            for name in ("a", "b"):
                 observer.on_checkpoint(name, samples, tmp_path / name / f"samples_{samples}.safetensors")
             observer.progress(samples, 64, 1000.0)
             assert isinstance(observer.should_interrupt(), bool)

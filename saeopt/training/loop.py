@@ -275,6 +275,10 @@ class _Loop:
             self._write(trial, named(metrics))
             if reason := self.ranks.agree(self.observer.on_eval(trial.plan.name, self.samples, metrics)):
                 self._stop(trial, "stopped", reason, metrics)
+        beaten = self.ranks.agree(self.observer.on_evaluated(self.samples)) if running else {}
+        for trial in running:
+            if trial.result is None and trial.plan.name in beaten:
+                self._stop(trial, "stopped", beaten[trial.plan.name], found.get(trial.plan.name, {}))
 
     def _measure(self, trials: Sequence[Trial]) -> dict[str, Metrics]:
         """Held-out metrics of trials: one language-model pass for all of them."""

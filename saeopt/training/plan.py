@@ -55,6 +55,10 @@ class Observer:
         """Held-out metrics; a returned reason stops the trial."""
         return None
 
+    def on_evaluated(self, samples: int) -> dict[str, str]:
+        """All trials of the pack have been evaluated; reasons of those that should stop, by name."""
+        return {}
+
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         """A checkpoint is complete on the disk."""
 
@@ -69,7 +73,7 @@ class Observer:
         """The files of a trial that has ended are complete: pictures for people may be drawn of them."""
 
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
-        """The stream has come so far."""
+        """The stream has come so far. After a log step: all trials have told their metrics."""
 
     def evaluation_takes(self, samples: float) -> None:
         """The evaluation at the end will take about as long as so many training samples."""

@@ -19,13 +19,14 @@ from saeopt.metrics import value_of
 from saeopt.runs.names import METRICS_FILE
 from saeopt.search import pruning
 from saeopt.search.collapse import why_all_collapsed
-from saeopt.search.objectives import Evaluation, expanded, objective_names, objective_values
+from saeopt.search.objectives import Evaluation, objective_names, objective_values
 from saeopt.search.pruning import Curve, Patience
+from saeopt.search.stopping import stand_in
 from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME
 from saeopt.trials.states import Claim
-from saeopt.trials.stopper import CURVE, Stopper
+from saeopt.trials.stopper import CURVE, Report, Stopper
 from saeopt.trials.storage import Store, persistently
 
 
@@ -49,7 +50,8 @@ class Reports(threading.Thread):
         super().__init__(name="saeopt-reports", daemon=True)
         self.store, self.study_id, self.spec = store, study_id, spec
         self.stopper = Stopper(store, study_id, spec)
-        self._named = False
+        self._named = self._asked = False
+        self._fresh: list[tuple[Progress, int]] = []  # reported, and not judged yet: of the sending thread
         self.from_evaluations = bool(spec.base.get("eval_every_n_samples"))
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
 
@@ -87,7 +89,10 @@ class Reports(threading.Thread):
             self._queue.put(lambda: self._read_curve(progress))
 
     def measured(self, progress: Progress, samples: int, metrics: Evaluation, *, evaluated: bool) -> str | None:
-        """Metrics of a log step or of an evaluation; returns why the trial should stop, if it should."""
+        """Metrics of a log step or of an evaluation; returns why the trial should stop, if that is known.
+
+        Once all of its pack have said theirs, :meth:`judge` compares them.
+        """
         if found := self._collapse(progress, samples, metrics):
             return found
         if evaluated != self.from_evaluations:
@@ -97,13 +102,18 @@ class Reports(threading.Thread):
             values = objective_values(self.spec, metrics)
             shown = values[0] if values is not None else self._stand_in(metrics)
             if shown is not None:
+                self._asked = True
                 self._queue.put(lambda: self._send(progress, samples, shown, values))
                 if not self._named:
                     self._named = True
                     self._queue.put(lambda: self._name_curve(values is not None))
-                if evaluated:
-                    self.flush(3.0)
         return progress.verdict
+
+    def judge(self) -> None:
+        """All of a pack have been measured: compare them with each other and with everyone else."""
+        if self._asked:
+            self._asked = False
+            self._queue.put(self._judge)
 
     def _collapse(self, progress: Progress, samples: int, metrics: Evaluation) -> str | None:
         """Why the trial has collapsed, once enough reports in a row have said so."""
@@ -128,9 +138,14 @@ class Reports(threading.Thread):
             progress.curve[samples] = values
         attrs: Mapping[str, object] = {CURVE: progress.curve} if progress.curve else {}
         if claims.report(self.store, progress.claim, samples, shown, attrs):
-            trial_id = progress.claim.trial_id
-            warmup = self._warmup(progress)
-            progress.verdict = self.stopper.reason(trial_id, samples, values, warmup, progress.total)
+            self._fresh.append((progress, samples))
+
+    def _judge(self) -> None:
+        told = [Report(p.claim.trial_id, samples, p.total, self._warmup(p)) for p, samples in self._fresh]
+        found = self.stopper.reasons(told)
+        for progress, _ in self._fresh:
+            progress.verdict = found.get(progress.claim.trial_id, progress.verdict)
+        self._fresh = []
 
     def _read_curve(self, progress: Progress) -> None:
         with self.store.read() as connection:
@@ -146,7 +161,7 @@ class Reports(threading.Thread):
 
     @property
     def _stand_in_name(self) -> str:
-        return "explained_variance" if expanded(self.spec)[0][1].maximised else "fvu"
+        return stand_in(self.spec)
 
     def _stand_in(self, metrics: Evaluation) -> float | None:
         """A curve for objectives that training does not measure: explained variance or FVU, by direction."""

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from saeopt.config.io import validate_run
 from saeopt.console import log
@@ -65,7 +65,7 @@ class _Child:
     def __init__(self, pipe: Connection, device: str) -> None:
         self.pipe, self.training = pipe, LocalTraining(device)
         self.requests: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.interrupted = threading.Event()
         self.lost: set[str] = set()
         self._sending = threading.Lock()
@@ -105,7 +105,7 @@ class _Child:
         except OSError:
             os._exit(1)
 
-    def ask(self, kind: str, *content: Any) -> str | None:
+    def ask(self, kind: str, *content: Any) -> Any:
         """Tell the worker something and wait for what it makes of it."""
         self.say(kind, *content)
         return self.answers.get()
@@ -162,10 +162,13 @@ class _Remote(Observer):
         self.child.say("start", name, samples, total)
 
     def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
-        return self.child.ask("log", name, samples, metrics)
+        return cast("str | None", self.child.ask("log", name, samples, metrics))
 
     def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
-        return self.child.ask("eval", name, samples, metrics)
+        return cast("str | None", self.child.ask("eval", name, samples, metrics))
+
+    def on_evaluated(self, samples: int) -> dict[str, str]:
+        return dict(self.child.ask("evaluated", samples))
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         self.child.say("checkpoint", name, samples, path)

@@ -143,9 +143,11 @@ class ChildTraining:
 
     def _hear(self, kind: str, said: list[Any], talk: _Talk) -> None:
         observer = talk.observer
-        if kind in ("log", "eval"):
-            decide = observer.on_log if kind == "log" else observer.on_eval
-            self._send("answer", decide(*said))
+        asked: dict[str, Callable[..., Any]] = {
+            "log": observer.on_log, "eval": observer.on_eval, "evaluated": observer.on_evaluated
+        }  # fmt: skip
+        if kind in asked:
+            self._send("answer", asked[kind](*said))
         elif kind == "ready":
             self._ready = True
         elif kind == "tick":

@@ -16,6 +16,8 @@ from saeopt.workers.outcomes import Outcomes
 
 _STORE_SECONDS = 5.0
 """How long the others of a pack wait while the result of a trial that has ended is stored."""
+_VERDICT_SECONDS = 3.0
+"""How long a pack waits after an evaluation to hear which of its trials should stop."""
 
 
 class Watcher(Observer):
@@ -45,6 +47,12 @@ class Watcher(Observer):
 
     def on_eval(self, name: str, samples: int, metrics: Metrics) -> str | None:
         return self._measured(name, samples, metrics, evaluated=True)
+
+    def on_evaluated(self, samples: int) -> dict[str, str]:
+        self.reports.judge()
+        self.reports.flush(_VERDICT_SECONDS)
+        verdicts = {name: progress.verdict for name, progress in self.outcomes.progress.items()}
+        return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
 
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
         progress = self.outcomes.progress[name]
@@ -76,6 +84,7 @@ class Watcher(Observer):
         me = self.heart.me
         me.samples, me.total, me.tokens_per_s = samples, total, tokens_per_s
         self.heart.clock.moved(samples)
+        self.reports.judge()
 
     def evaluation_takes(self, samples: float) -> None:
         self.heart.clock.evaluation_takes(samples)

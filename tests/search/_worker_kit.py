@@ -34,8 +34,14 @@ def good(plan: TrialPlan, samples: int) -> dict[str, float]:
 class Trainer:
     """Pretends to train; remembers the packs."""
 
-    def __init__(self, measure: Measure = good, before: Callable[[list[str]], None] = lambda names: None) -> None:
-        self.measure, self.before = measure, before
+    def __init__(
+        self,
+        measure: Measure = good,
+        before: Callable[[list[str]], None] = lambda names: None,
+        evaluates: bool = False,
+    ) -> None:
+        self.measure, self.before, self.evaluates = measure, before, evaluates
+        self.after_step: Callable[[], object] = lambda: None
         self.packs: list[list[str]] = []
 
     def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
@@ -47,19 +53,31 @@ class Trainer:
         for samples in range(4, TOTAL + 1, 4):
             if observer.should_interrupt():
                 break
-            observer.progress(samples, TOTAL, 1000.0)
             for plan in plans:
                 if plan.name not in results:
                     reason = observer.on_log(plan.name, samples, {HOOK: self.measure(plan, samples)})
                     time.sleep(0.01)
                     if reason:
                         results[plan.name] = TrialResult("stopped", samples, reason)
+            observer.progress(samples, TOTAL, 1000.0)
+            self.after_step()
+            if self.evaluates and samples % 8 == 0:
+                self._evaluate([p for p in plans if p.name not in results], samples, observer, results)
         for plan in plans:
             if plan.name not in results:
                 done = samples >= TOTAL
                 evaluation = {HOOK: self.measure(plan, samples)} if done else {}
                 results[plan.name] = TrialResult("finished" if done else "interrupted", samples, None, evaluation)
         return results
+
+    def _evaluate(
+        self, plans: Sequence[TrialPlan], samples: int, observer: Observer, results: dict[str, TrialResult]
+    ) -> None:
+        found = {plan.name: {HOOK: self.measure(plan, samples)} for plan in plans}
+        reasons = {name: observer.on_eval(name, samples, metrics) for name, metrics in found.items()}
+        for name, reason in {**reasons, **observer.on_evaluated(samples)}.items():
+            if reason and name in found:
+                results[name] = TrialResult("stopped", samples, reason, found[name])
 
 
 def start(store: Store, spec: StudySpec, trainer: Trainer, pack: int = 4, **options: Any) -> Worker:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.trial import TrialState
 
-from saeopt.trials.internals.tables import heartbeats, studies, trial_attrs, trial_params, trials
+from saeopt.trials.internals.tables import heartbeats, models, studies, trial_attrs, trial_params, trial_reports, trials
 from saeopt.trials.internals.values import upsert
 
 TrialToCome = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
@@ -111,17 +111,29 @@ def n_waiting_with_params(connection: sa.Connection, study_id: int) -> int:
     return int(found.scalar() or 0)
 
 
-def complete_with(
-    connection: sa.Connection, study_id: int, key: str, without: Iterable[int] = ()
-) -> list[tuple[int, int, Any]]:
-    """(trial, number, value) of a system attribute of complete trials."""
-    value = trial_attrs.c.value_json
-    joined = sa.and_(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == key)
-    statement = sa.select(_t.trial_id, _t.number, value).join(trial_attrs, joined)
-    statement = statement.where(_t.study_id == study_id, _t.state == TrialState.COMPLETE)
+def reporters(connection: sa.Connection, study_id: int, without: Iterable[int] = ()) -> dict[int, tuple[int, str]]:
+    """Trial → (number, state) of the trials that may have reported something and have not failed."""
+    untouched = sa.and_(_t.state == TrialState.WAITING, ~sa.exists().where(trial_reports.c.trial_id == _t.trial_id))
+    statement = sa.select(_t.trial_id, _t.number, _t.state).where(
+        _t.study_id == study_id, _t.state != TrialState.FAIL, ~untouched
+    )
     if known := list(without):
         statement = statement.where(_t.trial_id.not_in(known))
-    return [(trial_id, number, json.loads(text)) for trial_id, number, text in connection.execute(statement)]
+    return {trial_id: (number, state.name) for trial_id, number, state in connection.execute(statement)}
+
+
+def reports_of(connection: sa.Connection, study_id: int, without: Iterable[int] = ()) -> dict[int, dict[int, float]]:
+    """Trial → step → finite intermediate value."""
+    kinds = models.TrialIntermediateValueModel.TrialIntermediateValueType
+    columns = (trial_reports.c.trial_id, trial_reports.c.step, trial_reports.c.intermediate_value)
+    statement = sa.select(*columns).join(trials, trials.c.trial_id == trial_reports.c.trial_id)
+    statement = statement.where(_t.study_id == study_id, trial_reports.c.intermediate_value_type == kinds.FINITE)
+    if known := list(without):
+        statement = statement.where(_t.trial_id.not_in(known))
+    found: dict[int, dict[int, float]] = {}
+    for trial_id, step, value in connection.execute(statement):
+        found.setdefault(trial_id, {})[int(step)] = float(value)
+    return found
 
 
 def study_keys(connection: sa.Connection) -> dict[str, int]:

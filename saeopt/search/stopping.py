@@ -1,0 +1,198 @@
+"""Whether a trial falls behind everyone who has come as far: the rules of `early_stopping`, as functions of curves.
+
+Compared are all trials of the study that have reached the same number of samples, whoever trains them: those of the
+same pack, of other packs and workers, and those that have ended. Trials of a pack arrive together, so that each of
+them is judged among all others, in whatever order they are reported. A trial that collapsed or diverged is nobody's
+measure.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from saeopt.config.study import StudySpec
+from saeopt.metrics import METRICS
+from saeopt.search.objectives import expanded, objective_names
+from saeopt.search.pruning import Curve, at, dominated
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A trial and its curve. `stopped`: by a rule of early stopping, after the last value of the curve."""
+
+    number: int
+    curve: Curve
+    stopped: bool = False
+
+    def reached(self, samples: int) -> bool:
+        """Whether it came as far itself."""
+        return bool(self.curve) and max(self.curve) >= samples
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who is judged, at how many of how many samples, and before which nothing is stopped."""
+
+    runner: Runner
+    samples: int
+    total: int
+    warmup: int
+
+    @property
+    def before(self) -> int:
+        """Samples of its report before this one; 0: there was none."""
+        return max((s for s in self.runner.curve if s < self.samples), default=0)
+
+
+class Judge:
+    """The rule of one study."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.rule, self.name = spec.early_stopping, spec.name
+        self.labels = objective_names(spec)
+        self.maximised = [o.maximised for _, o in expanded(spec)]
+
+    def reason(self, asked: Asked, others: Sequence[Runner]) -> str | None:
+        """By whom and by how much a trial is beaten, one line; None: it goes on."""
+        values = at(asked.runner.curve, asked.samples)
+        if self.rule.type == "none" or values is None or not asked.warmup <= asked.samples < asked.total:
+            return None
+        match self.rule.type:
+            case "pareto":
+                found = self._dominated(asked, values, others)
+            case "median":
+                found = self._below_median(asked, others)
+            case _:
+                found = self._not_promoted(asked, others)
+        return found and f"stopped early by {self.rule.type} at {asked.samples} of {asked.total} samples: {found}"
+
+    def _dominated(self, asked: Asked, values: Sequence[float], others: Sequence[Runner]) -> str | None:
+        there = [r for r in others if r.reached(asked.samples)]
+        if len(there) < self.rule.n_startup_trials:
+            return None
+        for other in sorted(there, key=lambda r: r.number):
+            then = at(other.curve, asked.samples)
+            if then and dominated(values, then, self.maximised, self.rule.margin):
+                named = zip(self.labels, then, values, strict=True)
+                much = ", ".join(f"{name} {theirs:.4g} against {mine:.4g}" for name, theirs, mine in named)
+                return f"trial {other.number} was better in every objective ({much})"
+        return None
+
+    def _below_median(self, asked: Asked, others: Sequence[Runner]) -> str | None:
+        """Worse at its best than the median of the others. Who was stopped before counts with what he had: else the
+        better half of each report would be halved at the next."""
+        found = [(at(r.curve, asked.samples), r) for r in others if r.stopped or r.reached(asked.samples)]
+        there = [(self._cost(values[0]), r.number) for values, r in found if values]
+        if not there or len(there) < self.rule.n_startup_trials:
+            return None
+        mine = min(self._cost(values[0]) for s, values in asked.runner.curve.items() if s <= asked.samples)
+        middle, (best, number) = median(cost for cost, _ in there), min(there)
+        if mine <= middle:
+            return None
+        label, (mine, middle, best) = self.labels[0], (self._cost(v) for v in (mine, middle, best))
+        others_are = f"the median of {len(there)} others is {middle:.4g} (trial {number} has {best:.4g})"
+        return f"{label} {mine:.4g} at its best, {others_are}"
+
+    def _not_promoted(self, asked: Asked, others: Sequence[Runner]) -> str | None:
+        """Not among the first 1 / reduction_factor of all who came to a rung; asked once, on the way past the rung."""
+        for rung in self._rungs(asked):
+            if not asked.before < rung <= asked.samples:
+                continue
+            mine = self._cost(asked.runner.curve[asked.samples][0])
+            found = [(first_from(r.curve, rung), r.number) for r in others]
+            there = sorted((self._cost(values[0]), number) for values, number in found if values)
+            n = len(there) + 1
+            keep = max(1, n // self.rule.reduction_factor)
+            if len(there) < keep or mine <= there[keep - 1][0]:
+                continue
+            last, number = there[keep - 1]
+            label, place = self.labels[0], 1 + sum(cost < mine for cost, _ in there)
+            return (
+                f"{label} {self._cost(mine):.4g}, place {place} of {n} at the rung of {rung} samples, of which {keep}"
+                f" go{'es' if keep == 1 else ''} on (the last is trial {number} with {self._cost(last):.4g})"
+            )
+        return None
+
+    def _rungs(self, asked: Asked) -> list[int]:
+        first, factor = max(1, asked.warmup), self.rule.reduction_factor
+        skipped = 0
+        if self.rule.type == "hyperband":
+            skipped = bracket(f"{self.name}_{asked.runner.number}", first, max(asked.total, first + 1), factor)
+        rungs, samples = [], first * factor**skipped
+        while samples < asked.total:
+            rungs.append(samples)
+            samples *= factor
+        return rungs
+
+    def _cost(self, value: float) -> float:
+        """Less is better; its own inverse."""
+        return -value if self.maximised[0] else value
+
+
+def first_from(curve: Curve, samples: int) -> list[float] | None:
+    """The first values of a curve from `samples` on."""
+    after = [s for s in curve if s >= samples]
+    return curve[min(after)] if after else None
+
+
+def bracket(name: str, first: int, total: int, factor: int) -> int:
+    """Hyperband's bracket of a trial `<study>_<number>` (how many of the first rungs it skips), as Optuna draws it."""
+    n = math.floor(math.log(total / first, factor)) + 1
+    budgets = [math.ceil(n * factor ** (n - 1 - i) / (n - i)) for i in range(n)]
+    drawn = binascii.crc32(name.encode()) % sum(budgets)
+    for i, budget in enumerate(budgets):
+        drawn -= budget
+        if drawn < 0:
+            return i
+    raise AssertionError("unreachable")
+
+
+def unmeasured(spec: StudySpec) -> list[str]:
+    """Metrics of the objectives that the log steps of a training do not measure."""
+    metrics = dict.fromkeys(objective.metric for objective in spec.objectives)
+    return [m for m in metrics if not all(METRICS[source].training for source in METRICS[m].follows_from or (m,))]
+
+
+def stand_in(spec: StudySpec) -> str:
+    """What is compared instead where training does not measure the first objective."""
+    return "explained_variance" if expanded(spec)[0][1].maximised else "fvu"
+
+
+def stopping_text(spec: StudySpec) -> str | None:
+    """What `create` says about what early stopping compares; None where nothing is compared."""
+    rule = spec.early_stopping
+    if rule.type == "none":
+        return None
+    asked = ", ".join(dict.fromkeys(o.metric for o in spec.objectives))
+    if every := spec.base.get("eval_every_n_samples"):
+        return f"{rule.type} compares {asked} of held-out evaluations, every {every:,} samples"
+    if missing := unmeasured(spec):
+        said = ", ".join(missing)
+        return (
+            f"{rule.type} compares {stand_in(spec)} of log steps: {said} is measured at the end alone"
+            " (set 'eval_every_n_samples' to compare it)"
+        )
+    return f"{rule.type} compares {asked} of log steps, as training measures it"
+
+
+def why_never(spec: StudySpec, n_trials: int) -> str | None:
+    """Why the rule could stop no trial of the study, and what would help; None: it could."""
+    rule = spec.early_stopping
+    every, missing = spec.base.get("eval_every_n_samples"), unmeasured(spec)
+    if rule.type == "none":
+        return None
+    if rule.type == "pareto" and missing and not every:
+        return (
+            f"training does not measure {', '.join(missing)}: set 'eval_every_n_samples' in the base config, to"
+            " measure it on the way"
+        )
+    total = spec.base["data"].get("n_train_samples")
+    if every and total and every >= total:
+        return f"the first evaluation is at the end: 'eval_every_n_samples' ({every:,}) must be below {total:,} samples"
+    if rule.type in ("median", "pareto") and n_trials <= rule.n_startup_trials:
+        return f"'n_startup_trials' ({rule.n_startup_trials}) leaves none of {n_trials} trials to be compared"
+    return None
