@@ -181,7 +181,8 @@ class EarlyStopping(StrictModel):
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """asha and hyperband: at every rung one trial of this number goes on."""
     margin: Factor = 0.1
-    """pareto: relative distance by which a trial must be worse in every objective."""
+    """pareto: relative distance by which a trial must be worse in every objective. Of what is 1 at best (explained
+    variance, cosine, CE recovered, living latents) the distance of what is missing to 1."""
     collapse: Collapse | None = Field(default_factory=Collapse)
     """null: collapsed trials train to the end (what counts as collapsed then is the default)."""
 

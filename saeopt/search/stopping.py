@@ -55,6 +55,8 @@ class Judge:
         self.rule, self.name = spec.early_stopping, spec.name
         self.labels = objective_names(spec)
         self.maximised = [o.maximised for _, o in expanded(spec)]
+        self.of_one = [METRICS[o.metric].up for _, o in expanded(spec)]
+        """Of which objectives what counts is how much is missing to 1: a cosine of 0.96 is far better than 0.88."""
 
     def reason(self, asked: Asked, others: Sequence[Runner]) -> str | None:
         """By whom and by how much a trial is beaten, one line; None: it goes on."""
@@ -74,13 +76,18 @@ class Judge:
         there = [r for r in others if r.reached(asked.samples)]
         if len(there) < self.rule.n_startup_trials:
             return None
+        mine = self._missing(values)
+        maximised = [up != of_one for up, of_one in zip(self.maximised, self.of_one, strict=True)]
         for other in sorted(there, key=lambda r: r.number):
             then = at(other.curve, asked.samples)
-            if then and dominated(values, then, self.maximised, self.rule.margin):
+            if then and dominated(mine, self._missing(then), maximised, self.rule.margin):
                 named = zip(self.labels, then, values, strict=True)
-                much = ", ".join(f"{name} {theirs:.4g} against {mine:.4g}" for name, theirs, mine in named)
+                much = ", ".join(f"{name} {theirs:.4g} against {ours:.4g}" for name, theirs, ours in named)
                 return f"trial {other.number} was better in every objective ({much})"
         return None
+
+    def _missing(self, values: Sequence[float]) -> list[float]:
+        return [1.0 - value if of_one else value for value, of_one in zip(values, self.of_one, strict=True)]
 
     def _below_median(self, asked: Asked, others: Sequence[Runner]) -> str | None:
         """Worse at its best than the median of the others. Who was stopped before counts with what he had: else the
