@@ -228,6 +228,9 @@ def best(
         str, typer.Option(metavar="METRIC", help="Metric that the best of a range of L0 has, e.g. ce_recovered.")
     ] = "fvu",
     png: Annotated[Path | None, result("Also draw the fronts into this file (.pdf and .svg too).")] = None,
+    importances: Annotated[
+        bool, typer.Option("--importances", help="Also which parameters mattered, per hook point and objective.")
+    ] = False,
     copy: Annotated[Path | None, result("Also copy their weights and configs to DIR/NAME-TRIAL/.", "DIR")] = None,
     as_json: AsJson = False,
     storage: Storage = None,
@@ -237,6 +240,7 @@ def best(
     Also their parameters, and where their weights lie.
     """
     from saeopt.views import best as views
+    from saeopt.views import importance as shares
     from saeopt.views import recommended as auto
 
     store = _open(storage)
@@ -244,12 +248,18 @@ def best(
     advice = auto.read(store, name, hook)
     points = views.chosen(points, hook)
     found = views.find_best(points, by)
+    mattered = shares.find_importances(store, name, points, trials) if importances else []
     if as_json:
-        _say_json(views.as_json(found, trials, advice))
+        told = views.as_json(found, trials, advice)
+        for hook_point, objectives in shares.as_json(mattered).items():
+            told[hook_point]["importances"] = objectives
+        _say_json(told)
     else:
         console.print(views.best_tables(found, trials, by), crop=False)
         if (table := auto.recommended_table(advice)) is not None:
             console.print(table, crop=False)
+        if mattered:
+            console.print(shares.importance_tables(mattered), crop=False)
     tell = log.info if as_json else _say
     if png is not None:
         from saeopt.views.plots import pareto_plot

@@ -31,13 +31,13 @@ def expanded(spec: StudySpec) -> list[tuple[str, Objective]]:
                     " (name the hook points)"
                 )
             for hook in hooks:
-                found.append((f"{_label(objective)}@{hook}", objective.model_copy(update={"hook_points": hook})))
+                found.append((f"{label(objective)}@{hook}", objective.model_copy(update={"hook_points": hook})))
         elif objective.hook_points == "mean":
-            found.append((_label(objective), objective))
+            found.append((label(objective), objective))
         else:
             names = objective.hook_points
             hook = names if isinstance(names, str) else "+".join(names)
-            found.append((f"{_label(objective)}@{hook}", objective))
+            found.append((f"{label(objective)}@{hook}", objective))
     names = [name for name, _ in found]
     for name in names:
         if names.count(name) > 1:
@@ -45,7 +45,12 @@ def expanded(spec: StudySpec) -> list[tuple[str, Objective]]:
     return found
 
 
-def _label(objective: Objective) -> str:
+def value_at(spec: StudySpec, objective: Objective, row: Mapping[str, float]) -> float | None:
+    """An objective's value at one hook point, from the metrics there."""
+    return _value(objective, row, all(o.metric != "l0" for o in spec.objectives))
+
+
+def label(objective: Objective) -> str:
     return objective.metric + (f" at L0 {objective.target_l0:g}" if objective.target_l0 else "")
 
 
