@@ -68,11 +68,12 @@ def create(
 
     Two configs are --base-config and --sweep-config. The same command again makes no new cells.
     """
+    from saeopt.config.given_study import given_spec, with_base
     from saeopt.config.study import AUTO, TARGET
 
-    spec = _spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
+    spec = given_spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
-        spec = _with_base(spec, overrides, file or base_config)
+        spec = with_base(spec, overrides, file or base_config)
     if any(d.values == [AUTO] for d in spec.space.get(TARGET, [])):
         from saeopt.reach import with_first_targets
 
@@ -116,45 +117,6 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
     _say(f"  dashboard: {store.command('dashboard')}")
-
-
-def _spec(
-    file: Path | None,
-    name: str | None,
-    base_config: Path | None,
-    sweep_config: Path | None,
-    output_dir: str | None,
-    max_trials: int | None,
-) -> StudySpec:
-    from saeopt.config.io import read_yaml
-    from saeopt.config.study_file import study_spec
-    from saeopt.config.sweep import sweep_spec
-
-    if file is None:
-        if base_config is None or sweep_config is None:
-            raise UserError("STUDY_FILE is missing (or --base-config FILE and --sweep-config FILE)")
-        return sweep_spec(base_config, sweep_config, name or base_config.stem, output_dir, max_trials)
-    if base_config is not None or sweep_config is not None:
-        raise UserError("create takes a study file or --base-config and --sweep-config, not both")
-    raw = read_yaml(file)
-    raw["name"] = name or (file.stem if raw.get("name") is None else raw["name"])
-    if output_dir is not None:
-        raw["output_dir"] = output_dir
-    if max_trials is not None:
-        raw["max_trials"] = max_trials
-    return study_spec(raw, file)
-
-
-def _with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> StudySpec:
-    from saeopt.config.io import changed, validate_run
-    from saeopt.config.study_file import study_spec, without_auto
-
-    raw = spec.model_dump(mode="json", by_alias=True)
-    if spec.older:
-        del raw["base"]["recipe"]  # the file names none
-    raw["base"] = changed(raw["base"], overrides)
-    validate_run(without_auto(raw["base"])[0], f"{source}: base", overrides)
-    return study_spec(raw, str(source))
 
 
 @app.command("list")
@@ -298,6 +260,26 @@ def export(
             _say(f"W&B sweep in {sweep}, its base config in {base}; start it with: wandb sweep {sweep}")
         for notice in notices:
             log.info(notice)
+
+
+@app.command()
+def why(
+    name: StudyName,
+    trial: Annotated[int | None, typer.Argument(metavar="TRIAL", help="Default: all that have ended early.")] = None,
+    as_json: AsJson = False,
+    storage: Storage = None,
+) -> None:
+    """Why trials were stopped: by whom they were beaten and by how much, or of what they collapsed or failed."""
+    from saeopt.views import why as views
+
+    rows = views.explained(_open(storage), name, trial)
+    if as_json:
+        _say_json([row.as_json() for row in rows])
+        return
+    for row in rows:
+        _say(row.text)
+    if not rows:
+        _say(f"no trial of study {name} was stopped, collapsed or failed")
 
 
 @app.command()

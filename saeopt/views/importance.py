@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from saeopt.console import unbroken
 from saeopt.errors import UserError
@@ -69,7 +68,7 @@ def importance_tables(found: Sequence[HookImportances]) -> RenderableType:
                 table.add_row(name, *(_percent(value.shares.get(name)) for value in told.values()))
             table.add_row("only together", *(_percent(value.together) for value in told.values()))
             parts.append(table)
-        parts += [Text(f"{here.hook_point}: importances for {name}: {reason}") for name, reason in missing.items()]
+        parts += [unbroken(f"{here.hook_point}: importances for {name}: {reason}") for name, reason in missing.items()]
     return Group(*parts)
 
 

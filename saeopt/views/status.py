@@ -28,6 +28,7 @@ from saeopt.trials.storage import Store
 from saeopt.views import recommended as auto
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
+from saeopt.views.why import why
 
 STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
 _NAMES = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -263,15 +264,21 @@ def _total(status: Status) -> Any:
 
 
 def _reasons(status: Status) -> RenderableType | None:
+    name, lines = status.spec.name, []
+    stopped = [row for row in status.rows if row.state == "PRUNED"]
+    if stopped:
+        lines += ["\ntrials that ended early (the newest)", *_why(stopped[-5:])]
+        lines += [f"  all:   {status.command('study', 'why', name)}"]
     rows = [row for row in status.rows if row.state == "FAIL"]
-    if not rows:
-        return None
-    name = status.spec.name
-    lines = ["\nfailed trials"]
-    lines += [f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}" for row in rows[:5]]
-    lines += [f"  why:   {status.command('study', 'logs', name, rows[0].number)}"]
-    lines += [f"  again: {status.command('study', 'retry', name)}"]
-    return Group(*(unbroken(line) for line in lines))
+    if rows:
+        lines += ["\nfailed trials", *_why(rows[:5])]
+        lines += [f"  why:   {status.command('study', 'logs', name, rows[0].number)}"]
+        lines += [f"  again: {status.command('study', 'retry', name)}"]
+    return Group(*(unbroken(line) for line in lines)) if lines else None
+
+
+def _why(rows: list[TrialRow]) -> list[str]:
+    return [f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}" for row in rows]
 
 
 def as_json(status: Status) -> dict[str, Any]:
@@ -294,6 +301,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "failed": [
             {"trial": row.number, "reason": row.attributes.get(REASON)} for row in status.rows if row.state == "FAIL"
         ],
+        "ended_early": [why(row).as_json() for row in status.rows if row.state == "PRUNED"],
         "best": top and dict(zip(("objective", "value", "trial"), top, strict=True)),
         "front": {
             hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"]} for p in front]

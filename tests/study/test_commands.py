@@ -141,6 +141,32 @@ def test_retry_puts_failed_trials_back(cli: Cli, study: str, finish: Finish) -> 
     assert "#4 5" in cli("status", study).stdout
 
 
+def test_why_says_what_ended_a_trial(cli: Cli, study: str, store_url: str) -> None:
+    from saeopt.trials import claims, endings
+    from saeopt.trials.storage import Store
+
+    store, reason = Store.open(store_url), "stopped early by pareto at 8 of 64 samples: trial 2 was better"
+    (claim,) = claims.claim(store, store.study_id(study), 1, {})
+    endings.finish(store, claim, "PRUNED", None, attrs={"reason": reason, "samples": 8})
+    store.close()
+    told = ["trial 4 (fail): CUDA error: a crash", f"trial 5 (pruned): {reason}"]
+    assert cli("why", study).stdout.splitlines() == told
+    assert cli("why", study, 5).stdout.splitlines() == told[1:]
+    assert cli("why", study, 0).stdout == "trial 0 (complete): trained to its end\n"
+    early = {"trial": 5, "state": "PRUNED", "reason": reason, "samples": 8}
+    assert json.loads(cli("why", study, "--json").stdout)[1] == early
+    assert json.loads(cli("status", study, "--json").stdout)["ended_early"] == [early]
+    assert reason in cli("status", study).stdout
+    assert "no trial in study 'six': '9'" in cli("why", study, 9, code=2).stderr
+
+
+def test_importances_say_in_one_line_that_there_are_too_few_trials(cli: Cli, study: str) -> None:
+    said = cli("best", study, "--importances").stdout
+    assert "importances for l0: too few trials: 3 of at least 10 have a value" in said
+    told = json.loads(cli("best", study, "--importances", "--json").stdout)
+    assert told[HOOKS[0]]["importances"]["l0"]["reason"].startswith("too few trials")
+
+
 def test_stop_keeps_workers_from_claiming_until_resume(cli: Cli, study: str, store_url: str) -> None:
     from saeopt.trials import claims
     from saeopt.trials.storage import Store
