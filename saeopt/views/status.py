@@ -150,6 +150,8 @@ def _states(status: Status) -> RenderableType:
     if status.stopped:
         go_on = status.command("study", "resume", status.spec.name)
         parts.append(unbroken(f"stopped; workers go on after: {go_on}"))
+    if status.refines:
+        parts.append(unbroken("trials around the recommended L0 will come: a worker adds them"))
     return Group(*parts)
 
 

@@ -103,7 +103,9 @@ def test_status_and_best_tell_what_each_hook_point_recommends(
     assert best[HOOKS[1]]["recommended_l0"][0]["l0"] == 16
     from saeopt.search.space import Space
 
+    assert "a worker adds them" in cli("status", "s").stdout
     assert Refinement(store, study_id, Space(spec), None).step() == 4
+    assert "a worker adds them" not in cli("status", "s").stdout
     assert params(store)[3:] == [6, 11, 23, 32]  # around 8, and beyond 16
     assert cli("export", "s", "--wandb-sweep", tmp_path / "w.yaml", code=2).stderr.count("cannot refine") == 1
     assert "6 of" not in cli("export", "s", "--configs", tmp_path / "configs").stdout
