@@ -51,12 +51,8 @@ class Clock:
         return statistics.median(1e3 * (b - a) for a, b in pairwise(marks))
 
 
-def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]:
-    """sae-lens' `SAETrainer.fit`, plainly and with the compiled forward that its runner offers (`compile_sae`).
-
-    Several SAEs: its `MultiSAETrainer`, which trains them in lockstep on one stream; its runner compiles none of them.
-    """
-    from sae_lens.config import SAETrainerConfig
+def _sae_lens_classes(job: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """The config class, the SAE's class, and the fields that are the architecture's own."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
@@ -66,11 +62,9 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
     )
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-    from sae_lens.training.sae_trainer import SAETrainer
 
     kind, h, k = job["sae_type"], job["h"], job["k"]
-    config_class, sae_class, own = {
+    return {
         "relu": (StandardTrainingSAEConfig, StandardTrainingSAE, {"l1_coefficient": 1.0}),
         "gated": (GatedTrainingSAEConfig, GatedTrainingSAE, {"l1_coefficient": 1.0}),
         "topk": (TopKTrainingSAEConfig, TopKTrainingSAE, {"k": k}),
@@ -82,12 +76,24 @@ def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]
         ),
         "jumprelu": (JumpReLUTrainingSAEConfig, JumpReLUTrainingSAE, {"l0_coefficient": 0.1}),
     }[kind]
+
+
+def sae_lens(job: dict[str, Any], x_Nd: Tensor, device: str) -> dict[str, float]:
+    """sae-lens' `SAETrainer.fit`, plainly and with the compiled forward that its runner offers (`compile_sae`).
+
+    Several SAEs: its `MultiSAETrainer`, which trains them in lockstep on one stream; its runner compiles none of them.
+    """
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config_class, sae_class, own = _sae_lens_classes(job)
+    names = [f"sae{member}" for member in range(job["members"])]
     found = {}
     ways = ["autocast", "autocast, compiled"][: 2 if job["members"] == 1 else 1]
     for setting in ways if device != "cpu" else ["float32"]:
         clock = Clock(x_Nd, job["batch"], job["steps"])
-        names = [f"sae{member}" for member in range(job["members"])]
-        saes = {name: sae_class(config_class(d_in=job["d"], d_sae=h, device=device, **own)) for name in names}
+        saes = {name: sae_class(config_class(d_in=job["d"], d_sae=job["h"], device=device, **own)) for name in names}
         if "compiled" in setting:
             for sae in saes.values():
                 sae.training_forward_pass = torch.compile(sae.training_forward_pass)
