@@ -45,8 +45,8 @@ class Favoured:
 def first_targets(d: int, h: int) -> list[int]:
     """Five L0s, each twice the one before, up to a quarter of the width d.
 
-    d is what bounds a useful L0: the paper's models have theirs near a tenth of it. And L0 stays below h / 8, since
-    s_dec, the (h / 4)-th projection, tells something only of an L0 well below h / 4.
+    With d latents per token a code is sparse no more. And L0 stays below h / 8, since s_dec, the (h / 4)-th
+    projection, tells something only of an L0 well below h / 4.
     """
     top = min(d / 4, h / 8)
     return sorted({max(1, round(top / 2**i)) for i in range(5)})
