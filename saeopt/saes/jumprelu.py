@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saeopt.config.base import Float, Weight
 from saeopt.config.marks import Member, Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
+from saeopt.errors import UserError
 from saeopt.saes.auxk import Revival, RevivalConfig, softened
 from saeopt.saes.base import SAE, Forward, Rule, StepInputs
 from saeopt.saes.init import point
@@ -123,10 +124,13 @@ class JumpReluSAE(Revival):
 
     def build(self) -> None:
         super().build()
+        target = self.config.l0_penalty_target or 0.0
+        if target > self.h:
+            raise UserError(f"'saes.l0_penalty_target': {target:g} exceeds the dictionary's {self.h} latents")
         self.needs_dead |= self.config.penalty == "tanh"
         if self.config.penalty == "quadratic":
             self.tallies = {"fired": "sum"}
-            self.register_buffer("last_l0", self.ones() * (self.config.l0_penalty_target or 0.0))
+            self.register_buffer("last_l0", self.ones() * target)
         if self.config.max_density is not None:
             self.tallies = {"fired": "sum"}
             self.register_buffer("density", 0 * self.ones(self.h))

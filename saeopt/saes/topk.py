@@ -57,7 +57,7 @@ class TopKSAE(PrefixSAE):
         if self.recipe > 1:
             self.register_buffer("variance", self.ones())
         if self.config.k > self.h:
-            raise UserError(f"'saes.k': {self.config.k} exceeds the dictionary's {self.h} latents")
+            raise UserError(f"'saes.k': {self.config.k:g} exceeds the dictionary's {self.h} latents")
         self.aux_k = min(self.h, self.config.aux_k or usual_k(self.e))
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from saeopt.saes.registry import get_sae
 from saeopt.training.environment import precision
 from saeopt.training.launch import notices
 from saeopt.training.memory import MemberShape, ModelShape, estimate
-from saeopt.training.setup import dictionary_width, widths_at
+from saeopt.training.setup import check_per_hook, dictionary_width, widths_at
 
 if TYPE_CHECKING:
     from saeopt.activations.source import Source
@@ -34,6 +34,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     config = config.model_copy(update={"mixed_precision": precision(config, chosen.type)[0]})
     model, lm = weightless(config)
     members = shapes(config, model)
+    check_per_hook(config, run_name(config), [m.hook_point for m in members], model)
     console.print(dump_yaml(config), markup=False, soft_wrap=True)
     console.print(_members_table(members, run_name(config)), crop=False)
     lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize

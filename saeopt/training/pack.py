@@ -173,7 +173,8 @@ class Pack:
             for number, member in enumerate(group.members):
                 seed = (member.config.seed, member.hook_point, after)
                 n = resample(member.sae, group.stack.state(number), example, limit, seed, ranks)
-                log.info("%s: %d dead latents of %s are resampled", member.trial, n, member.hook_point)
+                if n:
+                    log.info("%s: %d dead latents of %s are resampled", member.trial, n, member.hook_point)
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         seen: dict[object, tuple[Tensor, Tensor]] = {}

@@ -93,13 +93,22 @@ def sites_of(plans: Sequence[TrialPlan], model: Source) -> dict[str, list[Site]]
     """
     found = {plan.name: model.sites(plan.config.saes) for plan in plans}
     for plan in plans:
-        for hook in set(plan.config.saes.per_hook) - {site.key for site in found[plan.name]}:
-            try:
-                model.resolve([hook])
-            except UserError as error:
-                raise UserError(str(error).replace("saes.sae_positions", "saes.per_hook")) from None
-            log.warning("%s: 'saes.per_hook' names %s, at which no SAE is trained", plan.name, hook)
+        check_per_hook(plan.config, plan.name, [site.key for site in found[plan.name]], model)
     return found
+
+
+def check_per_hook(config: RunConfig, name: str, keys: Sequence[str], model: Source) -> None:
+    """Say which entries of `saes.per_hook` no SAE of these sites reads.
+
+    Raises:
+        UserError: the model has no such hook point.
+    """
+    for hook in sorted(set(config.saes.per_hook) - set(keys)):
+        try:
+            model.resolve([hook])
+        except UserError as error:
+            raise UserError(str(error).replace("saes.sae_positions", "saes.per_hook")) from None
+        log.warning("%s: 'saes.per_hook' names %s, at which no SAE is trained", name, hook)
 
 
 def blank_members(plan: TrialPlan, sites: Sequence[Site], model: Source, runtime: Runtime) -> list[Member]:

@@ -139,7 +139,7 @@ class TargetL0(Control):
         at_bound = abs(ln) > float(state["most"][member]) - 1e-9
         better = " or another 'sparsity_coeff' to start from" if _guess(self.members[member].sae) is None else ""
         why = (
-            f"λ has come to its bound, {math.exp(ln):.0e} times its start: it does not move L0 that far here"
+            f"λ has come to its bound, {math.exp(ln):.5g} times its start: it does not move L0 that far here"
             if at_bound
             else f"λ was still moving ({math.exp(ln):.2g} times its start): more training{better} helps"
         )

@@ -167,6 +167,10 @@ def test_k_beyond_the_dictionary_is_refused() -> None:
 
     with pytest.raises(UserError, match=r"'saes\.k': 16 exceeds the dictionary's 15"):
         build("topk", {"k": 16})
+    with pytest.raises(UserError, match=r"'saes\.k': 15\.5 exceeds the dictionary's 15"):
+        build("batch_topk", {"k": 15.5})
+    with pytest.raises(UserError, match=r"'saes\.l0_penalty_target': 16 exceeds the dictionary's 15"):
+        build("jumprelu", {"penalty": "quadratic", "l0_penalty_target": 16})
 
 
 def test_subclass_hooks_are_enough_for_state_of_its_own() -> None:

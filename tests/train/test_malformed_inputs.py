@@ -162,6 +162,15 @@ def test_a_final_temperature_without_annealing_is_refused_in_a_new_run_alone(
     assert "'saes.final_beta' has no effect" in refusal(["--config", str(config_file), *changes], capsys)
 
 
+def test_a_dry_run_refuses_a_field_at_a_hook_point_that_is_not_there(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["--set", "saes.target_l0@blocks.1.hook_resid_prr=5", "--dry-run"]
+    line = refusal(["--config", str(config_file), "--device", "cpu", *wrong], capsys)
+    assert "saes.per_hook" in line
+    assert "blocks.1.hook_resid_prr" in line
+
+
 def test_real_command_lines(config_file: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path / 'modules'}", "OMP_NUM_THREADS": "1"}
     cases: dict[str, Callable[[str], bool]] = {

@@ -141,8 +141,8 @@ def test_a_run_that_is_cut_goes_on_to_the_same_bits(tmp_path, caplog):
     with caplog.at_level("INFO", logger="saeopt"):
         train_pack([TrialPlan("a", given, tmp_path / "whole")], Runtime("cpu"))
     counts = [int(found[1]) for m in caplog.messages if (found := re.search(r"(\d+) dead latents .* resampled", m))]
-    assert len(counts) == 3
-    assert counts[-1] > 0
+    assert counts
+    assert all(counts)  # nothing is said where nothing was dead
     train_pack([TrialPlan("a", given, tmp_path / "cut")], Runtime("cpu"))
     for path in (*(tmp_path / "cut").rglob("*128*"), *(tmp_path / "cut").rglob("*96*")):
         path.unlink()

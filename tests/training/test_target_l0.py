@@ -163,7 +163,7 @@ def test_jumprelu_starts_near_its_target_and_its_lambda_does_not_run_away(make_c
     for at in range(4, TOTAL + 1, 4):
         controls.observe(window(at, [30.0]), torch.ones(1, dtype=torch.bool))
     assert controls.states[-1]["ln"][0] == pytest.approx(math.log(10))
-    assert "bound, 1e+01 times its start" in controls.verdicts(0)[0]
+    assert "bound, 10 times its start" in controls.verdicts(0)[0]
 
 
 def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
