@@ -39,7 +39,11 @@ def test_a_transcoder_and_a_crosscoder_take_the_steps_of_a_float64_oracle(make_c
 
 def _compare(make_config, entry, widths, sae_type):
     torch.manual_seed(0)
-    own = {"saes.k": K, "saes.aux_k": 2} if sae_type == "topk" else {"saes.sparsity_coeff": LAMBDA}
+    own = (
+        {"saes.k": K, "saes.aux_k": 2}
+        if sae_type == "topk"
+        else {"saes.sparsity_coeff": LAMBDA, "saes.resample_every_tokens": 0}
+    )
     config = make_config(**{
         "saes.sae_type": sae_type, "saes.sae_positions": [entry], "saes.dead_after_tokens": DEAD_AFTER, **own,
         "lr_schedule": "constant", "warmup_samples": 0, "lr": 0.01, "max_grad_norm": 0.5, "adam_betas": (0.9, 0.99),
