@@ -181,7 +181,7 @@ def recipe_notice(source: str | Path) -> str:
     """What a file that names no recipe means now."""
     return (
         f"{source} names no recipe: 3 holds (activations are centred, attention outputs start in their subspace, dead"
-        " latents of what has no AuxK are resampled; since recipe 2 lr falls to 0 over the last 20 %, λ rises over the"
+        " latents of relu and gates are resampled; since recipe 2 lr falls to 0 over the last 20 %, λ rises over the"
         " first 5 %, Adam's decay rates are 0.9 and 0.99, gated and topk keep decoder rows at norm 1, topk's AuxK and"
         " start are its paper's); recipe: 2 and recipe: 1 keep the older defaults, recipe: 3 silences this"
     )

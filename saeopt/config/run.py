@@ -357,7 +357,7 @@ class RunConfig(StrictModel):
         return sae.dead_after_tokens or max(1, min(DEAD_AFTER_TOKENS, share))
 
     def _resamples(self, sae: SAEConfig) -> bool:
-        return self.recipe >= 3 and "resample_every_tokens" in type(sae).model_fields
+        return self.recipe >= 3 and getattr(sae, "resamples", False)
 
     def _share(self, part: float, total: int) -> int:
         """A part of the run; 0 where the config does not say how long it is."""

@@ -51,13 +51,16 @@ class RevivalConfig(SAEConfig):
 
     only_with: ClassVar[Mapping[str, str]] = {"aux_k": "auxk_coeff"}
 
+    resamples: ClassVar[bool] = True
+    """Whether dead latents are resampled where the config does not say, since recipe 3."""
+
     auxk_coeff: Stack[Weight] = 0.0
     """Weight of an auxiliary loss for dead latents, in topk's proportion to the squared error (there it is 1/32); 0:
     none. It takes the reference step."""
     resample_every_tokens: Stack[Span | None] = None
     """Every so many training tokens latents that have not fired for `dead_after_tokens` get the directions of inputs
     that are badly reconstructed (after Bricken 2023); not in the last fifth of a run; 0: never; null: a twentieth of
-    the run (recipes 1 and 2: never)."""
+    the run (jumprelu, and recipes 1 and 2: never)."""
     aux_k: Stack[BatchSize | None] = None
     """Dead latents that `auxk_coeff`'s loss uses per token; null: the power of two at or below d / 2."""
 

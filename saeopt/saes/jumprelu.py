@@ -29,6 +29,7 @@ class JumpReluConfig(RevivalConfig):
     """`sae_type: jumprelu`."""
 
     only_with: ClassVar[Mapping[str, str]] = {**RevivalConfig.only_with, "density_coeff": "max_density"}
+    resamples: ClassVar[bool] = False  # not shown to help: docs/recipes.md
     first_coeff: ClassVar[FirstCoeff | None] = FirstCoeff(0.08, 1.2, 0.6, reach=10)
 
     penalty: Stack[Literal["step", "tanh", "quadratic"]] = "step"

@@ -64,19 +64,20 @@ def test_what_was_stored_before_topk_started_as_in_its_paper_keeps_its_start(raw
     assert StudySpec.from_json(json.dumps(old)).base["saes"]["encoder_start"] == "matched"
 
 
-def test_recipe_3_resamples_what_has_no_aux_k_of_its_own_and_older_ones_only_on_request(raw):
+def test_recipe_3_resamples_relu_and_gates_and_older_ones_only_on_request(raw):
     def of(recipe: int, **saes: object) -> tuple[int, int]:
         config = validate_run({**raw, "recipe": recipe, "saes": {**raw["saes"], **saes}}, "x")
         total = config.data.n_train_samples or 0
         return config.resample_every_tokens(config.saes, total), config.dead_after_tokens(config.saes, total)
 
     tokens = 1000 * validate_run(raw, "x").data.context_length
-    for sae_type in ("relu", "gated", "jumprelu", "hard_concrete", "gated_hard_concrete"):
+    for sae_type in ("relu", "gated", "hard_concrete", "gated_hard_concrete"):
         assert of(3, sae_type=sae_type) == (tokens // 20, tokens // 20)
         assert of(2, sae_type=sae_type) == of(1, sae_type=sae_type) == (0, tokens // 10)
         assert of(3, sae_type=sae_type, resample_every_tokens=0)[0] == 0
         assert of(2, sae_type=sae_type, resample_every_tokens=77, dead_after_tokens=5) == (77, 5)
-    assert of(3, sae_type="batch_topk") == (0, tokens // 10)
+    assert of(3, sae_type="batch_topk") == of(3, sae_type="jumprelu") == (0, tokens // 10)
+    assert of(3, sae_type="jumprelu", resample_every_tokens=77) == (77, tokens // 10)
 
 
 @pytest.mark.parametrize("recipe", [1, 2, 3])
