@@ -22,11 +22,10 @@ from saeopt.search.pruning import Curve, at, dominated
 
 @dataclass(frozen=True)
 class Runner:
-    """A trial and its curve. `stopped`: by a rule of early stopping, after the last value of the curve."""
+    """A trial and its curve."""
 
     number: int
     curve: Curve
-    stopped: bool = False
 
     def reached(self, samples: int) -> bool:
         """Whether it came as far itself."""
@@ -90,9 +89,8 @@ class Judge:
         return [1.0 - value if of_one else value for value, of_one in zip(values, self.of_one, strict=True)]
 
     def _below_median(self, asked: Asked, others: Sequence[Runner]) -> str | None:
-        """Worse at its best than the median of the others. Who was stopped before counts with what he had: else the
-        better half of each report would be halved at the next."""
-        found = [(at(r.curve, asked.samples), r) for r in others if r.stopped or r.reached(asked.samples)]
+        """Worse at its best than the median of the others, of whom `n_startup_trials` must be there."""
+        found = [(at(r.curve, asked.samples), r) for r in others if r.reached(asked.samples)]
         there = [(self._cost(values[0]), r.number) for values, r in found if values]
         if not there or len(there) < self.rule.n_startup_trials:
             return None

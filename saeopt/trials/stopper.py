@@ -66,7 +66,7 @@ class Stopper:
         for trial_id, (number, state) in rows.items():
             hopeless = is_hopeless(str(reasons.get((trial_id, REASON), "")))
             curve = curves.get(trial_id)
-            runner = Runner(number, curve, stopped=state == "PRUNED") if curve and not hopeless else None
+            runner = Runner(number, curve) if curve and not hopeless else None
             if state in ("COMPLETE", "PRUNED"):
                 self._ended[trial_id] = runner
             elif runner is not None:

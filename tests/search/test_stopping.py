@@ -134,20 +134,21 @@ def test_who_has_not_come_as_far_is_no_measure() -> None:
         assert judged(kind, {10: [0.9], 30: [0.9]}, [Runner(1, short)], 30) is None
         assert judged(kind, {10: [0.9], 30: [0.9]}, [Runner(1, far)], 30)
     two = {"objectives": ["fvu", "mse"]}
-    assert judged("pareto", {30: [0.9, 9.0]}, [Runner(1, {10: [0.1, 1.0]}, stopped=True)], 30, **two) is None
+    assert judged("pareto", {30: [0.9, 9.0]}, [Runner(1, {10: [0.1, 1.0]})], 30, **two) is None
     assert judged("pareto", {30: [0.9, 9.0]}, [Runner(1, {40: [0.1, 1.0]})], 30, **two) is None  # nothing of it by 30
     assert judged("pareto", {30: [0.9, 9.0]}, [Runner(1, {20: [0.1, 1.0], 40: [0.1, 1.0]})], 30, **two)
 
 
-def test_the_better_half_is_not_halved_again_at_every_report() -> None:
-    """Those who were stopped still count: the survivors of a pack are the better half of it for good."""
-    alive = {n: {30: [0.1 + n / 100], 32: [0.1 + n / 100]} for n in range(1, 5)}
-    stopped = [Runner(n, {30: [0.9]}, stopped=True) for n in range(5, 9)]
-    for number, curve in alive.items():
-        others = [Runner(n, c) for n, c in alive.items() if n != number]
-        assert judged("median", curve, [*others, *stopped], 32) is None
-    worst = alive[4]
-    assert judged("median", worst, [Runner(n, alive[n]) for n in (1, 2, 3)], 32)  # without them it would end
+def test_of_a_pack_remain_as_many_as_the_rule_must_compare_with() -> None:
+    """Each report asks anew, and who was stopped is no longer there: the pack does not shrink without end."""
+    there = {n: {30: [n / 100]} for n in range(1, 9)}
+    while worse := [
+        n
+        for n, curve in there.items()
+        if judged("median", curve, [Runner(m, c) for m, c in there.items() if m != n], 30, n_startup_trials=3)
+    ]:
+        there = {n: curve for n, curve in there.items() if n not in worse}
+    assert list(there) == [1, 2]  # four were compared for the last time
 
 
 def test_whom_no_other_beats_in_everything_is_never_stopped_by_pareto() -> None:
