@@ -54,7 +54,7 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(plan: TrialPlan, samples: int) -> dict[str, float]:
-    fvu = (0.9 if plan.name in HOPELESS else 0.2) + 0.01 * int(plan.name)
+    fvu = (0.9 if plan.name in HOPELESS else 0.2) + 0.002 * int(plan.name)
     return {"l0": 20.0, "fvu": fvu, "cosine": 1.0 - fvu}
 
 
