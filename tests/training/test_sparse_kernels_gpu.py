@@ -6,10 +6,14 @@ They need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 and the package tri
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from saeopt.training.step.kernels.batch import Ragged  # needs Triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -70,7 +74,12 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(
     keep = (random(n, seed=3) > -0.5).float() if masked else None
     kept = n if keep is None else int(keep.sum())
     want = torch.tensor([int(k * kept) for k in ks], dtype=torch.int32, device=DEVICE)
-    found = batch.select(pre, bias, keep, want, int(max(ks) * n))
+    assert_largest(batch.select(pre, bias, keep, want, int(max(ks) * n)), pre, bias, keep, want)
+
+
+def assert_largest(found: Ragged, pre: Tensor, bias: Tensor, keep: Tensor | None, want: Tensor) -> None:
+    """What lies where, against a stable sort."""
+    members, n, h = pre.shape
     for member in range(members):
         code = torch.relu(pre[member].float() + bias[member]) * (1.0 if keep is None else keep[:, None])
         flat = code.view(-1)
@@ -87,43 +96,60 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(
         assert torch.equal(found.start[member].long(), torch.nn.functional.pad(ends, (1, 0)))
 
 
+class Entries(NamedTuple):
+    """A code as the kernels take it, and for each entry its member and token."""
+
+    values: Tensor
+    latents: Tensor
+    at: Tensor
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def dense(self, entries: Tensor, members: int, n: int, h: int) -> Tensor:
+        """What belongs to the entries that are used, (M, N, h)."""
+        used = self.values.view(-1) > 0
+        flat = torch.zeros(members * n * h, device=DEVICE)
+        flat[self.at[used] * h + self.latents.view(-1).long()[used]] = entries.reshape(-1)[used]
+        return flat.view(members, n, h).double()
+
+
+def entries_of(pre: Tensor, keep: Tensor | None, ks: tuple[float, ...], k: int) -> Entries:
+    """The k largest of every token, or as many as `ks` of all, then with tokens of none and of very many."""
+    from saeopt.training.step.kernels import batch  # needs Triton
+
+    members, n, h = pre.shape
+    if k:
+        kept = 1.0 if keep is None else keep[None, :, None]
+        values, latents = (torch.relu(pre) * kept).topk(k, sorted=False)
+        latents = torch.where(values > 0, latents, h).int().view(-1, k)
+        at = torch.arange(members * n, device=DEVICE).repeat_interleave(k)
+        return Entries(values.view(-1, k).contiguous(), latents, at)
+    count = n if keep is None else int(keep.sum())
+    want = torch.tensor([int(one * count) for one in ks], dtype=torch.int32, device=DEVICE)
+    bias = torch.zeros(members, h, device=DEVICE)
+    values, latents, rows, start = batch.select(pre, bias, keep, want, int(max(ks) * n))
+    assert (start[:, 1:] - start[:, :-1]).max() > 2 * max(ks)
+    return Entries(values, latents, rows.view(-1).long(), (rows, start))
+
+
 @pytest.mark.parametrize("widths", [[320], [20, 40, 80, 160, 320]])
 @pytest.mark.parametrize(("n", "ks", "k"), [(41, (9.0, 3.5), 0), (90, (12.0,), 0), (41, (0.0, 0.0), 5)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_errors_and_gradients_of_prefixes_and_ragged_codes(
     n: int, ks: tuple[float, ...], k: int, widths: list[int], masked: bool
 ) -> None:
-    """Tokens of none, of some and of very many latents; k > 0: every token has k."""
-    from saeopt.training.step.kernels import batch, ragged  # needs Triton
+    from saeopt.training.step.kernels import ragged  # needs Triton
     from saeopt.training.step.kernels import topk as kernels_topk
 
     members, h, d, factor = len(ks), 320, 40, 1.7
-    pre = pre_activations("uneven", members, n, h)[0].clamp(max=50)
     keep = (random(n, seed=3) > -0.5).float() if masked else None
     kept = torch.ones(n, device=DEVICE) if keep is None else keep
     W, b_dec, x = random(members, h, d, seed=4), random(members, d, seed=5), random(n, d, seed=6)
     scale, centred = torch.full((members,), 0.8, device=DEVICE), random(members, n, d, seed=7)
     ends = torch.tensor(widths, dtype=torch.int32, device=DEVICE)
-    if k:
-        values, latents = (torch.relu(pre) * kept[None, :, None]).topk(k, sorted=False)
-        latents = torch.where(values > 0, latents, h).int().view(-1, k)
-        values, rows, at = values.view(-1, k).contiguous(), None, torch.arange(members * n, device=DEVICE)
-        at = at.repeat_interleave(k)
-    else:
-        want = torch.tensor([int(one * int(kept.sum())) for one in ks], dtype=torch.int32, device=DEVICE)
-        code_of = batch.select(pre, torch.zeros(members, h, device=DEVICE), keep, want, int(max(ks) * n))
-        values, latents, rows = code_of.values, code_of.latents, (code_of.rows, code_of.start)
-        assert (code_of.start[:, 1:] - code_of.start[:, :-1]).max() > 2 * max(ks)
-        at = code_of.rows.view(-1).long()
-    used = values.view(-1) > 0
-
-    def dense(entries: Tensor) -> Tensor:
-        flat = torch.zeros(members * n * h, device=DEVICE)
-        flat[at[used] * h + latents.view(-1).long()[used]] = entries.reshape(-1)[used]
-        return flat.view(members, n, h).double()
-
-    code, first = dense(values), 0
-    errors, dots, (last, every) = ragged.decode(values, latents, rows, ends, W, b_dec, x, scale, keep, factor)
+    given = entries_of(pre_activations("uneven", members, n, h)[0].clamp(max=50), keep, ks, k)
+    values, latents = given.values, given.latents
+    code = given.dense(values, members, n, h)
+    errors, dots, (last, every) = ragged.decode(values, latents, given.rows, ends, W, b_dec, x, scale, keep, factor)
     steps = [
         (code[..., :width] @ W[:, :width].double() + b_dec[:, None] - 0.8 * x) * kept[None, :, None] for width in widths
     ]
@@ -132,23 +158,19 @@ def test_errors_and_gradients_of_prefixes_and_ragged_codes(
     assert_near(last, steps[-1].square().sum(-1))
     assert_near(every, torch.stack(steps).square().sum((0, 3)))
     g_code, g_dec = torch.zeros_like(code), torch.zeros_like(W, dtype=torch.float64)
-    for width, error in zip(widths, learns_from, strict=True):
+    for first, width, error in zip([0, *widths], widths, learns_from, strict=False):
         own = slice(first, width)
         g_code[..., own] = factor * (error @ W[:, own].double().mT) * (code[..., own] > 0)
         g_dec[:, own] = factor * code[..., own].mT @ error
-        first = width
-    assert_near(dense(dots), g_code)
+    assert_near(given.dense(dots, members, n, h), g_code)
+    rows = None if given.rows is None else given.rows[0]
     keys = kernels_topk.sort_keys(latents, members, h)
-    by_latent = [
-        kernels_topk.by_latent(
-            keys, values, dots, errors, centred, h, factor, None if rows is None else rows[0], ends
-        )
-        for _ in range(2)
-    ]  # fmt: skip
+    read = (keys, values, dots, errors, centred, h, factor, rows, ends)
+    found, again = kernels_topk.by_latent(*read), kernels_topk.by_latent(*read)
     expected = g_dec, g_code.mT @ centred.double(), g_code.sum(1), (code > 0).double().sum(1)
-    for found, again, one in zip(*by_latent, expected, strict=True):
-        assert torch.equal(found, again)
-        assert_near(found, one)
+    for one, other, wanted in zip(found, again, expected, strict=True):
+        assert torch.equal(one, other)
+        assert_near(one, wanted)
 
 
 @pytest.mark.parametrize("masked", [False, True])
