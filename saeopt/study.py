@@ -17,6 +17,7 @@ from saeopt.runs.names import METRICS_FILE
 
 if TYPE_CHECKING:
     from saeopt.config.study import StudySpec
+    from saeopt.search.space import Cell
     from saeopt.trials.storage import Store
 
 app = new_app(no_args_is_help=True, help="Create, watch, mend and export studies.")
@@ -82,26 +83,35 @@ def create(
         from saeopt.views.preview import print_preview
 
         print_preview(spec)
-        return
-    _create(spec, elsewhere, storage)
+        _planned(spec, elsewhere)
+    else:
+        _create(spec, elsewhere, storage)
 
 
-def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
-    from saeopt.config import recipe_notice
-    from saeopt.search.rounds import proposals_text
+def _planned(spec: StudySpec, elsewhere: bool) -> tuple[list[Cell], int]:
+    """The cells and the number of proposals; what cannot be trained is refused."""
     from saeopt.search.space import Space
-    from saeopt.search.stopping import stopping_text
     from saeopt.training.loggers import check_sinks
-    from saeopt.trials.create import create_study, planned_cells
-    from saeopt.views.monitoring import on_study_created
+    from saeopt.trials.create import planned_cells
 
-    planned = planned_cells(spec)  # an invalid cell is refused before there is a store
+    planned = planned_cells(spec)
     if not elsewhere:
         from saeopt.reach import check_reach
 
         check_reach(spec, planned[0] or [Space(spec).middle()])
     for cell in planned[0]:
         check_sinks(cell.config)
+    return planned
+
+
+def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
+    from saeopt.config import recipe_notice
+    from saeopt.search.rounds import proposals_text
+    from saeopt.search.stopping import stopping_text
+    from saeopt.trials.create import create_study
+    from saeopt.views.monitoring import on_study_created
+
+    planned = _planned(spec, elsewhere)  # refused before there is a store
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:

@@ -39,6 +39,17 @@ def test_a_dry_run_without_the_model_still_shows_cells(cli: Cli, study_file: Pat
     assert "memory and time: unknown" in text
 
 
+def test_a_dry_run_refuses_what_create_refuses(cli: Cli, study_file: Path, tiny_model_dir: Path) -> None:
+    raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
+    raw["base"] |= {"tlens_model_name": None, "tlens_model_path": str(tiny_model_dir)}
+    raw["space"] = {"saes.target_l0": [2, 5000]}
+    study_file.write_text(yaml.safe_dump(raw))
+    told = [cli("create", study_file, *more, code=2).stderr.splitlines()[-1] for more in (["--dry-run"], [])]
+    assert "target_l0=5000" in told[0]
+    assert "5000 exceeds" in told[0]
+    assert told[0] == told[1]
+
+
 def test_a_pack_is_never_larger_than_a_worker_takes(study_file: Path) -> None:
     raw: dict[str, Any] = yaml.safe_load(study_file.read_text())
     raw["space"] = {"lr": [1e-3 * 1.01**i for i in range(70)]}
