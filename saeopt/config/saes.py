@@ -139,9 +139,14 @@ class SAEConfig(StrictModel):
         except (TypeError, ValueError):
             return raw  # told by the fields' own types
         if differ:
-            raise ValueError(f"'k' ({k}) and 'target_l0' ({wanted:g}) are the same here and differ: give one of them")
+            raise ValueError(
+                f"'k' ({k}) and 'target_l0' ({wanted:g}) are the same here and differ: give one of them"
+                " ('k: null' leaves it to 'target_l0')"
+            )
         if not wanted.is_integer() and cls.model_fields["k"].annotation is int:
-            raise ValueError(f"'target_l0' ({wanted:g}) is k here: must be a whole number")
+            raise ValueError(
+                f"'target_l0' ({wanted:g}) is k here: must be a whole number ('int: true' in a study's range)"
+            )
         return {**raw, "k": wanted}
 
     @field_validator("target_l0", mode="before")
