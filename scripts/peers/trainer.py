@@ -95,8 +95,8 @@ def train_dictionary_learning(job: dict[str, Any], data: Batches) -> dict[str, T
     warmup = data.steps // 20  # the demo: 1,000 and 5,000 steps of some 100,000
     k, rising = {"k": int(job["sparsity"])}, {"sparsity_warmup_steps": warmup}
     l1 = {"l1_penalty": job["sparsity"] / job["d"] ** 0.5, **rising}
-    # its own 1,000 steps without a threshold are some 1 % of its demo's runs
-    batchwise = {**k, "threshold_start_step": min(1000, data.steps // 100)}
+    # its own 1,000 steps without a threshold would be all of a short run; from earlier on it moves too slowly (0.999)
+    batchwise = {**k, "threshold_start_step": min(1000, int(0.8 * data.steps))}
     trainer, own = {
         "relu": (trainers.StandardTrainer, l1),
         "gated": (trainers.GatedSAETrainer, l1),
