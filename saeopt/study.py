@@ -279,7 +279,7 @@ def why(
     as_json: AsJson = False,
     storage: Storage = None,
 ) -> None:
-    """Why trials were stopped: by whom they were beaten and by how much, or of what they collapsed or failed."""
+    """Why trials ended early, and who beat them by how much."""
     from saeopt.views import why as views
 
     rows = views.explained(_open(storage), name, trial)
