@@ -78,8 +78,8 @@ OTHER_VALUES: dict[str, dict[str, Any]] = {
         "max_density": 0.01,
     },
 }
-ELSEWHERE = {"l0_penalty_target", "pre_activation_coeff", "density_coeff", "resample_every_tokens"}
-"""What needs other fields, or works between windows: tried in tests of its own."""
+ELSEWHERE = {"l0_penalty_target", "pre_activation_coeff", "density_coeff", "resample_every_tokens", "threshold"}
+"""What needs other fields, or works between windows or after them: tried in tests of its own."""
 REVIVAL = {"auxk_coeff": 0.5, "aux_k": 1}
 OTHER_VALUES["gated_hard_concrete"] = {
     **{k: v for k, v in OTHER_VALUES["hard_concrete"].items() if k != "input_dependent_gates"},
