@@ -83,14 +83,18 @@ def create(
         from saeopt.views.preview import print_preview
 
         print_preview(spec)
-        _planned(spec, elsewhere)
+        _planned(spec, elsewhere, storage)
     else:
         _create(spec, elsewhere, storage)
 
 
-def _planned(spec: StudySpec, elsewhere: bool) -> tuple[list[Cell], int]:
-    """The cells and the number of proposals; what cannot be trained is refused."""
+def _planned(spec: StudySpec, elsewhere: bool, storage: str | None) -> tuple[list[Cell], int]:
+    """The cells and the number of proposals; what cannot be trained, or never stopped by its rule, is refused.
+
+    A study that is there already keeps its rule: containers say `create` at each start.
+    """
     from saeopt.search.space import Space
+    from saeopt.search.stopping import why_never
     from saeopt.training.loggers import check_sinks
     from saeopt.trials.create import planned_cells
 
@@ -101,7 +105,15 @@ def _planned(spec: StudySpec, elsewhere: bool) -> tuple[list[Cell], int]:
         check_reach(spec, planned[0] or [Space(spec).middle()])
     for cell in planned[0]:
         check_sinks(cell.config)
+    if (reason := why_never(spec, len(planned[0]) + planned[1])) and not _is_there(spec.name, storage):
+        raise UserError(reason)
     return planned
+
+
+def _is_there(name: str, storage: str | None) -> bool:
+    with suppress(UserError):
+        return name in _open(storage).study_names()
+    return False
 
 
 def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
@@ -111,7 +123,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
     from saeopt.trials.create import create_study
     from saeopt.views.monitoring import on_study_created
 
-    planned = _planned(spec, elsewhere)  # refused before there is a store
+    planned = _planned(spec, elsewhere, storage)  # refused before there is a store
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:

@@ -185,7 +185,12 @@ def stopping_text(spec: StudySpec) -> str | None:
 
 
 def why_never(spec: StudySpec, n_trials: int) -> str | None:
-    """Why the rule could stop no trial of the study, and what would help; None: it could."""
+    """Why the rule could stop no trial of the study, and what would help, one line; None: it could."""
+    found = _why_never(spec, n_trials)
+    return found and f"study {spec.name}: 'early_stopping: {spec.early_stopping.type}' could stop no trial: {found}"
+
+
+def _why_never(spec: StudySpec, n_trials: int) -> str | None:
     rule = spec.early_stopping
     every, missing = spec.base.get("eval_every_n_samples"), unmeasured(spec)
     if rule.type == "none":

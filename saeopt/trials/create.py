@@ -18,7 +18,6 @@ from saeopt.search.objectives import directions, objective_names
 from saeopt.search.samplers import n_designed
 from saeopt.search.sensible import check_space, check_study
 from saeopt.search.space import Cell, Space
-from saeopt.search.stopping import why_never
 from saeopt.trials import internals as db
 from saeopt.trials import states
 from saeopt.trials.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
@@ -48,13 +47,11 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
             raise UserError(f"study {spec.name}: the space has no cells")
         _check_evaluated(spec, cells)
         check_study(spec, cells)
-        _check_stopping(spec, len(cells))
         return cells, 0
     space.check_corners()
     cells = space.design(n_designed(spec), spec.sampler.seed)
     _check_evaluated(spec, [*cells, space.middle()])
     check_study(spec, [*cells, space.middle()])
-    _check_stopping(spec, spec.max_trials or 0)
     return cells, (spec.max_trials or 0) - len(cells)
 
 
@@ -70,14 +67,6 @@ def _check_evaluated(spec: StudySpec, cells: Iterable[Cell]) -> None:
                 f"study {spec.name}: 'eval_every_n_samples' is null (never): objectives need an evaluation; 0 means at"
                 " the end"
             )
-
-
-def _check_stopping(spec: StudySpec, n_trials: int) -> None:
-    """Refuse a rule of early stopping that could stop nothing."""
-    if reason := why_never(spec, n_trials):
-        raise UserError(
-            f"study {spec.name}: 'early_stopping: {spec.early_stopping.type}' could stop no trial: {reason}"
-        )
 
 
 def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] | None = None) -> Created:

@@ -39,7 +39,7 @@ def find_importances(
         told: dict[str, Importances | str] = {}
         for objective in spec.objectives:
             wanted = objective.hook_points
-            if wanted not in ("mean", "all", hook) and hook not in wanted:
+            if wanted not in ("mean", "all") and hook not in ([wanted] if isinstance(wanted, str) else wanted):
                 continue
             values = [(point.label, value_at(spec, objective, point.metrics)) for point in here]
             tried = [Tried(trials[number].params, value) for number, value in values if value is not None]

@@ -17,6 +17,9 @@ import yaml
 from study_outcomes import HOOKS, evaluation
 
 from saeopt.config import load_run_config
+from saeopt.config.study_file import load_study_spec
+from saeopt.trials.create import create_study
+from saeopt.trials.storage import Store
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 Finish = Callable[..., None]
@@ -283,3 +286,17 @@ def test_a_result_that_cannot_be_written_is_one_line(cli: Cli, study: str, tmp_p
         done = cli(*args, tmp_path / "file" / "x", code=2)
         assert "cannot be written" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_study_that_is_there_keeps_a_rule_that_a_new_one_is_refused_with(
+    cli: Cli, study_file: Path, store_url: str
+) -> None:
+    rule = {"type": "pareto", "n_startup_trials": 1}
+    raw = yaml.safe_load(study_file.read_text()) | {"objectives": ["fvu", "cosine"], "early_stopping": rule}
+    study_file.write_text(yaml.safe_dump(raw))
+    for more in ([], ["--dry-run"]):
+        told = cli("create", study_file, *more, code=2).stderr
+        assert "could stop no trial: training does not measure cosine" in told
+    assert "no such store" in cli("list", code=2).stderr
+    create_study(Store.open(store_url), load_study_spec(study_file))  # as an older version did
+    assert "is there already" in cli("create", study_file).stdout
