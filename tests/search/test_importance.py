@@ -103,21 +103,23 @@ def test_each_hook_point_and_objective_has_shares_of_its_own(tmp_path: Path) -> 
     base = grid_spec(1).base
     base = base | {"saes": base["saes"] | {"sae_positions": hooks}}
     space = {"lr": [1e-3, 2e-3, 3e-3, 4e-3], "seed": [0, 1, 2, 3]}
-    spec = grid_spec(1, base=base, space=space, objectives=["fvu", "ce_recovered"], output_dir=str(tmp_path))
+    there = {"metric": "cosine", "hook_points": hooks[1]}
+    spec = grid_spec(1, base=base, space=space, objectives=["fvu", "ce_recovered", there], output_dir=str(tmp_path))
     study_id = create_study(store, spec).study_id
     for claim in claims.claim(store, study_id, 16, {"worker": "w"}):
         decides = {hooks[0]: claim.params["lr"] * 100, hooks[1]: claim.params["seed"] / 10}
-        evaluation = {hook: {"l0": 20.0, "fvu": 0.1 + value} for hook, value in decides.items()}
+        evaluation = {hook: {"l0": 20.0, "fvu": 0.1 + v, "cosine": 0.9 - v} for hook, v in decides.items()}
         if claim.number < 4:
             for row in evaluation.values():
                 row["ce_recovered"] = 0.9
         attrs = evaluation_attributes(evaluation)
-        assert endings.finish(store, claim, "COMPLETE", [0.2, 0.9], attrs=attrs)
+        assert endings.finish(store, claim, "COMPLETE", [0.2, 0.9, 0.9], attrs=attrs)
     found = views.find_importances(store, spec.name, *load_points(store, spec.name))
     store.close()
     told = views.as_json(found)
     assert list(told) == hooks
     assert [next(iter(told[hook]["fvu"]["shares"])) for hook in hooks] == ["lr", "seed"]
+    assert [list(told[hook]) for hook in hooks] == [["fvu", "ce_recovered"], ["fvu", "ce_recovered", "cosine"]]
     assert told[hooks[0]]["ce_recovered"] == {"reason": "too few trials: 4 of at least 10 have a value"}
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
     console.print(views.importance_tables(found))
