@@ -27,6 +27,8 @@ ON_GPU: list[dict[str, Any]] = [
     {"sae_type": "relu", "prefixes": NESTED},
 ]
 """Whose fast step is on the GPU alone."""
+WIDER = [{"sae_type": name, "d": 160} for name in ("relu", "jumprelu")]
+"""Whose code lies in memory."""
 TOPK, JUMPRELU, MATRYOSHKA = VARIANTS[-1], {"sae_type": "jumprelu"}, ON_GPU[3]
 VARIANTS = VARIANTS + ON_GPU
 NUMBERS = [numbers(1e-3, 0.3, 0.5, 1.0), numbers(3e-3, 0.05, 0.7, float("inf")), numbers(1e-3, 0.0, 0.4, 0.1)]
@@ -63,7 +65,9 @@ def test_float32_equals_the_reference(variant: dict[str, Any], accumulation: int
     assert_same_modules(other, one, 1e-2, 1e-3 * edge)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, {"sae_type": "relu", "d": 160}], ids=name_of)
+@pytest.mark.parametrize(
+    "variant", [*VARIANTS, *({"sae_type": name, "d": 160} for name in ("relu", "jumprelu"))], ids=name_of
+)
 def test_bf16_stays_near_the_reference(variant: dict[str, Any]) -> None:
     expected, found, _, _ = both(wide(variant), torch.bfloat16)
     for a, b in zip(found[-1], expected[-1], strict=True):

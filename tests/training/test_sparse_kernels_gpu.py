@@ -42,7 +42,8 @@ def pre_activations(kind: str, members: int, n: int, h: int) -> tuple[Tensor, Te
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
     """By the largest of all: what is small here is a difference of large numbers."""
-    assert (found.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    tolerance = 1e-5 if found.dtype == torch.float32 else 1e-2
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 KINDS = ["noise", "ties", "constant", "few are positive", "uneven"]
@@ -74,7 +75,11 @@ def test_the_largest_of_a_batch_are_those_of_a_sort(
     keep = (random(n, seed=3) > -0.5).float() if masked else None
     kept = n if keep is None else int(keep.sum())
     want = torch.tensor([int(k * kept) for k in ks], dtype=torch.int32, device=DEVICE)
-    assert_largest(batch.select(pre, bias, keep, want, int(max(ks) * n)), pre, bias, keep, want)
+    floor = batch.first_floors(members, pre.device)
+    for factor in (1.0, 1.0, 1.2, 0.3):  # nothing is known; as it was left; too high; so low that the bag has no room
+        floor.copy_((floor.view(torch.float32) * factor).view(torch.int32).clamp_min(1))
+        found = batch.select(pre, bias, keep, want, int(max(ks) * n), floor)
+        assert_largest(found, pre, bias, keep, want)
 
 
 def assert_largest(found: Ragged, pre: Tensor, bias: Tensor, keep: Tensor | None, want: Tensor) -> None:
@@ -102,7 +107,8 @@ class Entries(NamedTuple):
     values: Tensor
     latents: Tensor
     at: Tensor
-    rows: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
+    start: Tensor | None = None
 
     def dense(self, entries: Tensor, members: int, n: int, h: int) -> Tensor:
         """What belongs to the entries that are used, (M, N, h)."""
@@ -125,52 +131,54 @@ def entries_of(pre: Tensor, keep: Tensor | None, ks: tuple[float, ...], k: int) 
         return Entries(values.view(-1, k).contiguous(), latents, at)
     count = n if keep is None else int(keep.sum())
     want = torch.tensor([int(one * count) for one in ks], dtype=torch.int32, device=DEVICE)
-    bias = torch.zeros(members, h, device=DEVICE)
-    values, latents, rows, start = batch.select(pre, bias, keep, want, int(max(ks) * n))
+    bias, floor = torch.zeros(members, h, device=DEVICE), batch.first_floors(members, pre.device)
+    values, latents, rows, start = batch.select(pre, bias, keep, want, int(max(ks) * n), floor)
     assert (start[:, 1:] - start[:, :-1]).max() > 2 * max(ks)
-    return Entries(values, latents, rows.view(-1).long(), (rows, start))
+    return Entries(values, latents, rows.view(-1).long(), rows, start)
 
 
 @pytest.mark.parametrize("widths", [[320], [20, 40, 80, 160, 320]])
 @pytest.mark.parametrize(("n", "ks", "k"), [(41, (9.0, 3.5), 0), (90, (12.0,), 0), (41, (0.0, 0.0), 5)])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_errors_and_gradients_of_prefixes_and_ragged_codes(
-    n: int, ks: tuple[float, ...], k: int, widths: list[int], masked: bool
+    n: int, ks: tuple[float, ...], k: int, widths: list[int], masked: bool, dtype: torch.dtype
 ) -> None:
     from saeopt.training.step.kernels import ragged  # needs Triton
     from saeopt.training.step.kernels import topk as kernels_topk
 
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
     members, h, d, factor = len(ks), 320, 40, 1.7
     keep = (random(n, seed=3) > -0.5).float() if masked else None
     kept = torch.ones(n, device=DEVICE) if keep is None else keep
-    W, b_dec, x = random(members, h, d, seed=4), random(members, d, seed=5), random(n, d, seed=6)
-    scale, centred = torch.full((members,), 0.8, device=DEVICE), random(members, n, d, seed=7)
+    W, b_dec, x = random(members, h, d, seed=4).to(dtype), random(members, d, seed=5), random(n, d, seed=6)
+    scale, centred = torch.full((members,), 0.8, device=DEVICE), random(members, n, d, seed=7).to(dtype)
     ends = torch.tensor(widths, dtype=torch.int32, device=DEVICE)
     given = entries_of(pre_activations("uneven", members, n, h)[0].clamp(max=50), keep, ks, k)
     values, latents = given.values, given.latents
     code = given.dense(values, members, n, h)
-    errors, dots, (last, every) = ragged.decode(values, latents, given.rows, ends, W, b_dec, x, scale, keep, factor)
+    errors, dots, (last, every) = ragged.decode(values, latents, given.start, ends, W, b_dec, x, scale, keep, factor)
     steps = [
         (code[..., :width] @ W[:, :width].double() + b_dec[:, None] - 0.8 * x) * kept[None, :, None] for width in widths
     ]
     learns_from = [torch.stack(steps[g:]).sum(0) for g in range(len(widths))]
     assert_near(errors, torch.stack(learns_from, 1))
-    assert_near(last, steps[-1].square().sum(-1))
-    assert_near(every, torch.stack(steps).square().sum((0, 3)))
+    assert_near(last.sum(1).to(dtype), steps[-1].square().sum(-1))
+    assert_near(every.sum(1).to(dtype), torch.stack(steps).square().sum((0, 3)))
     g_code, g_dec = torch.zeros_like(code), torch.zeros_like(W, dtype=torch.float64)
     for first, width, error in zip([0, *widths], widths, learns_from, strict=False):
         own = slice(first, width)
         g_code[..., own] = factor * (error @ W[:, own].double().mT) * (code[..., own] > 0)
         g_dec[:, own] = factor * code[..., own].mT @ error
-    assert_near(given.dense(dots, members, n, h), g_code)
-    rows = None if given.rows is None else given.rows[0]
+    assert_near(given.dense(dots, members, n, h).to(dtype), g_code)
     keys = kernels_topk.sort_keys(latents, members, h)
-    read = (keys, values, dots, errors, centred, h, factor, rows, ends)
+    read = (keys, values, dots, errors, centred, h, factor, given.rows, ends)
     found, again = kernels_topk.by_latent(*read), kernels_topk.by_latent(*read)
     expected = g_dec, g_code.mT @ centred.double(), g_code.sum(1), (code > 0).double().sum(1)
     for one, other, wanted in zip(found, again, expected, strict=True):
         assert torch.equal(one, other)
-        assert_near(one, wanted)
+        assert_near(one.to(dtype), wanted)
 
 
 @pytest.mark.parametrize("masked", [False, True])

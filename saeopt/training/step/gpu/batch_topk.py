@@ -15,9 +15,11 @@ from saeopt.saes.base import SAE
 from saeopt.saes.batch_topk import running_mean
 from saeopt.training.step.contract import TALLY, StackOptions, Store
 from saeopt.training.step.forms import Form
+from saeopt.training.step.gpu.dense import Call
 from saeopt.training.step.gpu.topk import Code, GpuTopkPass, assembled
 from saeopt.training.step.kernels import batch as kernels_batch
 from saeopt.training.step.stack import Assembly
+from saeopt.training.step.storage import Packed
 
 
 class GpuBatchTopkPass(GpuTopkPass):
@@ -25,11 +27,15 @@ class GpuBatchTopkPass(GpuTopkPass):
 
     k_dtype = torch.float64
 
+    def __init__(self, storage: Packed, options: StackOptions, call: Call) -> None:
+        super().__init__(storage, options, call)
+        self.floor_M = kernels_batch.first_floors(len(self.members), storage.device)
+
     def _select(self, pre: Tensor, b_enc: Tensor, keep: Tensor | None, n_kept: Tensor) -> Code:
         """The int(k · n) largest of the n kept tokens."""
         places = max(1, int(self.k * pre.shape[1]))
         want_M = (self.k_M * n_kept).to(torch.int32)
-        values, latents, rows, start = kernels_batch.select(pre, b_enc, keep, want_M, places)
+        values, latents, rows, start = kernels_batch.select(pre, b_enc, keep, want_M, places, self.floor_M)
         return Code(values, latents, (rows, start))
 
     def _tallies(self, code: Code) -> Store:

@@ -146,6 +146,12 @@ def products(wanted: list[Product], low: Store, out: Store | None) -> Store:
     return grads
 
 
+def narrow_sums(form: Form, g_error: Tensor, squares_MN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ over tokens of the error's gradient, ‖error‖² and the reconstruction's loss per member, of narrow models."""
+    squared_M = squares_MN.sum(1)
+    return g_error.sum(1, dtype=squares_MN.dtype), squared_M, form.mse * squared_M
+
+
 def start(
     x_Nd: Tensor, keep_N: Tensor | None, scale_M: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""The jumprelu step on a CUDA device: the code lies where the pre-activations were. Shape suffixes as in `dense`."""
+"""The jumprelu step on a CUDA device: the code lies where the pre-activations were, or in narrow models nowhere.
+
+Shape suffixes as in `dense`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from saeopt.config.run import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.training.step.contract import StackOptions, Store
 from saeopt.training.step.dense import (
+    NARROW,
     Back,
     Found,
     Given,
@@ -23,9 +27,10 @@ from saeopt.training.step.dense import (
     pulled_back,
 )
 from saeopt.training.step.forms import Form
-from saeopt.training.step.gpu.dense import Call, PlainCore, around, caller, products
+from saeopt.training.step.gpu.dense import Call, PlainCore, around, caller, narrow_sums, products
 from saeopt.training.step.jumprelu import JUMPRELU, counted, push
 from saeopt.training.step.kernels import jumprelu as kernels_jumprelu
+from saeopt.training.step.kernels import narrow as kernels_narrow
 from saeopt.training.step.stack import Assembly
 from saeopt.training.step.storage import Packed
 
@@ -33,12 +38,15 @@ from saeopt.training.step.storage import Packed
 class JumpReluCore:
     """Of penalties that reach θ alone: `step` and `quadratic`; `tanh` has the dense core."""
 
-    writes_code = True
-
-    def __init__(self, form: Form, call: Call) -> None:
+    def __init__(self, form: Form, d: int, low_dtype: torch.dtype, call: Call) -> None:
         self.form, self.call = form, call
+        self.writes_code = d > NARROW or low_dtype != torch.bfloat16
 
     def __call__(self, given: Given, out: Store | None) -> tuple[Store, Found]:
+        """As the contract says."""
+        return self._wide(given, out) if self.writes_code else self._narrow(given)
+
+    def _wide(self, given: Given, out: Store | None) -> tuple[Store, Found]:
         """`dense.run`, with the code in the pre-activations' place.
 
         Masked tokens have a code like any other here; they drop out with their error, and in the backward kernel.
@@ -57,6 +65,23 @@ class JumpReluCore:
         wanted = [*decoder_products(form, [f], g_errors), Product("W_enc", g_pre, centred)]
         found = Found([], {**back.vectors, "b_dec": g_b_dec}, None, totals_M4, back.fired_Mh)
         return products(wanted, low, out), found
+
+    def _narrow(self, given: Given) -> tuple[Store, Found]:
+        """`dense.run` without the code in memory."""
+        low, form, keep_N = given.low, self.form, given.keep_N
+        centred, b_enc, theta, push_Mh, width_M = self.call(before, form, given)
+        g_error, squares_MN = kernels_narrow.forward(
+            given.x_Nd, centred, keep_N, low["W_enc"], low["W_dec"], b_enc, given.vectors["b_dec"].contiguous(),
+            form.mse, theta,
+        )  # fmt: skip
+        g_b_dec, squared_M, loss_M = self.call(narrow_sums, form, g_error, squares_MN)
+        g_enc, g_dec, sums_3Mh = kernels_narrow.backward(
+            centred, g_error, keep_N, low["W_enc"], low["W_dec"], b_enc, push_Mh, theta, width_M
+        )
+        back: Back = self.call(jumprelu_sums, form, given, push_Mh, g_error, sums_3Mh.unsqueeze(1))
+        g_b_dec, totals_M4 = self.call(last_sums, given, ["W_enc"], g_b_dec, squared_M, loss_M, back)
+        found = Found([], {**back.vectors, "b_dec": g_b_dec}, None, totals_M4, back.fired_Mh)
+        return {"W_dec": g_dec, "W_enc": g_enc}, found
 
 
 def before(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -78,5 +103,5 @@ def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance
     """jumprelu members."""
     storage = Packed(saes, form, options.autocast or saes[0].W_enc.dtype, own_norms=True)
     call = caller(performance.compile != "off")
-    core = PlainCore(JUMPRELU, form, call) if form.tanh else JumpReluCore(form, call)
+    core = PlainCore(JUMPRELU, form, call) if form.tanh else JumpReluCore(form, storage.d, storage.low_dtype, call)
     return around(core, storage, performance, options, call)

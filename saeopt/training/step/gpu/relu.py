@@ -28,7 +28,7 @@ from saeopt.training.step.dense import (
     relu_sums,
 )
 from saeopt.training.step.forms import Form
-from saeopt.training.step.gpu.dense import Call, around, caller, products
+from saeopt.training.step.gpu.dense import Call, around, caller, narrow_sums, products
 from saeopt.training.step.kernels import narrow as kernels_narrow
 from saeopt.training.step.kernels import relu as kernels_relu
 from saeopt.training.step.stack import Assembly
@@ -76,7 +76,8 @@ class ReluCore:
         g_error, squares_MN = kernels_narrow.forward(
             given.x_Nd, centred, keep_N, low["W_enc"], low["W_dec"], b_enc, b_dec, form.mse
         )
-        push_Mh, g_b_dec, squared_M, loss_M = self.call(narrow_sums, form, given, g_error, squares_MN)
+        push_Mh = self.call(push, form, given)
+        g_b_dec, squared_M, loss_M = self.call(narrow_sums, form, g_error, squares_MN)
         g_enc, g_dec, sums_3Mh = kernels_narrow.backward(
             centred, g_error, keep_N, low["W_enc"], low["W_dec"], b_enc, push_Mh
         )
@@ -100,12 +101,6 @@ def before_wide(form: Form, given: Given) -> tuple[Tensor, Tensor, Tensor]:
 def wide_sums(form: Form, given: Given, g_pre: Tensor, parts_3SMh: Tensor) -> Back:
     """`relu_sums` from sums over pieces of the tokens."""
     return relu_sums(form, given, g_pre, *parts_3SMh.sum(1))
-
-
-def narrow_sums(form: Form, given: Given, g_error: Tensor, squares_MN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`push`, Σ over tokens of the error's gradient, ‖error‖² and the reconstruction's loss per member."""
-    squared_M = squares_MN.sum(1)
-    return push(form, given), g_error.sum(1, dtype=given.norm_Mh.dtype), squared_M, form.mse * squared_M
 
 
 def assembly(form: Form, saes: Sequence[SAE], options: StackOptions, performance: PerformanceConfig) -> Assembly:

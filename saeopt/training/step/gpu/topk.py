@@ -46,7 +46,8 @@ class Decoded(NamedTuple):
     """What a code's reconstructions from the prefixes of the dictionary give; without prefixes there is one.
 
     `errors`: what latents of each prefix learn from, `dots`: the entries' gradients. `last` (M, N, d): the whole
-    reconstruction's error, `last_MN` its square; `first` and `every_MN`: sums over all prefixes, where there are any.
+    reconstruction's error, `last_MN` its square (or (M, S, N), of parts of the columns); `first` and `every_MN`: sums
+    over all prefixes, where there are any.
     """
 
     errors: Tensor
@@ -201,7 +202,10 @@ class GpuTopkPass(Pass):
             error, dots, squares = kernels_topk.decode(code.values, code.latents, *given)
             return Decoded(error, dots, error, squares)
         widths = self.whole if self.widths is None else self.widths
-        errors, dots, (last, every) = kernels_ragged.decode(*code, widths, W_dec, b_dec, x_Nd, scale, keep, factor)
+        start = None if code.rows is None else code.rows[1]
+        errors, dots, (last, every) = kernels_ragged.decode(
+            code.values, code.latents, start, widths, W_dec, b_dec, x_Nd, scale, keep, factor
+        )
         if self.widths is None:
             return Decoded(errors[:, 0], dots, errors[:, 0], last)
         return Decoded(errors, dots, errors[:, -1], last, errors[:, 0], every)
@@ -284,8 +288,8 @@ def small_sums(
     all_Md = error_Md if found.first is None else found.first.sum(1, dtype=torch.float32)
     through = torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
     g_b_dec = factor * all_Md - through
-    squared_M = found.last_MN.sum(1).double()
-    every_M = squared_M if found.every_MN is None else found.every_MN.sum(1).double()
+    squared_M = found.last_MN.flatten(1).sum(1).double()
+    every_M = squared_M if found.every_MN is None else found.every_MN.flatten(1).sum(1).double()
     totals = torch.stack([mse * every_M, squared_M, torch.zeros_like(squared_M), fired.sum(1).double()], -1)
     ratio = torch.cat([torch.zeros_like(squared_M).unsqueeze(1), squared_M.unsqueeze(1), -error_Md.double()], 1)
     return torch.cat([g_bias, g_b_dec] if encoder_first else [g_b_dec, g_bias], 1), totals, ratio

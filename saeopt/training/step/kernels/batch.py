@@ -1,11 +1,9 @@
-"""Triton kernels that select the largest of relu(pre + bias) over all tokens of a micro-batch, for each member.
+"""Triton kernels that select the largest of relu(pre + bias) over all tokens of a micro-batch, for each member; exact.
 
-Nothing is sorted. Neighbours form groups. The K largest lie in groups whose maximum is at least the K-th
-largest maximum; its leading bits, found by counting, leave little more than K groups. Among their elements the K-th
-largest is found by counting too (the order of non-negative floats is that of their bits). Ties go to the lower token,
-then to the lower latent, and what is selected lies in that order.
-Exact but for one case: of more than K groups that share those leading bits only the first are looked into, and what is
-selected instead of the others' elements is smaller by less than a hundredth.
+Nothing is sorted. What reaches a floor, a little below the K-th largest of the micro-batch before, goes into a bag,
+token by token; among that the K-th largest is found by counting (the order of non-negative floats is that of their
+bits). Where the floor was too high or the bag has no room, all elements are looked at instead: that is slow, and the
+next floor fits again. Ties go to the lower token, then to the lower latent, and what is selected lies in that order.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,13 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_GROUP = 16
-"""Neighbours of a group: in bfloat16 the 32 bytes that memory gives at a time."""
-_ROWS, _COLUMNS = 4, 1024
-_KEYS = 4096
-"""Group maxima that a program counts at a time."""
-_LISTED = 128
-"""Groups of which a program looks at the elements at a time."""
+from saeopt.training.step.kernels.bag import fill, ranks
+
+_BLOCK = 2048
+"""Elements that a program counts at a time."""
+_TOKEN = 128
+"""Elements of a token in the bag that a program looks at at a time."""
+_ROOM = 3
+"""Places in the bag for each element that is selected at most."""
+_FLOOR = 0.93
+"""The next floor as a share of the K-th largest. Lower, and the bag holds more; higher, and it is missed more often."""
 
 
 class Ragged(NamedTuple):
@@ -41,28 +42,13 @@ class Ragged(NamedTuple):
 
 
 @triton.jit
-def _maxima(
-    pre_ptr, bias_ptr, keep_ptr, keys_ptr, N, H,
-    KEEP: tl.constexpr, G: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """The 15 leading bits of the maximum of relu(pre + bias) over G neighbours; 0 only where that is 0."""
-    member = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1) * R + tl.arange(0, R)
-    c = tl.program_id(0) * C + tl.arange(0, C)
-    row = member * N + n.to(tl.int64)
-    mask = (n < N)[:, None] & (c < H)[None, :]
-    value = tl.load(pre_ptr + row[:, None] * H + c[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    value += tl.load(bias_ptr + member * H + c, mask=c < H, other=0.0)[None, :]
-    best = tl.max(tl.reshape(value, [R, C // G, G]), 2)
-    if KEEP:
-        keep = tl.load(keep_ptr + n, mask=n < N, other=0.0)
-        best = tl.where(keep[:, None] > 0, best, 0.0)
-    best = tl.where(best > 0, best, 0.0)
-    key = tl.where(best > 0, tl.maximum(best.to(tl.int32, bitcast=True) >> 16, 1), 0)
-    group = tl.program_id(0) * (C // G) + tl.arange(0, C // G)
-    number = H // G
-    out = keys_ptr + row[:, None] * number + group[None, :]
-    tl.store(out, key.to(tl.int16), mask=(n < N)[:, None] & (group < number)[None, :])
+def _found_by(top_ptr, want_ptr, floor_ptr, member, room):
+    """K, the least bits that are looked at, and whether all elements have to be."""
+    top = tl.load(top_ptr + member)
+    want = tl.load(want_ptr + member)
+    floor = tl.load(floor_ptr + member)
+    missed = top < want
+    return want, tl.where(missed, 1, floor), (top > room) | (missed & (floor > 1))
 
 
 @triton.jit
@@ -78,318 +64,254 @@ def _crossing(counts_ptr, want, BINS: tl.constexpr):
 
 
 @triton.jit
-def _count_keys(
-    keys_ptr, want_ptr, counts_ptr, total, members, FINE: tl.constexpr, B: tl.constexpr
-):  # fmt: skip
-    """Group maxima by their 8 leading bits, or (FINE) by the next 7 where the first are those of the K-th largest."""
-    member = tl.program_id(1).to(tl.int64)
-    out_ptr = counts_ptr + member * 256
-    if FINE:
-        first, _above = _crossing(out_ptr, tl.load(want_ptr + member), 256)
-        out_ptr += members * 256
-    b = tl.arange(0, 256)
-    counts = tl.zeros([256], tl.int32)
-    for block in range(tl.program_id(0), tl.cdiv(total, B), tl.num_programs(0)):
-        o = block * B + tl.arange(0, B)
-        key = tl.load(keys_ptr + member * total + o, mask=o < total, other=0).to(tl.int32)
-        if FINE:
-            counts += tl.histogram(tl.where(key >> 7 == first, key & 127, 0), 256)
-        else:
-            counts += tl.histogram(key >> 7, 256)
-    tl.atomic_add(out_ptr + b, counts, mask=counts > 0)
+def _reached(counts_ptr, want, LEVELS: tl.constexpr):
+    """How far above the least bits the K-th largest lies, as far as it is known, how many lie above it, and a shift.
 
-
-@triton.jit
-def _least_key(counts_ptr, want_ptr, least_ptr, members):
-    """The least key that is followed, above 0, from the counts of both levels."""
-    member = tl.program_id(0).to(tl.int64)
-    want = tl.load(want_ptr + member)
-    first, above = _crossing(counts_ptr + member * 256, want, 256)
-    second, _more = _crossing(counts_ptr + (members + member) * 256, want - above, 256)
-    tl.store(least_ptr + 2 * member, tl.maximum(first * 128 + second, 1))
-
-
-@triton.jit
-def _count_groups(keys_ptr, least_ptr, found_ptr, total, members, B: tl.constexpr):
-    """How many keys of a block lie above the least one that is followed, and how many are equal to it."""
-    member = tl.program_id(1).to(tl.int64)
-    least = tl.load(least_ptr + 2 * member)
-    o = tl.program_id(0) * B + tl.arange(0, B)
-    key = tl.load(keys_ptr + member * total + o, mask=o < total, other=0).to(tl.int32)
-    out = member * tl.num_programs(0) + tl.program_id(0)
-    tl.store(found_ptr + out, tl.sum((key > least).to(tl.int32), 0))
-    tl.store(found_ptr + members * tl.num_programs(0) + out, tl.sum((key == least).to(tl.int32), 0))
-
-
-@triton.jit
-def _before(found_ptr, member, block, blocks, members):
-    """From inclusive sums over blocks: of both kinds, how many lie before this block and how many there are."""
-    sure_ptr = found_ptr + member * blocks
-    tie_ptr = found_ptr + (members + member) * blocks
-    sure = tl.load(sure_ptr + block - 1, mask=block > 0, other=0)
-    tie = tl.load(tie_ptr + block - 1, mask=block > 0, other=0)
-    return sure, tie, tl.load(sure_ptr + blocks - 1), tl.load(tie_ptr + blocks - 1)
-
-
-@triton.jit
-def _ranks(counted, B: tl.constexpr, G: tl.constexpr):
-    """Of B · G numbers: the sum of those before each, and of all. Short sums first, which threads do by themselves."""
-    by_group = tl.reshape(counted, [B, G])
-    within = tl.cumsum(by_group, 1)
-    groups = tl.sum(by_group, 1)
-    before = tl.cumsum(groups, 0) - groups
-    return tl.reshape(within + before[:, None], [B * G]) - counted, tl.sum(groups, 0)
-
-
-@triton.jit
-def _list_groups(keys_ptr, found_ptr, listed_ptr, least_ptr, total, members, capacity, B: tl.constexpr):
-    """The numbers of the groups that are followed, in order: all above the least key, and ties while there is room."""
-    member = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    least = tl.load(least_ptr + 2 * member)
-    o = block * B + tl.arange(0, B)
-    key = tl.load(keys_ptr + member * total + o, mask=o < total, other=0).to(tl.int32)
-    sure = (key > least).to(tl.int32)
-    tie = (key == least).to(tl.int32)
-    rank, _all = _ranks(sure + (tie << 16), B // 16, 16)
-    sure_before, tie_before, all_sure, all_ties = _before(found_ptr, member, block, tl.num_programs(0), members)
-    sure_rank = sure_before + (rank & 0xFFFF)
-    tie_rank = tie_before + (rank >> 16)
-    room = capacity - all_sure
-    place = sure_rank + tl.minimum(tie_rank, room)
-    taken = (sure > 0) | ((tie > 0) & (tie_rank < room))
-    tl.store(listed_ptr + member * capacity + place, o, mask=taken & (place < capacity))
-    if block == 0:
-        tl.store(least_ptr + 2 * member + 1, tl.minimum(all_sure + all_ties, capacity))
-
-
-@triton.jit
-def _elements(
-    block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G: tl.constexpr, B: tl.constexpr
-):  # fmt: skip
-    """relu(pre + bias) of the elements of B listed groups, as bits too, the group's number and the latent."""
-    e = tl.arange(0, B * G)
-    at = block * B + e // G
-    mask = at < number
-    group = tl.load(listed_ptr + member * capacity + at, mask=mask, other=0).to(tl.int64)
-    per_row = H // G
-    c = (group % per_row).to(tl.int32) * G + e % G
-    value = tl.load(pre_ptr + member * N * H + group * G + e % G, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(bias_ptr + member * H + c, mask=mask, other=0.0)
-    value = tl.where(mask & (value > 0), value, 0.0)
-    return value, value.to(tl.int32, bitcast=True), group // per_row, c
-
-
-@triton.jit
-def _threshold(counts_ptr, want, LEVELS: tl.constexpr):
-    """How far above the least key's bits the K-th largest lies, as far as it is known, and how many lie above it.
-
-    Counts are kept of 2048 bins, 2^20 bits wide, then of the 1024 in one of them, then of single bits' patterns.
+    Counts are kept of 1024 bins of 2^11 bits' patterns from the least ones on, and behind them of bins of 2^21; then
+    of 2048 parts of one bin; then, where such a part has 2^10 patterns (the shift), of these.
     """
     found, above = _crossing(counts_ptr, want, 2048)
+    shift = tl.where(found < 1024, 0, 10)
+    found = tl.where(found < 1024, found << 11, (found - 1024) << 21)
     if LEVELS > 1:
-        second, more = _crossing(counts_ptr + 2048, want - above, 1024)
-        found = found * 1024 + second
+        second, more = _crossing(counts_ptr + 2048, want - above, 2048)
+        found += second << shift
         above += more
-    if LEVELS > 2:
-        third, rest = _crossing(counts_ptr + 3072, want - above, 1024)
-        found = found * 1024 + third
+    if LEVELS > 2:  # nothing is counted there without a shift
+        third, rest = _crossing(counts_ptr + 4096, want - above, 1024)
+        found += third
         above += rest
-    return found, above
+    return found, above, shift
 
 
 @triton.jit
-def _gather(
-    pre_ptr, bias_ptr, listed_ptr, least_ptr, bag_ptr, bagged_ptr, N, H, capacity, room,
-    G: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """The bits of the elements that reach the least key, above it, into a bag in no order, and how many there are."""
-    member = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    number = tl.load(least_ptr + 2 * member + 1)
-    lowest = tl.load(least_ptr + 2 * member) << 16
-    if block * B < number:
-        _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
-        over = bits - lowest
-        reaches = (over >= 0).to(tl.int32)
-        rank, count = _ranks(reaches, B, G)
-        place = tl.atomic_add(bagged_ptr + member, count) + rank
-        tl.store(bag_ptr + member * room + place, over, mask=(reaches > 0) & (place < room))
-
-
-@triton.jit
-def _digit(over, found, LEVEL: tl.constexpr):
+def _digit(over, found, shift, LEVEL: tl.constexpr):
     """The bin of this level, or 0, where anything may be."""
     if LEVEL == 0:
-        which = tl.where(over >= 0, over >> 20, 0)
+        which = tl.where(over < 1 << 21, over >> 11, 1024 + (over >> 21))
+        which = tl.where(over >= 0, which, 0)
     elif LEVEL == 1:
-        which = tl.where((over >= 0) & (over >> 20 == found), (over >> 10) & 1023, 0)
+        which = (over - found) >> shift
+        which = tl.where((over >= found) & (which < 2048), which, 0)
     else:
-        which = tl.where((over >= 0) & (over >> 10 == found), over & 1023, 0)
+        which = tl.where((over >= found) & (over - found < 1024), over - found, 0)
     return which
 
 
 @triton.jit
-def _count_elements(
-    pre_ptr, bias_ptr, listed_ptr, least_ptr, bag_ptr, bagged_ptr, want_ptr, counts_ptr, N, H, capacity, room,
-    LEVEL: tl.constexpr, G: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    """Elements by the bits of this level, of those that agree with the K-th largest in the levels before.
-
-    From the bag, or from all listed groups where the bag had no room.
-    """
-    member = tl.program_id(1).to(tl.int64)
-    bagged = tl.load(bagged_ptr + member)
-    lowest = tl.load(least_ptr + 2 * member) << 16
-    counts_ptr += member * 4096
-    BINS: tl.constexpr = 2048 if LEVEL == 0 else 1024
-    found = lowest * 0
-    if LEVEL > 0:
-        found, _above = _threshold(counts_ptr, tl.load(want_ptr + member), LEVEL)
-    counts = tl.zeros([BINS], tl.int32)
-    if bagged <= room:
-        for block in range(tl.program_id(0), tl.cdiv(bagged, B * G), tl.num_programs(0)):
-            o = block * B * G + tl.arange(0, B * G)
-            over = tl.load(bag_ptr + member * room + o, mask=o < bagged, other=-1)
-            counts += tl.histogram(_digit(over, found, LEVEL), BINS)
-    else:
-        number = tl.load(least_ptr + 2 * member + 1)
-        for block in range(tl.program_id(0), tl.cdiv(number, B), tl.num_programs(0)):
-            _value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
-            counts += tl.histogram(_digit(bits - lowest, found, LEVEL), BINS)
-    b = tl.arange(0, BINS)
-    shift: tl.constexpr = 0 if LEVEL == 0 else 1024 + 1024 * LEVEL
-    tl.atomic_add(counts_ptr + shift + b, counts, mask=(counts > 0) & (b > 0))
+def _columns(pre_ptr, bias_ptr, c, H):
+    """The bits of relu(pre + bias) at columns c of a token."""
+    value = tl.load(pre_ptr + c, mask=c < H, other=0.0).to(tl.float32)
+    value += tl.load(bias_ptr + c, mask=c < H, other=0.0)
+    return tl.where((c < H) & (value > 0), value, 0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _last(counts_ptr, want_ptr, least_ptr, last_ptr):
-    """The bits of the K-th largest, and how many of those that are equal to it are selected."""
+def _count(
+    pre_ptr, bias_ptr, keep_ptr, floor_ptr, want_ptr, top_ptr, bits_ptr, counts_ptr, N, H, room,
+    KEEP: tl.constexpr, LEVEL: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Elements by the bits of this level, of those that agree with the K-th largest in the levels before."""
+    member = tl.program_id(1).to(tl.int64)
+    want, lowest, whole = _found_by(top_ptr, want_ptr, floor_ptr, member, room)
+    counts_ptr += member * 5120
+    found = want * 0
+    shift = want * 0 + 10
+    if LEVEL > 0:
+        found, _above, shift = _reached(counts_ptr, want, LEVEL)
+    BINS: tl.constexpr = 2048 if LEVEL < 2 else 1024
+    counts = tl.zeros([BINS], tl.int32)
+    if (LEVEL < 2) | (shift > 0):
+        if whole:
+            for n in range(tl.program_id(0), N, tl.num_programs(0)):
+                keep = 1.0
+                if KEEP:
+                    keep = tl.load(keep_ptr + n)
+                if keep > 0:
+                    for c0 in range(0, H, B):
+                        bits = _columns(pre_ptr + (member * N + n) * H, bias_ptr + member * H, c0 + tl.arange(0, B), H)
+                        counts += tl.histogram(_digit(bits - lowest, found, shift, LEVEL), BINS)
+        else:
+            top = tl.load(top_ptr + member)
+            for o0 in range(tl.program_id(0) * B, top, tl.num_programs(0) * B):
+                o = o0 + tl.arange(0, B)
+                bits = tl.load(bits_ptr + member * room + o, mask=o < top, other=0)
+                counts += tl.histogram(_digit(bits - lowest, found, shift, LEVEL), BINS)
+        b = tl.arange(0, BINS)
+        behind: tl.constexpr = 2048 * LEVEL
+        tl.atomic_add(counts_ptr + behind + b, counts, mask=(counts > 0) & (b > 0))
+
+
+@triton.jit
+def _last(counts_ptr, want_ptr, top_ptr, floor_ptr, last_ptr, room, share):
+    """The K-th largest's bits, how many of its equals are selected, whether all are looked at, and the next floor."""
     member = tl.program_id(0).to(tl.int64)
-    want = tl.load(want_ptr + member)
-    found, above = _threshold(counts_ptr + member * 4096, want, 3)
-    tl.store(last_ptr + 2 * member, (tl.load(least_ptr + 2 * member) << 16) + found)
-    tl.store(last_ptr + 2 * member + 1, want - above)
+    want, lowest, whole = _found_by(top_ptr, want_ptr, floor_ptr, member, room)
+    found, above, _shift = _reached(counts_ptr + member * 5120, want, 3)
+    bits = lowest + found
+    tl.store(last_ptr + 4 * member, tl.where(want > 0, bits, 0x7FFFFFFF))
+    tl.store(last_ptr + 4 * member + 1, tl.where(want > 0, want - above, 0))
+    tl.store(last_ptr + 4 * member + 2, whole.to(tl.int32))
+    floor = (bits.to(tl.float32, bitcast=True) * share).to(tl.int32, bitcast=True)
+    tl.store(floor_ptr + member, tl.maximum(floor, 1), mask=want > 0)
 
 
 @triton.jit
 def _count_selected(
-    pre_ptr, bias_ptr, listed_ptr, least_ptr, found_ptr, last_ptr, N, H, capacity, members,
-    G: tl.constexpr, B: tl.constexpr,
+    pre_ptr, bias_ptr, keep_ptr, bits_ptr, spans_ptr, last_ptr, found_ptr, N, H, room,
+    KEEP: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """How many elements of a block lie above the K-th largest, and how many are equal to it."""
-    member = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    number = tl.load(least_ptr + 2 * member + 1)
-    threshold = tl.load(last_ptr + 2 * member)
-    sure = number * 0
-    tie = number * 0
-    if block * B < number:
-        value, bits, _n, _c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
-        sure = tl.sum(((bits > threshold) & (value > 0)).to(tl.int32), 0)
-        tie = tl.sum(((bits == threshold) & (value > 0)).to(tl.int32), 0)
-    out = member * tl.num_programs(0) + block
-    tl.store(found_ptr + out, sure)
-    tl.store(found_ptr + members * tl.num_programs(0) + out, tie)
+    """How many elements of a token lie above the K-th largest, and how many are equal to it."""
+    row = tl.program_id(0).to(tl.int64)
+    member = row // N
+    last = tl.load(last_ptr + 4 * member)
+    sure = last * 0
+    tie = last * 0
+    if tl.load(last_ptr + 4 * member + 2) > 0:
+        keep = 1.0
+        if KEEP:
+            keep = tl.load(keep_ptr + row % N)
+        if keep > 0:
+            for c0 in range(0, H, C):
+                bits = _columns(pre_ptr + row * H, bias_ptr + member * H, c0 + tl.arange(0, C), H)
+                sure += tl.sum((bits > last).to(tl.int32), 0)
+                tie += tl.sum((bits == last).to(tl.int32), 0)
+    else:
+        at = tl.load(spans_ptr + 2 * row)
+        number = tl.load(spans_ptr + 2 * row + 1)
+        for first in range(0, number, B):
+            o = first + tl.arange(0, B)
+            bits = tl.load(bits_ptr + member * room + at + o, mask=o < number, other=0)
+            sure += tl.sum((bits > last).to(tl.int32), 0)
+            tie += tl.sum((bits == last).to(tl.int32), 0)
+    tl.store(found_ptr + 2 * row, sure)
+    tl.store(found_ptr + 2 * row + 1, tie)
+
+
+@triton.jit
+def _running(found_ptr, last_ptr, start_ptr, ties_ptr, N, B: tl.constexpr):
+    """Where each token's places begin, and how many of the K-th largest's equals lie before it."""
+    member = tl.program_id(0).to(tl.int64)
+    room = tl.load(last_ptr + 4 * member + 1)
+    start_ptr += member * (N + 1)
+    ties_ptr += member * (N + 1)
+    sure_before = room * 0
+    ties_before = room * 0
+    tl.store(start_ptr, 0)
+    tl.store(ties_ptr, 0)
+    for n0 in range(0, N, B):
+        n = n0 + tl.arange(0, B)
+        row = member * N + n
+        sure = tl.load(found_ptr + 2 * row, mask=n < N, other=0)
+        tie = tl.load(found_ptr + 2 * row + 1, mask=n < N, other=0)
+        ties = ties_before + tl.cumsum(tie, 0)
+        tl.store(start_ptr + n + 1, sure_before + tl.cumsum(sure, 0) + tl.minimum(ties, room), mask=n < N)
+        tl.store(ties_ptr + n + 1, ties, mask=n < N)
+        sure_before += tl.sum(sure, 0)
+        ties_before += tl.sum(tie, 0)
+
+
+@triton.jit
+def _put(
+    bits, c, last, room, place, ties, row, member, values_ptr, index_ptr, rows_ptr, E, B: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """What is selected of B · G elements to its places; the next place for what is above the K-th largest, and ties."""
+    sure = (bits > last).to(tl.int32)
+    tie = (bits == last).to(tl.int32)
+    rank, found = ranks(sure + (tie << 16), B, G)
+    tie_rank = ties + (rank >> 16)
+    at = place + (rank & 0xFFFF) + tl.minimum(tie_rank, room)
+    taken = ((sure > 0) | ((tie > 0) & (tie_rank < room))) & (at < E)
+    out = member * E + at
+    tl.store(values_ptr + out, bits.to(tl.float32, bitcast=True), mask=taken)
+    tl.store(index_ptr + out, c, mask=taken)
+    tl.store(rows_ptr + out, (row + tl.zeros([B * G], tl.int64)).to(tl.int32), mask=taken)
+    return place + (found & 0xFFFF), ties + (found >> 16)
 
 
 @triton.jit
 def _write(
-    pre_ptr, bias_ptr, listed_ptr, least_ptr, found_ptr, last_ptr, values_ptr, index_ptr, rows_ptr, N, H, capacity,
-    members, E, G: tl.constexpr, B: tl.constexpr, F: tl.constexpr,
+    pre_ptr, bias_ptr, keep_ptr, bits_ptr, latents_ptr, spans_ptr, last_ptr, start_ptr, ties_ptr, values_ptr, index_ptr,
+    rows_ptr, N, H, room, E, KEEP: tl.constexpr, B: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """The selected elements of a block to their places, and this block's share of the unused places."""
-    member = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    number = tl.load(least_ptr + 2 * member + 1)
-    threshold = tl.load(last_ptr + 2 * member)
-    room = tl.load(last_ptr + 2 * member + 1)
-    sure_before, tie_before, all_sure, all_ties = _before(found_ptr, member, block, tl.num_programs(0), members)
-    if block * B < number:
-        value, bits, n, c = _elements(block, pre_ptr, bias_ptr, listed_ptr, member, number, N, H, capacity, G, B)
-        sure = ((bits > threshold) & (value > 0)).to(tl.int32)
-        tie = ((bits == threshold) & (value > 0)).to(tl.int32)
-        rank, _all = _ranks(sure + (tie << 16), B, G)
-        tie_rank = tie_before + (rank >> 16)
-        place = sure_before + (rank & 0xFFFF) + tl.minimum(tie_rank, room)
-        taken = ((sure > 0) | ((tie > 0) & (tie_rank < room))) & (place < E)
-        out = member * E + place
-        tl.store(values_ptr + out, value, mask=taken)
-        tl.store(index_ptr + out, c, mask=taken)
-        tl.store(rows_ptr + out, (member * N + n).to(tl.int32), mask=taken)
-    used = all_sure + tl.minimum(all_ties, room)
-    for f0 in range(block * F, E, tl.num_programs(0) * F):
+    """The selected elements of a token to their places, and its share of the unused places."""
+    row = tl.program_id(0).to(tl.int64)
+    member = row // N
+    n = (row % N).to(tl.int32)
+    last = tl.load(last_ptr + 4 * member)
+    equals = tl.load(last_ptr + 4 * member + 1)
+    start_ptr += member * (N + 1)
+    ties = tl.load(ties_ptr + row + member)
+    begin = tl.load(start_ptr + n)
+    if tl.load(start_ptr + n + 1) > begin:
+        place = begin - tl.minimum(ties, equals)
+        if tl.load(last_ptr + 4 * member + 2) > 0:
+            for c0 in range(0, H, C):
+                c = c0 + tl.arange(0, C)
+                bits = _columns(pre_ptr + row * H, bias_ptr + member * H, c, H)
+                place, ties = _put(
+                    bits, c, last, equals, place, ties, row, member, values_ptr, index_ptr, rows_ptr, E, C // 16, 16
+                )  # fmt: skip
+        else:
+            at = tl.load(spans_ptr + 2 * row)
+            number = tl.load(spans_ptr + 2 * row + 1)
+            for first in range(0, number, B):
+                o = first + tl.arange(0, B)
+                bag = member * room + at + o
+                bits = tl.load(bits_ptr + bag, mask=o < number, other=0)
+                c = tl.load(latents_ptr + bag, mask=o < number, other=0)
+                place, ties = _put(
+                    bits, c, last, equals, place, ties, row, member, values_ptr, index_ptr, rows_ptr, E, B // 4, 4
+                )  # fmt: skip
+    used = tl.load(start_ptr + N)
+    for f0 in range(used + n * F, E, N * F):
         f = f0 + tl.arange(0, F)
-        unused = (f >= used) & (f < E)
-        tl.store(values_ptr + member * E + f, tl.zeros([F], tl.float32), mask=unused)
-        tl.store(index_ptr + member * E + f, tl.zeros([F], tl.int32) + H, mask=unused)
-        tl.store(rows_ptr + member * E + f, (tl.zeros([F], tl.int64) + (member + 1) * N).to(tl.int32), mask=unused)
+        out = member * E + f
+        tl.store(values_ptr + out, tl.zeros([F], tl.float32), mask=f < E)
+        tl.store(index_ptr + out, tl.zeros([F], tl.int32) + H, mask=f < E)
+        tl.store(rows_ptr + out, (tl.zeros([F], tl.int64) + (member + 1) * N).to(tl.int32), mask=f < E)
 
 
-def _programs(keys_Mx: Tensor, blocks: int, per_multiprocessor: int) -> int:
+def _programs(device: torch.device, members: int, blocks: int, per_multiprocessor: int) -> int:
     """Of each member, as many as run at a time, or fewer, so that each has as many blocks as the others."""
-    units = torch.cuda.get_device_properties(keys_Mx.device).multi_processor_count if keys_Mx.is_cuda else 1
-    turns = triton.cdiv(blocks * len(keys_Mx), units * per_multiprocessor)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    turns = triton.cdiv(blocks * members, units * per_multiprocessor)
     return triton.cdiv(blocks, max(1, turns))
 
 
-def select(pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, want_M: Tensor, places: int) -> Ragged:
+def first_floors(members: int, device: torch.device) -> Tensor:
+    """What :func:`select` takes first: nothing is known yet."""
+    return torch.ones(members, dtype=torch.int32, device=device)
+
+
+def select(
+    pre_MNh: Tensor, bias_Mh: Tensor, keep_N: Tensor | None, want_M: Tensor, places: int, floor_M: Tensor
+) -> Ragged:
     """The `want_M` (int32, on the device) largest of relu(pre + bias) over the kept tokens, in `places` places.
 
-    `want_M` must not exceed `places`.
+    `want_M` must not exceed `places`. `floor_M` is what the micro-batch before left here; speed depends on it alone.
     """
     members, n, h = pre_MNh.shape
-    device = pre_MNh.device
-    group = next(g for g in (_GROUP, 8, 4, 2, 1) if h % g == 0)
-    total = n * (h // group)
-    keys = torch.empty(members, total, dtype=torch.int16, device=device)
-    columns = min(_COLUMNS, max(group, triton.next_power_of_2(h)))
-    _maxima[(triton.cdiv(h, columns), triton.cdiv(n, _ROWS), members)](
-        pre_MNh, bias_Mh, keep_N, keys, n, h, keep_N is not None, group, _ROWS, columns, num_warps=4
-    )
-    listed, least = _followed(keys, want_M, min(total, 2 * places))
-    given = (pre_MNh, bias_Mh, listed, least)
-    capacity = listed.shape[1]
-    shape = (n, h, capacity)
-    counts = torch.zeros(members, 4096, dtype=torch.int32, device=device)
-    blocks, room = triton.cdiv(capacity, _LISTED), 4 * places
-    bag = torch.empty(members, room, dtype=torch.int32, device=device)
-    bagged = torch.zeros(members, dtype=torch.int32, device=device)
-    _gather[(blocks, members)](*given, bag, bagged, *shape, room, group, _LISTED, num_warps=4)
+    device, masked = pre_MNh.device, keep_N is not None
+    bits, latents, spans, top, room = fill(pre_MNh, bias_Mh, keep_N, floor_M, _ROOM * places, places / (n * h))
+    counts = torch.zeros(members, 5120, dtype=torch.int32, device=device)
+    given, shape = (pre_MNh, bias_Mh, keep_N), (n, h, room)
+    programs = _programs(device, members, triton.cdiv(room, _BLOCK), 2)
     for level in range(3):
-        _count_elements[(_programs(keys, blocks, 2), members)](
-            *given, bag, bagged, want_M, counts, *shape, room, level, group, _LISTED, num_warps=4
+        _count[(programs, members)](
+            *given, floor_M, want_M, top, bits, counts, *shape, masked, level, _BLOCK, num_warps=8
         )
-    found = torch.empty(2, members, blocks, dtype=torch.int32, device=device)
-    last = torch.empty(members, 2, dtype=torch.int32, device=device)
-    _last[(members,)](counts, want_M, least, last, num_warps=4)
-    _count_selected[(blocks, members)](*given, found, last, *shape, members, group, _LISTED, num_warps=4)
+    last = torch.empty(members, 4, dtype=torch.int32, device=device)
+    _last[(members,)](counts, want_M, top, floor_M, last, room, _FLOOR, num_warps=8)
+    found = torch.empty_like(spans)
+    _count_selected[(members * n,)](*given, bits, spans, last, found, *shape, masked, _TOKEN, 1024, num_warps=1)
+    start, ties = torch.empty(2, members, n + 1, dtype=torch.int32, device=device)
+    block = min(4096, triton.next_power_of_2(n))
+    _running[(members,)](found, last, start, ties, n, block, num_warps=max(1, block // 512))
     values = torch.empty(members, places, device=device)
     index, rows = torch.empty(2, members, places, dtype=torch.int32, device=device)
-    _write[(blocks, members)](
-        *given, found.cumsum(-1, dtype=torch.int32), last, values, index, rows, *shape, members, places,
-        group, _LISTED, 128, num_warps=4,
+    _write[(members * n,)](
+        *given, bits, latents, spans, last, start, ties, values, index, rows, *shape, places,
+        masked, _TOKEN, 256, 128, num_warps=1,
     )  # fmt: skip
-    tokens = torch.arange(members, dtype=torch.int32, device=device).unsqueeze(1) * n
-    tokens = tokens + torch.arange(n + 1, dtype=torch.int32, device=device)
-    return Ragged(values, index, rows, torch.searchsorted(rows, tokens, out_int32=True))
-
-
-def _followed(keys: Tensor, want_M: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The groups in which the selected elements lie (M, capacity), and (M, 2) their least key and their number."""
-    members, total = keys.shape
-    counts = torch.zeros(2, members, 256, dtype=torch.int32, device=keys.device)
-    blocks = triton.cdiv(total, _KEYS)
-    for fine in (False, True):
-        _count_keys[(_programs(keys, blocks, 8), members)](
-            keys, want_M, counts, total, members, fine, _KEYS, num_warps=4
-        )
-    found = torch.empty(2, members, blocks, dtype=torch.int32, device=keys.device)
-    listed = torch.empty(members, capacity, dtype=torch.int32, device=keys.device)
-    least = torch.empty(members, 2, dtype=torch.int32, device=keys.device)
-    _least_key[(members,)](counts, want_M, least, members, num_warps=4)
-    _count_groups[(blocks, members)](keys, least, found, total, members, _KEYS, num_warps=4)
-    _list_groups[(blocks, members)](
-        keys, found.cumsum(-1, dtype=torch.int32), listed, least, total, members, capacity, _KEYS, num_warps=4
-    )
-    return listed, least
+    return Ragged(values, index, rows, start)

@@ -3,8 +3,8 @@
 The entries of a code lie token after token. Latents below the first width belong to prefix 0, those below the next to
 prefix 1, and so on. e_m is the error of the reconstruction from prefixes 0 … m, and E_g = Σ_{m ≥ g} e_m is what an
 entry of prefix g learns from: the errors that it has a part in. With one prefix E_0 is the error.
-A token is the work of one program; those with more than P entries are put together from pieces of P entries, so that no
-program has much more to do than the others.
+A program has some columns of one token: what it reads of W stays in the second-level cache meanwhile, and no program
+has much more to do than the others. Up to P entries are read once; those of a longer token twice, a few at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,6 +17,8 @@ from torch import Tensor
 
 _TILE = 2048
 """Elements (entries x columns) that a program has at a time."""
+_WIDE, _WIDE_NESTED = 256, 128
+"""Columns of a program."""
 
 
 @triton.jit
@@ -47,10 +49,10 @@ def _less_input(bias_ptr, x_ptr, scale, keep, c, cm):
 
 @triton.jit
 def _short(
-    begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr, step,
-    factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A token with at most KP entries: all E_g, the entries' dots, ‖e_last‖² and Σ ‖e_m‖².
+    """A token with at most KP entries: all E_g, the entries' dots, ‖e_last‖² and Σ ‖e_m‖², of WIDE columns.
 
     A piece of C columns of the entries' rows of W is read once for everything.
     """
@@ -60,8 +62,8 @@ def _short(
     dots = tl.zeros([KP], tl.float32)
     last = tl.zeros([C], tl.float32)
     every = tl.zeros([C], tl.float32)
-    for c0 in range(0, D, C):
-        c = c0 + tl.arange(0, C)
+    for c0 in range(0, WIDE, C):
+        c = first + c0 + tl.arange(0, C)
         cm = c < D
         w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0).to(tl.float32)
         base = _less_input(bias_ptr, x_ptr, scale, keep, c, cm)
@@ -87,118 +89,167 @@ def _short(
 
 
 @triton.jit
-def _short_nested(
-    begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr, step,
-    factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+def _of_prefix(
+    begin, end, c, values_ptr, index_ptr, widths_ptr, w_ptr, D: tl.constexpr, G: tl.constexpr, PREFIX: tl.constexpr,
+    B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """`_short` for up to 8 prefixes in bfloat16, by two small matrix products instead of sums per prefix.
+    """Columns c of Σ value · W over a token's entries of one prefix (−1: of all)."""
+    found = tl.zeros([B, C], tl.float32)
+    for j0 in range(begin, end, B):
+        j = j0 + tl.arange(0, B)
+        v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
+        if PREFIX >= 0:
+            on = on & (prefix == PREFIX)
+        w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & (c < D)[None, :], other=0.0)
+        found += v[:, None] * w.to(tl.float32)
+    return tl.sum(found, 0)
 
-    Rows 0 … 7 of the first are the reconstructions from the prefixes, rows 8 … 15 what E_0, … are made of; values
-    go into it as sums of two bfloat16 numbers.
+
+@triton.jit
+def _long(
+    begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`_short` for any number of entries, B at a time."""
+    c = first + tl.arange(0, WIDE)
+    cm = c < D
+    e = _of_prefix(begin, end, c, values_ptr, index_ptr, widths_ptr, w_ptr, D, G, -1, B, WIDE)
+    e = tl.where(cm, e + _less_input(bias_ptr, x_ptr, scale, keep, c, cm), 0.0)
+    total = e
+    last = e * e
+    every = e * e
+    tl.store(error_ptr + (G - 1) * step + c, total, mask=cm)
+    for back in tl.static_range(1, G):
+        e -= _of_prefix(begin, end, c, values_ptr, index_ptr, widths_ptr, w_ptr, D, G, G - back, B, WIDE)
+        total += e
+        every += e * e
+        tl.store(error_ptr + (G - 1 - back) * step + c, total, mask=cm)
+    if G > 1:
+        tl.debug_barrier()  # the errors are read again there
+    for j0 in range(begin, end, B):
+        j = j0 + tl.arange(0, B)
+        _v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
+        at = on[:, None] & cm[None, :]
+        w = tl.load(rows_ptr[:, None] + c[None, :], mask=at, other=0.0).to(tl.float32)
+        if G == 1:
+            dots = tl.sum(w * total[None, :], 1)
+        else:
+            own = tl.load(error_ptr + prefix[:, None] * step + c[None, :], mask=at, other=0.0)
+            dots = tl.sum(w * own.to(tl.float32), 1)
+        tl.store(dots_ptr + j, tl.where(on, dots * factor, 0.0), mask=j < end)
+    return tl.sum(last, 0), tl.sum(every, 0)
+
+
+@triton.jit
+def _times(v, on, prefix, m, G: tl.constexpr):
+    """What the entries' rows of W are multiplied by, as sums of two bfloat16 numbers.
+
+    Rows 0 … 7 give the reconstructions from the prefixes, rows 8 … 15 what E_0, … are made of.
     """
-    j = begin + tl.arange(0, KP)
-    jm = j < end
-    v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, jm, widths_ptr, w_ptr, D, G)
-    m = tl.arange(0, 16)
     own = m % 8
-    real = own < G
-    summed = real & (m >= 8)
-    weight = tl.where(summed, G - own, 1).to(tl.float32)
     times = tl.where(m[:, None] < 8, (prefix[None, :] <= own[:, None]).to(tl.int32), 0)
     times = tl.where(m[:, None] < 8, times, G - tl.maximum(prefix[None, :], own[:, None]))
-    a = tl.where(real[:, None] & on[None, :], v[None, :] * times.to(tl.float32), 0.0)
+    a = tl.where((own < G)[:, None] & on[None, :], v[None, :] * times.to(tl.float32), 0.0)
     high = a.to(tl.bfloat16)
-    rest = (a - high.to(tl.float32)).to(tl.bfloat16)
-    dots = tl.zeros([KP, 16], tl.float32)
-    squares = tl.zeros([16, C], tl.float32)
-    for c0 in range(0, D, C):
-        c = c0 + tl.arange(0, C)
+    return high, (a - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _less_inputs(e, m, c, bias_ptr, x_ptr, scale, keep, D: tl.constexpr, G: tl.constexpr):
+    """The errors from the reconstructions, and E_0, … from what they are made of."""
+    cm = c < D
+    weight = tl.where(m >= 8, G - m % 8, 1).to(tl.float32)
+    base = _less_input(bias_ptr, x_ptr, scale, keep, c, cm)
+    return tl.where((m % 8 < G)[:, None] & cm[None, :], e + weight[:, None] * base[None, :], 0.0)
+
+
+@triton.jit
+def _nested(
+    begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    SHORT: tl.constexpr,
+):  # fmt: skip
+    """`_short` (SHORT) or `_long` for up to 8 prefixes in bfloat16, by small matrix products instead of sums."""
+    m = tl.arange(0, 16)
+    real = m % 8 < G
+    summed = real & (m >= 8)
+    j = begin + tl.arange(0, KP)
+    by_prefix = tl.zeros([16], tl.float32)
+    if SHORT:
+        v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
+        high, rest = _times(v, on, prefix, m, G)
+        dots = tl.zeros([KP, 16], tl.float32)
+        squares = tl.zeros([16, C], tl.float32)
+        for c0 in range(0, WIDE, C):
+            c = first + c0 + tl.arange(0, C)
+            cm = c < D
+            w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0)
+            e = _less_inputs(tl.dot(rest, w, tl.dot(high, w)), m, c, bias_ptr, x_ptr, scale, keep, D, G)
+            squares += e * e
+            low = e.to(tl.bfloat16)
+            tl.store(error_ptr + (m % 8)[:, None] * step + c[None, :], low, mask=summed[:, None] & cm[None, :])
+            dots = tl.dot(w, tl.trans(low), dots)
+        of_prefix = tl.sum(tl.where(prefix[:, None] + 8 == m[None, :], dots, 0.0), 1)
+        tl.store(dots_ptr + j, tl.where(on, of_prefix * factor, 0.0), mask=j < end)
+        by_prefix = tl.sum(squares, 1)
+    else:
+        c = first + tl.arange(0, WIDE)
         cm = c < D
-        w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0)
-        e = tl.dot(rest, w, tl.dot(high, w))
-        base = _less_input(bias_ptr, x_ptr, scale, keep, c, cm)
-        e = tl.where(real[:, None] & cm[None, :], e + weight[:, None] * base[None, :], 0.0)
-        squares += e * e
+        e = tl.zeros([16, WIDE], tl.float32)
+        for j0 in range(begin, end, KP):
+            j = j0 + tl.arange(0, KP)
+            v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
+            high, rest = _times(v, on, prefix, m, G)
+            w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0)
+            e = tl.dot(rest, w, tl.dot(high, w, e))
+        e = _less_inputs(e, m, c, bias_ptr, x_ptr, scale, keep, D, G)
         low = e.to(tl.bfloat16)
-        tl.store(error_ptr + own[:, None] * step + c[None, :], low, mask=summed[:, None] & cm[None, :])
-        dots = tl.dot(w, tl.trans(low), dots)
-    of_prefix = tl.sum(tl.where(prefix[:, None] + 8 == m[None, :], dots, 0.0), 1)
-    tl.store(dots_ptr + j, tl.where(on, of_prefix * factor, 0.0), mask=jm)
-    by_prefix = tl.sum(squares, 1)
+        tl.store(error_ptr + (m % 8)[:, None] * step + c[None, :], low, mask=summed[:, None] & cm[None, :])
+        for j0 in range(begin, end, KP):
+            j = j0 + tl.arange(0, KP)
+            v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
+            w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0)
+            dots = tl.dot(w, tl.trans(low))
+            of_prefix = tl.sum(tl.where(prefix[:, None] + 8 == m[None, :], dots, 0.0), 1)
+            tl.store(dots_ptr + j, tl.where(on, of_prefix * factor, 0.0), mask=j < end)
+        by_prefix = tl.sum(e * e, 1)
     return tl.sum(tl.where(m == G - 1, by_prefix, 0.0), 0), tl.sum(tl.where(m < 8, by_prefix, 0.0), 0)
 
 
 @triton.jit
 def _token(
-    begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr, step,
-    factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, NESTED: tl.constexpr,
+    begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    NESTED: tl.constexpr,
 ):  # fmt: skip
-    """`_short`, the faster way."""
+    """Columns [first, first + WIDE), the faster way; C = WIDE: KP entries at a time."""
     if NESTED:
-        last, every = _short_nested(
-            begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
-            step, factor, D, G, KP, C,
+        last, every = _nested(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, KP, C, WIDE, C < WIDE,
+        )  # fmt: skip
+    elif C < WIDE:
+        last, every = _short(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, KP, C, WIDE,
         )  # fmt: skip
     else:
-        last, every = _short(
-            begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
-            step, factor, D, G, KP, C,
+        last, every = _long(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, KP, WIDE,
         )  # fmt: skip
     return last, every
 
 
 @triton.jit
-def _long(
-    begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step,
-    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """As `_short`, without the dots, from the sums of the token's pieces."""
-    last = tl.zeros([C], tl.float32)
-    every = tl.zeros([C], tl.float32)
-    stop = (end - 1) // P + 1
-    for c0 in range(0, D, C):
-        c = c0 + tl.arange(0, C)
-        cm = c < D
-        e = _less_input(bias_ptr, x_ptr, scale, keep, c, cm)
-        for g in tl.static_range(G):
-            e += _over_pieces(begin, stop, g, part_ptr, c, cm, D, G, P, TB, C)
-        e = tl.where(cm, e, 0.0)
-        total = e
-        last += e * e
-        every += e * e
-        tl.store(error_ptr + (G - 1) * step + c, total, mask=cm)
-        for back in tl.static_range(1, G):
-            g = G - 1 - back
-            e -= _over_pieces(begin, stop, g + 1, part_ptr, c, cm, D, G, P, TB, C)
-            total += e
-            every += e * e
-            tl.store(error_ptr + g * step + c, total, mask=cm)
-    return tl.sum(last, 0), tl.sum(every, 0)
-
-
-@triton.jit
-def _over_pieces(
-    begin, stop, g, part_ptr, c, cm, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, TB: tl.constexpr,
-    C: tl.constexpr,
-):  # fmt: skip
-    """Columns c of Σ value · W over a token's entries of prefix g."""
-    found = tl.zeros([C], tl.float32)
-    for p0 in range(begin // P, stop, TB):
-        p = p0 + tl.arange(0, TB)
-        at = (2 * p + (p * P < begin).to(tl.int64)) * G + g
-        mask = (p < stop)[:, None] & cm[None, :]
-        found += tl.sum(tl.load(part_ptr + at[:, None] * D + c[None, :], mask=mask, other=0.0), 0)
-    return found
-
-
-@triton.jit
 def _decode(
-    values_ptr, index_ptr, start_ptr, part_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale_ptr, keep_ptr, error_ptr,
-    dots_ptr, squares_ptr, N, H, E, pieces, members, factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr, LONG: tl.constexpr, NESTED: tl.constexpr,
+    values_ptr, index_ptr, start_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale_ptr, keep_ptr, error_ptr,
+    dots_ptr, squares_ptr, N, H, E, members, factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
+    G: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """One token of one member. K > 0: every token has K entries, else `start` says which are its."""
+    """WIDE columns of one token of one member. K > 0: every token has K entries, else `start` says which are its."""
     row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * WIDE
     member, n = row // N, row % N
     keep = 1.0
     if KEEP:
@@ -206,171 +257,69 @@ def _decode(
     scale = tl.load(scale_ptr)
     values_ptr += member * E
     index_ptr += member * E
-    dots_ptr += member * E
+    dots_ptr += (tl.program_id(1).to(tl.int64) * members + member) * E
     w_ptr += member * H * D
     bias_ptr += member * D
     x_ptr += n * D
     error_ptr += (member * G * N + n) * D
     step = (n * 0 + N) * D
-    squares_ptr += row
     if K > 0:
-        last, every = _token(
-            n * K, n * K + K, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, P, C, NESTED,
-        )  # fmt: skip
-        tl.store(squares_ptr, last)
-        tl.store(squares_ptr + members * N, every)
+        begin = n * K
+        end = begin + K
     else:
         begin = tl.load(start_ptr + row + member).to(tl.int64)
         end = tl.load(start_ptr + row + member + 1).to(tl.int64)
-        if end - begin <= P // 2:
-            last, every = _token(
-                begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-                dots_ptr, step, factor, D, G, P // 2, SHORT, NESTED,
-            )  # fmt: skip
-            tl.store(squares_ptr, last)
-            tl.store(squares_ptr + members * N, every)
-        elif end - begin <= P:
-            last, every = _token(
-                begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-                dots_ptr, step, factor, D, G, P, C, NESTED,
-            )  # fmt: skip
-            tl.store(squares_ptr, last)
-            tl.store(squares_ptr + members * N, every)
-        else:
-            part_ptr += member * pieces * 2 * G * D
-            last, every = _long(begin, end, part_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, step, D, G, P, 4, LONG)
-            tl.store(squares_ptr, last)
-            tl.store(squares_ptr + members * N, every)
-
-
-@triton.jit
-def _long_rows(start_ptr, rows_ptr, member, piece, N, E, P: tl.constexpr):
-    """Of a piece's first and last entry: the token, and where its entries begin and end; a long one has more than P."""
-    start_ptr += member * (N + 1)
-    used = tl.load(start_ptr + N).to(tl.int64)
-    first = piece * P
-    last = tl.minimum(first + P, used) - 1
-    a = tl.load(rows_ptr + member * E + first, mask=first < used, other=0).to(tl.int64) - member * N
-    b = tl.load(rows_ptr + member * E + last, mask=first < used, other=0).to(tl.int64) - member * N
-    a = tl.where(first < used, a, 0)
-    b = tl.where(first < used, b, 0)
-    a_begin = tl.load(start_ptr + a).to(tl.int64)
-    a_end = tl.load(start_ptr + a + 1).to(tl.int64)
-    b_begin = tl.load(start_ptr + b).to(tl.int64)
-    b_end = tl.load(start_ptr + b + 1).to(tl.int64)
-    return first, used, a_begin, a_end, b_begin, b_end
-
-
-@triton.jit
-def _piece_sums(
-    values_ptr, index_ptr, start_ptr, rows_ptr, widths_ptr, w_ptr, part_ptr, N, H, E,
-    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Σ value · W by prefix over entries [P·piece, P·(piece + 1)) of the long tokens, WIDE columns.
-
-    One or two of these tokens reach in here.
-
-    Place 2·piece holds what belongs to the token of the first entry, the next one what belongs to a token that begins
-    later and goes on behind the last.
-    """
-    member = tl.program_id(1).to(tl.int64)
-    piece = tl.program_id(0).to(tl.int64)
-    first, used, a_begin, a_end, b_begin, b_end = _long_rows(start_ptr, rows_ptr, member, piece, N, E, P)
-    for side in range(2):
-        begin = tl.where(side == 0, a_begin, b_begin)
-        end = tl.where(side == 0, a_end, b_end)
-        if (first < used) & (end - begin > P) & ((side == 0) | (begin > first)):
-            j = first + tl.arange(0, P)
-            mask = (j >= begin) & (j < end)
-            v, on, rows, prefix = _entries(
-                values_ptr + member * E, index_ptr + member * E, j, mask, widths_ptr, w_ptr + member * H * D, D, G
-            )
-            out_ptr = part_ptr + ((member * tl.num_programs(0) + piece) * 2 + side) * G * D
-            first_column = tl.program_id(2) * WIDE
-            for c0 in range(first_column, first_column + WIDE, C):
-                c = c0 + tl.arange(0, C)
-                cm = c < D
-                w = tl.load(rows[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0).to(tl.float32)
-                for g in tl.static_range(G):
-                    own = tl.where(prefix == g, v, 0.0)
-                    tl.store(out_ptr + g * D + c, tl.sum(own[:, None] * w, 0), mask=cm)
-
-
-@triton.jit
-def _long_dots(
-    values_ptr, index_ptr, start_ptr, rows_ptr, widths_ptr, w_ptr, error_ptr, dots_ptr, N, H, E, factor,
-    D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """The dots of those of B entries that belong to tokens with more than P."""
-    member = tl.program_id(1).to(tl.int64)
-    start_ptr += member * (N + 1)
-    j = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    used = j < tl.load(start_ptr + N).to(tl.int64)
-    row = tl.load(rows_ptr + member * E + j, mask=used, other=0).to(tl.int64)
-    token = tl.where(used, row - member * N, 0)
-    mask = used & (tl.load(start_ptr + token + 1) - tl.load(start_ptr + token) > P)
-    if tl.max(mask.to(tl.int32), 0) > 0:
-        _v, on, rows, prefix = _entries(
-            values_ptr + member * E, index_ptr + member * E, j, mask, widths_ptr, w_ptr + member * H * D, D, G
-        )
-        errors = error_ptr + (row + (member * (G - 1) + prefix) * N) * D
-        dots = tl.zeros([B], tl.float32)
-        for c0 in range(0, D, C):
-            c = c0 + tl.arange(0, C)
-            at = on[:, None] & (c < D)[None, :]
-            w = tl.load(rows[:, None] + c[None, :], mask=at, other=0.0).to(tl.float32)
-            e = tl.load(errors[:, None] + c[None, :], mask=at, other=0.0).to(tl.float32)
-            dots += tl.sum(w * e, 1)
-        tl.store(dots_ptr + member * E + j, tl.where(on, dots * factor, 0.0), mask=mask)
+    last = 0.0
+    every = 0.0
+    if end - begin <= P // 2:
+        last, every = _token(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, P // 2, min(WIDE // 2, max(16, 2 * TILE // P)), WIDE, NESTED,
+        )  # fmt: skip
+    elif end - begin <= P:
+        last, every = _token(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, P, min(WIDE // 2, max(16, TILE // P)), WIDE, NESTED,
+        )  # fmt: skip
+    else:
+        last, every = _token(
+            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
+            dots_ptr, step, factor, D, G, max(16 if NESTED else 1, TILE // WIDE), WIDE, WIDE, NESTED,
+        )  # fmt: skip
+    squares_ptr += (member * tl.num_programs(1) + tl.program_id(1)) * N + n
+    tl.store(squares_ptr, last)
+    tl.store(squares_ptr + tl.num_programs(1).to(tl.int64) * members * N, every)
 
 
 def _most_at_once(places: int, n: int) -> int:
-    """Entries from which a token is cut into pieces: more than twice as many as tokens have in the mean."""
+    """Entries of a token that are read once: up to more than twice as many as tokens have in the mean."""
     return min(512, max(32, triton.next_power_of_2(2 * triton.cdiv(places, n))))
 
 
 def decode(
-    values: Tensor, index: Tensor, rows: tuple[Tensor, Tensor] | None, widths: Tensor, W_Mhd: Tensor,
+    values: Tensor, index: Tensor, start: Tensor | None, widths: Tensor, W_Mhd: Tensor,
     b_dec_Md: Tensor, x_Nd: Tensor, scale: Tensor, keep_N: Tensor | None, factor: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """E_g (M, G, N, d) in W's dtype, `factor` times the entries' dots with it, and (2, M, N): ‖e_last‖², Σ ‖e_m‖².
+    """E_g (M, G, N, d) in W's dtype, `factor` times the entries' dots with it, and ‖e_last‖² and Σ ‖e_m‖².
 
-    `values` and `index` are (M · N, k), or (M, E) where `rows` are those of a `batch.Ragged` and its starts. `widths`
-    (int32) are the prefixes' ends, the last one h.
+    Those two are (2, M, S, N), sums over S parts of the columns. `values` and `index` are (M · N, k), or (M, E) where
+    `start` is that of a `batch.Ragged`. `widths` (int32) are the prefixes' ends, the last one h.
     """
     members, h, d = W_Mhd.shape
     n, g, device = len(x_Nd), len(widths), values.device
-    k = 0 if rows is not None else values.shape[1]
+    k = 0 if start is not None else values.shape[1]
     places = values.numel() // members
-    most = max(16, triton.next_power_of_2(k)) if k else _most_at_once(places, n)
-    width = triton.next_power_of_2(d)
-    columns, short = min(width, max(16, _TILE // most)), min(width, max(16, 2 * _TILE // most))
-    nested = 1 < g <= 8 and W_Mhd.dtype == torch.bfloat16 and columns >= 16
+    most = max(32, triton.next_power_of_2(k)) if k else _most_at_once(places, n)
+    nested = 1 < g <= 8 and W_Mhd.dtype == torch.bfloat16
+    wide = max(32, min(triton.next_power_of_2(d), _WIDE_NESTED if nested else _WIDE))
+    parts = triton.cdiv(d, wide)
+    registers = 255 if W_Mhd.dtype != torch.bfloat16 else 168 if nested else 128
     error = torch.empty(members, g, n, d, dtype=W_Mhd.dtype, device=device)
-    dots = torch.empty_like(values)
-    squares = torch.empty(2, members, n, device=device)
-    pieces = triton.cdiv(places, most)
-    warps = max(1, min(8, most * columns // _TILE))
-    if rows is None:
-        part = places_of = start = values  # not read
-    else:
-        places_of, start = rows
-        part = torch.empty(members, pieces, 2, g, d, device=device)
-        wide = max(columns, min(width, 128))
-        _piece_sums[(pieces, members, triton.cdiv(d, wide))](
-            values, index, start, places_of, widths, W_Mhd, part, n, h, places, d, g, most, columns, wide,
-            num_warps=warps,
-        )  # fmt: skip
-    _decode[(members * n,)](
-        values, index, start, part, widths, W_Mhd, b_dec_Md, x_Nd, scale, keep_N, error, dots, squares, n, h, places,
-        pieces, members, factor, d, keep_N is not None, k, g, most, columns, short,
-        min(width, 128), nested,
-        num_warps=warps,
+    dots = torch.empty(parts, *values.shape, device=device)
+    squares = torch.empty(2, members, parts, n, device=device)
+    _decode[(members * n, parts)](
+        values, index, start, widths, W_Mhd, b_dec_Md, x_Nd, scale, keep_N, error, dots, squares, n, h, places,
+        members, factor, d, keep_N is not None, k, g, most, wide, _TILE, nested,
+        num_warps=max(1, min(8, most * 16 // _TILE)), maxnreg=registers,
     )  # fmt: skip
-    if rows is not None:
-        _long_dots[(triton.cdiv(places, 32), members)](
-            values, index, start, places_of, widths, W_Mhd, error, dots, n, h, places, factor, d, g, most, 32,
-            min(width, 64), num_warps=1,
-        )  # fmt: skip
-    return error, dots, squares
+    return error, dots[0] if parts == 1 else dots.sum(0), squares
