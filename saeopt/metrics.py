@@ -49,6 +49,10 @@ class Metric:
     """`training_curves.png` has a panel for it."""
     logarithmic: bool = False
     """Drawn on a logarithmic scale."""
+    shared: bool = False
+    """The same for all seeds of a trial: there is no spread to tell."""
+    seeds: bool = False
+    """Only where several seeds were trained."""
     follows_from: tuple[str, ...] = ()
     """Metrics from which it follows where it was not measured itself …"""
     rule: Callable[..., float] | None = None
@@ -88,29 +92,33 @@ _ALL = (
     Metric("ce_recovered", "CE recovered", ".3f", "cross-entropy recovered", up=True, shown=Shown.HEADLINE, panel=True),
     Metric("kl", "KL", ".3f", "KL divergence of the predictions", shown=Shown.TABLE),
     Metric("fraction_dead", "dead", ".1%", "share of dead latents", training=True, shown=Shown.HEADLINE, panel=True),
-    Metric("lr", "learning rate", training=True, evaluation=False, objective=False),
+    Metric("lr", "learning rate", training=True, evaluation=False, objective=False, shared=True),
     Metric("grad_norm", "gradient norm", long="gradient norm before clipping", training=True, evaluation=False,
            objective=False, panel=True, logarithmic=True),
-    Metric("tokens_per_s", "tokens/s", ",.0f", training=True, evaluation=False, objective=False),
+    Metric("tokens_per_s", "tokens/s", ",.0f", training=True, evaluation=False, objective=False, shared=True),
     Metric("mse", "MSE", training=True, shown=Shown.COLUMN),
     Metric("cosine", "cosine", ".4f", up=True, shown=Shown.COLUMN),
-    Metric("n_tokens", "tokens", ",.0f", objective=False),
-    Metric("ce_clean", "CE", long="cross-entropy without an SAE"),
+    Metric("n_tokens", "tokens", ",.0f", objective=False, shared=True),
+    Metric("ce_clean", "CE", long="cross-entropy without an SAE", shared=True),
     Metric("ce_degradation", "CE increase", long="increase of the cross-entropy",
            follows_from=("ce_sae", "ce_clean"), rule=lambda sae, clean: sae - clean),
     Metric("ce_sae", "CE with SAE", long="cross-entropy with the SAE"),
-    Metric("ce_zero", "CE zeroed", long="cross-entropy with zeros in its place"),
+    Metric("ce_zero", "CE zeroed", long="cross-entropy with zeros in its place", shared=True),
     Metric("fraction_alive", "alive", ".1%", "share of living latents", up=True,
            follows_from=("fraction_dead",), rule=_rest),
     Metric("sparsity_coeff", "λ", long="λ (moved until L0 is its target)", training=True, evaluation=False,
            objective=False, panel=True, logarithmic=True),
-    Metric("target_l0", "target L0", evaluation=False, objective=False),
+    Metric("target_l0", "target L0", evaluation=False, objective=False, shared=True),
+    Metric("found_again", "found again", ".1%", "share of latents found again in another seed", up=True, seeds=True,
+           shown=Shown.TABLE),
+    Metric("pw_mcc", "PW-MCC", ".3f", "matched decoder cosine between seeds", up=True, seeds=True, shown=Shown.COLUMN),
+    Metric("n_seeds", "seeds", ".0f", objective=False, shared=True, seeds=True),
     Metric("c_dec", "c_dec", ".4f", "mean |cosine| between decoder rows"),
     Metric("s_dec", "s_dec", ".4f", "n-th largest projection on the decoder"),
     Metric("l1", "L1"),
-    Metric("n_predictions", "predictions", ",.0f", objective=False),
+    Metric("n_predictions", "predictions", ",.0f", objective=False, shared=True),
     Metric("norm_ratio", "norm ratio", ".4f"),
-    Metric("gamma", "γ", ".3g", "‖mean‖ / ‖std‖ of the activations", objective=False),
+    Metric("gamma", "γ", ".3g", "‖mean‖ / ‖std‖ of the activations", objective=False, shared=True),
 )  # fmt: skip
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
@@ -122,9 +130,9 @@ def objective_metrics() -> list[str]:
     return [metric.name for metric in METRICS.values() if metric.objective]
 
 
-def shown_in(place: Shown) -> list[Metric]:
-    """The metrics that people see there."""
-    return [metric for metric in METRICS.values() if metric.shown >= place]
+def shown_in(place: Shown, seeds: bool = False) -> list[Metric]:
+    """The metrics that people see there; with `seeds` also those that only several seeds have."""
+    return [metric for metric in METRICS.values() if metric.shown >= place and (seeds or not metric.seeds)]
 
 
 def more_is_better(name: str) -> bool:

@@ -30,7 +30,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from saeopt.config.base import explain
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.files import write_json

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
+from saeopt.config.machine import ActivationsConfig, PerformanceConfig
 from saeopt.config.marks import Located, Made, Member, PackWide, Reporting, Resumable, Slow, Stack, Stream
 from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import is_attention_output
@@ -159,39 +160,6 @@ class DataConfig(StrictModel):
         return self.model_copy(update=own)
 
 
-class ActivationsConfig(StrictModel):
-    """The `activations:` section: a cache on disk, so that several runs harvest the same activations once."""
-
-    cache: PackWide[Made[Text]] = "auto"
-    """A folder; `off`; or `auto`: the workers of a study share one, single runs have none."""
-    cache_max_gb: PackWide[Annotated[Float, Field(gt=0, le=1e9)]] = 50.0
-    """Largest size of one stream's cache; what does not fit is harvested each time (never more than half of what is
-    free on the disk)."""
-    dtype: PackWide[Literal["auto", "bfloat16", "float32", "float16"]] = "auto"
-    """Stored precision; auto: the language model's, which changes no result."""
-
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _off(cls, value: object) -> object:
-        return word(value, None, "off")
-
-
-class PerformanceConfig(StrictModel):
-    """The `performance:` section. The defaults are right; results do not depend on it beyond rounding."""
-
-    stack: Stack[Literal["auto", "fused", "reference"]] = "auto"
-    """fused: hand-written step over all members at once; reference: autograd; auto: fused where there is one."""
-    compile: Stack[Literal["auto", "on", "off"]] = "auto"
-    """Fuse elementwise stages with torch.compile; auto: on a GPU."""
-    graphs: Stack[Literal["auto", "on", "off"]] = "auto"
-    """Replay the step as a CUDA graph; auto: on a GPU."""
-
-    @field_validator("compile", "graphs", mode="before")
-    @classmethod
-    def _on_or_off(cls, value: object) -> object:
-        return word(value, "on", "off")
-
-
 class RunConfig(StrictModel):
     """One run. Unknown keys are errors; the seed's base configs load unchanged."""
 
@@ -205,6 +173,9 @@ class RunConfig(StrictModel):
     """More sinks for the metrics, through Accelerate's trackers (`wandb_project` alone switches W&B on)."""
     seed: Annotated[Member[Seed], Slow(5)] = 0
     """Decides initial weights and gate noise (the data order has `data.seed`)."""
+    seeds: Member[Annotated[Int, Field(gt=0, le=1000)]] = 1
+    """SAEs that are trained per site on one pass of the language model: with `seed`, `seed + 1`, … Metrics are means
+    over them, told with their spread. Weights of all but the first: `seeds/<seed>` in the run folder."""
     tlens_model_name: Stream[Located[Text | None]] = None
     """Hub name of the language model; exactly one of name and path."""
     tlens_model_path: Stream[Located[Text | None]] = None
@@ -318,6 +289,10 @@ class RunConfig(StrictModel):
                 f"'warmup_samples' ({self.warmup_samples}) + 'cooldown_samples' ({self.cooldown_samples or 0})"
                 f" exceed 'data.n_train_samples' ({n})"
             )
+        if self.seed + self.seeds > 2**63:
+            raise ValueError(f"'seeds': the last would be {self.seed + self.seeds - 1}: too large")
+        if self.seeds > 1 and self.saes.pretrained_sae_paths:
+            raise ValueError("'seeds' above 1: with 'saes.pretrained_sae_paths' all would start from the same weights")
         if self.legacy_scaling and isinstance(self.saes.normalize_activations, str):
             raise ValueError("'legacy_scaling: true' leaves activations as they are: no 'saes.normalize_activations'")
         if self.saes.set_on_held_out and self.data.n_threshold_samples is None:
@@ -372,6 +347,12 @@ class RunConfig(StrictModel):
     def model(self) -> str:
         """Name or path of the language model, or of the activations that stand in for it."""
         return self.tlens_model_name or self.tlens_model_path or self.data.activations or ""
+
+    @property
+    def of_each_seed(self) -> list[Self]:
+        """What each of its seeds is trained as, each a run of one seed; the first is the run folder's own."""
+        one = [self.model_copy(update={"seed": self.seed + i, "seeds": 1}) for i in range(self.seeds)]
+        return one if self.seeds > 1 else [self]
 
     @property
     def data_seed(self) -> int:

@@ -16,10 +16,13 @@ from torch import Tensor
 from saeopt.activations.masks import keep_mask, side_by_side
 from saeopt.config.run import Ablation, DataConfig
 from saeopt.config.sites import Site
+from saeopt.evaluation.agreement import MOST_MATCHED, agreement
 from saeopt.evaluation.cross_entropy import CrossEntropy, pass_sums, samples_at_once, splicer
 from saeopt.evaluation.decoder import Projections, some_positions
-from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce
+from saeopt.evaluation.metrics import Accumulator, Metrics, Reduce, scalars
+from saeopt.runs.names import SEEDS
 from saeopt.saes.base import SAE
+from saeopt.spread import over_seeds
 
 CODE_BYTES = {"cpu": 2**26, "cuda": 2**30}
 """Memory for the code of one block of tokens."""
@@ -97,7 +100,7 @@ def keep_rule(lm: SplicingModel, data: DataConfig | None, norm_limit: float) -> 
 
 @torch.no_grad()
 def evaluate(
-    saes: Mapping[Key, SAE | tuple[str | Site, SAE]],
+    saes: Mapping[Key, SAE | tuple[str | Site, SAE | Mapping[int, SAE]]],
     lm: SplicingModel,
     tokens: Iterable[Int[Tensor, "B T"]],
     *,
@@ -108,21 +111,24 @@ def evaluate(
     device: torch.device | str | None = None,
     reduce: Reduce | None = None,
     progress: Callable[[int], None] | None = None,
+    most_matched: int | None = MOST_MATCHED,
 ) -> dict[Key, Metrics]:
     """Metrics of every SAE over all batches, as plain Python numbers.
 
-    `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share one. Everything is
-    measured against what the site is to give, its cross-entropies with all that it writes replaced, or zeroed, at once.
+    `saes` maps a hook point to its SAE, or any key to (site or hook point, SAE); several may share one. In place of an
+    SAE may stand several seeds of one, {seed: SAE}: their row is made by :func:`over_seeds`, says how far they agree
+    (:func:`agreement`, which gets `most_matched`), and holds theirs in `seeds`. Everything is measured against what
+    the site is to give, its cross-entropies with all that it writes replaced, or zeroed, at once.
     Which positions count follows from `data`, or is said by `keep`. With several ranks each gives its own tokens, and
     `reduce` sums tensors over them in place; all ranks name the SAEs in one order. `progress` counts their samples.
     """
     if not saes:
         return {}
-    first = next(iter(saes.values()))
-    device = torch.device(device or (first[1] if isinstance(first, tuple) else first).W_enc.device)
-    members = {key: _member(key, value) for key, value in saes.items()}
-    hooks = list(dict.fromkeys(hook for member in members.values() for hook in member.site.hooks))
-    places = list(dict.fromkeys(member.place for member in members.values()))
+    seeds = {key: _members(key, value) for key, value in saes.items()}
+    members = [member for of_key in seeds.values() for member in of_key.values()]
+    device = torch.device(device or members[0].sae.W_enc.device)
+    hooks = list(dict.fromkeys(hook for member in members for hook in member.site.hooks))
+    places = list(dict.fromkeys(member.place for member in members))
     rules = {place: keep or keep_rule(lm, data, place[1]) for place in places}
     rows = 1  # samples whose logits are held at once; more from when the size of the vocabulary is known
     for batch in tokens:
@@ -136,7 +142,7 @@ def evaluate(
             start += rows
             clean_BTV = lm.logits(tokens_BT[part]) if cross_entropy else None
             for place in places:
-                here = [member for member in members.values() if member.place == place]
+                here = [member for member in members if member.place == place]
                 x_here = {hook: x[hook][part] for hook in place[0].hooks}
                 _evaluate_site(here, lm, tokens_BT[part], x_here, kept[place][part], clean_BTV, ce_ablation)
             if clean_BTV is not None:
@@ -144,12 +150,16 @@ def evaluate(
         if progress is not None:
             progress(len(batch))
     if reduce is not None:
-        reduce([sums for member in members.values() for sums in member.all_sums])
-    return {key: _result(member, cross_entropy) for key, member in members.items()}
+        reduce([sums for member in members for sums in member.all_sums])
+    return {key: _row(of_key, cross_entropy, most_matched) for key, of_key in seeds.items()}
 
 
-def _member(key: object, value: SAE | tuple[str | Site, SAE]) -> _Member:
-    site, sae = value if isinstance(value, tuple) else (str(key), value)
+def _members(key: object, value: SAE | tuple[str | Site, SAE | Mapping[int, SAE]]) -> dict[int, _Member]:
+    site, given = value if isinstance(value, tuple) else (str(key), value)
+    return {seed: _member(site, sae) for seed, sae in ({0: given} if isinstance(given, SAE) else given).items()}
+
+
+def _member(site: str | Site, sae: SAE) -> _Member:
     device, W_dec, scale = sae.W_enc.device, sae.W_dec.detach(), sae.scale
     if sae.widths is not None or sae.whitens:
         W_dec, scale = sae.raw_rows(W_dec), sae.ones()
@@ -187,6 +197,17 @@ def _evaluate_site(
             spliced_BTV = lm.spliced_logits(tokens_BT, splices)
             sums = pass_sums(clean_BTV, spliced_BTV, tokens_BT, keep_BT, with_kl=True)
             member.cross_entropy.update(clean, zero, sums, keep_BT)
+
+
+def _row(seeds: Mapping[int, _Member], cross_entropy: bool, most_matched: int | None) -> Metrics:
+    rows = {seed: _result(member, cross_entropy) for seed, member in seeds.items()}
+    found, members = over_seeds(list(rows.values())), list(seeds.values())
+    if len(members) == 1:
+        return found
+    decoders, fired = [m.projections.rows_he for m in members], [m.sums.fired_h for m in members]
+    signed = getattr(members[0].sae.config, "magnitude_activation", "relu") != "identity"  # else codes may be negative
+    alike = agreement(decoders, fired, signed=signed, most=most_matched)
+    return {**found, **alike, SEEDS: {str(seed): scalars(row) for seed, row in rows.items()}}
 
 
 def _result(member: _Member, cross_entropy: bool) -> Metrics:

@@ -129,6 +129,11 @@ class Accumulator:
         self.sums[_SCALARS : _SCALARS + self.d] += x_Nd.sum(0)
         self.sums[_SCALARS + self.d :] += ((f_Nh != 0) & keep_N1).sum(0)
 
+    @property
+    def fired_h(self) -> Float[Tensor, " h"]:
+        """On how many tokens each latent fired."""
+        return self.sums[_SCALARS + self.d :]
+
     def result(self) -> Metrics:
         """The metrics of everything added so far; NaN where nothing was."""
         sums = self.sums.cpu()

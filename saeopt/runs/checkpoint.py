@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config.run import RunConfig
 from saeopt.runs.folder import RunFolder
+from saeopt.runs.names import SEEDS
 from saeopt.runs.tensor_file import by_site, read_metadata, read_tensors, write_tensors
 from saeopt.runs.weights import save_weights
 
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """All of a checkpoint: what the state file says, and by site its state, its weights, and what their file says."""
+    """All of a checkpoint: what the state file says, the state by key, and of each seed the weights by site, and what
+    their file says."""
 
     told: dict[str, Any]
     state: dict[str, dict[str, Tensor]]
-    weights: dict[str, dict[str, Tensor]]
-    described: dict[str, Any]
+    weights: list[dict[str, dict[str, Tensor]]]
+    described: list[dict[str, Any]]
 
 
 def write_checkpoint(
@@ -34,28 +36,32 @@ def write_checkpoint(
     state: Mapping[str, Tensor],
     told: Mapping[str, Any],
     config: RunConfig,
-    saes: Mapping[str, SAE],
+    saes: Sequence[Mapping[str, SAE]],
 ) -> Path:
-    """Write both files and delete what is no longer kept; returns the weights file.
+    """Write the files (`saes`: of each seed, by site) and delete what is no longer kept; returns the weights file.
 
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
     """
-    write_tensors(folder.state_path(samples), state, told)
-    save_weights(folder.weights_path(samples), config, saes, samples)
+    others = [one.seed for one in config.of_each_seed[1:]]
+    write_tensors(folder.state_path(samples), state, {**told, SEEDS: others} if others else told)
+    for seed, one, found in zip(others, config.of_each_seed[1:], saes[1:], strict=True):
+        save_weights(folder.seed(seed).weights_path(samples), one, found, samples)
+    save_weights(folder.weights_path(samples), config, saes[0], samples)
     folder.prune(config.keep_checkpoints)
     return folder.weights_path(samples)
 
 
-def read_checkpoint(folder: RunFolder, samples: int) -> Stored:
-    """Both files of a checkpoint.
+def read_checkpoint(folder: RunFolder, samples: int, config: RunConfig) -> Stored:
+    """All files of a checkpoint of this config.
 
     Raises:
         CorruptCheckpoint: one of them is damaged.
     """
-    state, weights = folder.state_path(samples), folder.weights_path(samples)
-    described: Any = read_metadata(weights)["hook_points"]
-    return Stored(read_metadata(state), by_site(read_tensors(state)), by_site(read_tensors(weights)), described)
+    state, files = folder.state_path(samples), [f.weights_path(samples) for f in folder.of_each_seed(config)]
+    described: list[Any] = [read_metadata(file)["hook_points"] for file in files]
+    weights = [by_site(read_tensors(file)) for file in files]
+    return Stored(read_metadata(state), by_site(read_tensors(state)), weights, described)
 
 
 def identity(folder: RunFolder, samples: int) -> dict[str, str] | None:

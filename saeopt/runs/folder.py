@@ -28,7 +28,7 @@ from saeopt.files import (
     write_json,
 )
 from saeopt.runs import names
-from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, verify
+from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, read_metadata, verify
 
 STATES_KEPT = 2
 
@@ -81,6 +81,18 @@ class RunFolder:
         """What resuming needs besides the weights."""
         return names.state_path(self.path, samples)
 
+    def seed(self, seed: int) -> RunFolder:
+        """Where a seed that is not the run's first has its weights."""
+        return RunFolder(self.path / names.SEEDS / str(seed))
+
+    def of_each_seed(self, config: RunConfig) -> list[RunFolder]:
+        """The folders of a config's seeds: this one is the first's."""
+        return [self, *(self.seed(config.seed + i) for i in range(1, config.seeds))]
+
+    def seeds(self) -> list[int]:
+        """The seeds that have such a folder, in order."""
+        return _numbers(self.path / names.SEEDS, names.SEED_FOLDER)[::-1]
+
     def weights(self) -> list[int]:
         """Samples of the weights files, newest first."""
         return _numbers(self.path, names.WEIGHTS_FILE)
@@ -90,9 +102,10 @@ class RunFolder:
         return _numbers(self.path / names.STATE, names.STATE_FILE)
 
     def write_config(self, config: RunConfig) -> None:
-        """Write `final_config.yaml`."""
-        with atomic_write(self.config_path) as temporary:
-            temporary.write_text(dump_yaml(config), encoding="utf-8")
+        """Write `final_config.yaml`, for each seed."""
+        for folder, own in zip(self.of_each_seed(config), [config, *config.of_each_seed[1:]], strict=True):
+            with atomic_write(folder.config_path) as temporary:
+                temporary.write_text(dump_yaml(own), encoding="utf-8")
 
     def append_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         """Add lines to `metrics.jsonl`; NaN and infinities become null.
@@ -168,10 +181,10 @@ class RunFolder:
         states = self.states()
         for samples in states[STATES_KEPT:]:
             remove(self.state_path(samples))
-        if keep_checkpoints is not None:
-            for samples in self.weights()[max(keep_checkpoints, 1) :]:
+        for folder in (self, *map(self.seed, self.seeds())) if keep_checkpoints is not None else ():
+            for samples in folder.weights()[max(keep_checkpoints or 0, 1) :]:
                 if samples not in states[:STATES_KEPT]:
-                    remove(self.weights_path(samples))
+                    remove(folder.weights_path(samples))
 
     def rewind(self, samples: int) -> None:
         """Make ready to go on from `samples`: what comes later is written again, half-written files go.
@@ -181,7 +194,7 @@ class RunFolder:
         check_owned(self.path)
         for later in (n for n in self.states() if n > samples):
             remove(self.state_path(later))
-        for folder in (self.path, self.path / names.STATE):
+        for folder in (self.path, self.path / names.STATE, *(self.seed(seed).path for seed in self.seeds())):
             remove_temporaries(folder)
         self.rewind_metrics(samples)
 
@@ -196,7 +209,9 @@ class RunFolder:
         for samples in self.states():
             try:
                 verify(self.state_path(samples))
-                verify(self.weights_path(samples))
+                others: Any = read_metadata(self.state_path(samples)).get(names.SEEDS, [])
+                for folder in (self, *map(self.seed, others)):
+                    verify(folder.weights_path(samples))
             except (CorruptCheckpoint, MissingFile) as error:
                 log.warning("checkpoint %d cannot be used: %s", samples, error)
                 continue

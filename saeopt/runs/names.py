@@ -12,11 +12,14 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATION = "evaluation.json"
 STATUS = "status.json"
 STATE = "state"
+SEEDS = "seeds"
+"""Of a run with several seeds: a folder with the weights of each but the first, and its config, as of a run alone."""
 CURVES = "training_curves.png"
 DENSITY = "feature_density.png"
 EVALUATED = "evaluated"
 """Name of the conditions in a row of an evaluation."""
 WEIGHTS_FILE = re.compile(r"samples_(\d+)\.safetensors")
+SEED_FOLDER = re.compile(r"(\d+)")
 STATE_FILE = re.compile(r"(\d+)\.safetensors")
 
 

@@ -27,7 +27,8 @@ def run_name(config: RunConfig) -> str:
         tail.append("noclip" if config.max_grad_norm is None else f"clip{config.max_grad_norm:g}")
     if saes.per_hook:
         tail.append("perhook")
-    tail.append(f"seed{config.seed}")
+    last = config.seed + config.seeds - 1
+    tail.append(f"seed{config.seed}" if last == config.seed else f"seeds{config.seed}-{last}")
     end = "-".join(tail)
     return _safe("-".join(head))[: MAX_LENGTH - len(end) - 1].rstrip("-.") + "-" + end
 

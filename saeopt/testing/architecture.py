@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE, Widths
 from saeopt.saes.registry import get_sae
 from saeopt.testing.cases import (

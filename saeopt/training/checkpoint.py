@@ -18,13 +18,14 @@ from saeopt.runs.checkpoint import identity as stored_identity
 from saeopt.runs.checkpoint import read_checkpoint, write_checkpoint
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.tensor_file import CorruptCheckpoint
+from saeopt.saes.base import SAE
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import TrialResult
 
 
 @dataclass
 class Restored:
-    """What a checkpoint gives back: samples consumed, the stream's cursor, each hook point's optimiser state.
+    """What a checkpoint gives back: samples consumed, the stream's cursor, each member's optimiser state by its key.
 
     `ended`: how the trial ended here, if it was given up or diverged.
     """
@@ -51,18 +52,20 @@ def save(
     Raises:
         UserError: the disk is full; older checkpoints stay as they are.
     """
-    tensors = {f"{m.hook_point}/{name}": t for m in members for name, t in pack.state(m).items()}
+    tensors = {f"{m.key}/{name}": t for m in members for name, t in pack.state(m).items()}
     metadata: dict[str, Any] = {
         "samples": samples,
         "cursor": cursor,
         "threads": torch.get_num_threads(),
         "world": pack.runtime.ranks.data.size,
-        "stopped": {m.hook_point: m.reason for m in members if m.reason is not None},
+        "stopped": {m.key: m.reason for m in members if m.reason is not None},
         **({} if identity is None else {"identity": dict(identity)}),
     }
     if ended is not None:
         metadata["ended"] = asdict(ended) | {"checkpoint": None}
-    saes = {m.hook_point: m.sae for m in members}
+    saes: list[dict[str, SAE]] = [{} for _ in range(members[0].config.seeds)]
+    for member in members:
+        saes[member.replica][member.hook_point] = member.sae
     return write_checkpoint(folder, samples, tensors, metadata, members[0].config, saes)
 
 
@@ -87,15 +90,15 @@ def restore(
 
 def _restore(folder: RunFolder, samples: int, members: Sequence[Member], world: int) -> Restored:
     """One checkpoint into the members, once all of it has been read."""
-    stored = read_checkpoint(folder, samples)
+    stored = read_checkpoint(folder, samples, members[0].config)
     told = stored.told
     threads, processes, stopped, ended = told["threads"], told["world"], told["stopped"], told.get("ended")
-    states = {m.hook_point: stored.state.get(m.hook_point, {}) for m in members}
+    states = {m.key: stored.state.get(m.key, {}) for m in members}
     found = Restored(samples, told["cursor"], states, None if ended is None else TrialResult(**ended))
     for member in members:
-        _load(member, stored.weights.get(member.hook_point, {}))
-        member.sae.norm_limit = stored.described[member.hook_point].get("norm_limit", math.inf)
-        member.reason = stopped.get(member.hook_point)
+        _load(member, stored.weights[member.replica].get(member.hook_point, {}))
+        member.sae.norm_limit = stored.described[member.replica][member.hook_point].get("norm_limit", math.inf)
+        member.reason = stopped.get(member.key)
     if threads != torch.get_num_threads():
         log.info(
             "resuming with %d threads instead of %d: results may differ in the last bits",
@@ -129,5 +132,5 @@ def _load(member: Member, weights: dict[str, Tensor]) -> None:
     """Copy weights into a member. Only what does not fit is the file's fault: memory may be exhausted meanwhile."""
     own = member.sae.state_dict()
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in weights.items()}:
-        raise CorruptCheckpoint(f"its tensors at {member.hook_point} are not those of the config")
+        raise CorruptCheckpoint(f"its tensors at {member} are not those of the config")
     member.sae.load_state_dict(weights)

@@ -37,7 +37,7 @@ from saeopt.training.setup import (
     total_samples,
 )
 from saeopt.training.thresholds import set_thresholds
-from saeopt.training.trial import Trial, named, scalars
+from saeopt.training.trial import Trial, by_hook_point, named, saes_of, scalars
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
@@ -91,7 +91,7 @@ class _Loop:
         self.pack = Pack(learning, runtime, total_samples=self.total)
         for trial in trials:
             for member in trial.active:
-                if state := states.get(trial.plan.name, {}).get(member.hook_point):
+                if state := states.get(trial.plan.name, {}).get(member.key):
                     self.pack.load_state(member, state)
         self.cursor: dict[str, Any] = cursor
         self.stream: ActivationStream | None = None
@@ -248,7 +248,8 @@ class _Loop:
         for trial in self.trials:
             if trial.result is not None:
                 continue
-            metrics = {m.hook_point: values for m, values in measured if m.trial == trial.plan.name}
+            rows = [(m, values) for m, values in measured if m.trial == trial.plan.name]
+            metrics = by_hook_point(rows)
             if not metrics:
                 continue  # its SAEs are kept as they are
             for values in metrics.values():
@@ -256,11 +257,11 @@ class _Loop:
             self._write(trial, metrics)
             if trial.result is not None:
                 continue
-            broken = [m for m, values in measured if m.trial == trial.plan.name and not values["finite"]]
-            if broken:
+            if broken := [m for m, values in rows if not values["finite"]]:
                 reason = f"NaN or Inf in loss or gradient before sample {self.samples}"
-                log.warning("%s: %s at %s", trial.plan.name, reason, ", ".join(m.hook_point for m in broken))
-                self._drop(broken, reason)
+                log.warning("%s: %s at %s", trial.plan.name, reason, ", ".join(map(str, broken)))
+                places = {m.hook_point for m in broken}  # no mean over the seeds that are left: it flatters
+                self._drop([m for m in trial.active if m.hook_point in places], reason)
             if not trial.active:
                 self._stop(trial, "diverged", trial.members[0].reason or "")
             elif reason := self.ranks.agree(self.observer.on_log(trial.plan.name, self.samples, metrics)):
@@ -285,8 +286,7 @@ class _Loop:
         if not self._evaluates or not trials:
             return {}
         data, ablation = self.config.data, self.config.ce_ablation
-        saes = {(t.plan.name, m.hook_point): (m.site, m.sae) for t in trials for m in t.members}
-        axis = self.ranks.data
+        saes, axis = saes_of(trials), self.ranks.data
         batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, None, axis.size)
         reduce = axis.reduce if axis.size > 1 else None
         rows = evaluate(
@@ -359,16 +359,16 @@ class _Loop:
         seen = Seen.all_of(self.tokens.eval_batches(self.config.data.eval_batch_size) if found else ())
         for other in together:
             metrics = found.get(other.plan.name, {})
-            for member in other.active:
-                metrics.get(member.hook_point, {}).update(self.pack.aimed(member, self.samples))
+            for hook, row in by_hook_point((m, self.pack.aimed(m, self.samples)) for m in other.active).items():
+                metrics.get(hook, {}).update(row)
             if self.ranks.is_first and metrics:
                 told = conditions(other.plan.config, self.model, seen, self.model.predicts)
                 with self._writing(other):
                     write_json(other.folder.evaluation_path, with_conditions(metrics, told))
             self._write(other, named(metrics))
             said = [f"{m.hook_point}: {m.reason}" for m in other.members if m.reason is not None]
-            said += [f"{m.hook_point}: {text}" for m in other.active for text in self.pack.verdicts(m)]
-            self._close(other, TrialResult("finished", self.samples, "; ".join(said) or None, metrics))
+            said += [f"{m}: {text}" for m in other.active for text in self.pack.verdicts(m)]
+            self._close(other, TrialResult("finished", self.samples, "; ".join(dict.fromkeys(said)) or None, metrics))
 
     def _close(self, trial: Trial, result: TrialResult) -> None:
         """The trial's last word, unless it has had one (its folder is another's)."""

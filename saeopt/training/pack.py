@@ -17,6 +17,7 @@ from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import DeviceFault, is_device_fault
+from saeopt.runs.names import SEEDS
 from saeopt.saes.base import SAE, where
 from saeopt.saes.noise import derived_seed
 from saeopt.training.controls import Control, Controls, schedules
@@ -30,13 +31,30 @@ from saeopt.training.step.stack import Stack
 
 @dataclass
 class Member:
-    """One SAE of one trial at one site (`hook_point`: the site's key). `reason` says why it no longer trains."""
+    """One SAE: of one trial, at one site (`hook_point`: the site's key), of one seed (`replica` 0: the config's own).
+
+    `reason` says why it no longer trains.
+    """
 
     trial: str
     hook_point: str
     config: RunConfig
     sae: SAE
     reason: str | None = None
+    replica: int = 0
+
+    @property
+    def seed(self) -> int:
+        """What its initial weights and its noise follow from."""
+        return self.config.seed + self.replica
+
+    @property
+    def key(self) -> str:
+        """What it is called in its trial's checkpoints."""
+        return self.hook_point if self.replica == 0 else f"{SEEDS}/{self.seed}/{self.hook_point}"
+
+    def __str__(self) -> str:
+        return self.hook_point if self.config.seeds == 1 else f"{self.hook_point} (seed {self.seed})"
 
     @property
     def sae_config(self) -> SAEConfig:
@@ -55,7 +73,7 @@ class Member:
     @property
     def noise_seed(self) -> int:
         """Seed of this member's gate noise."""
-        return derived_seed("gate noise", self.config.seed, self.hook_point)
+        return derived_seed("gate noise", self.seed, self.hook_point)
 
 
 @dataclass
@@ -171,10 +189,10 @@ class Pack:
                 continue
             example, limit = group.example(batch, {}), config.dead_after_tokens(first.sae_config, self.total)
             for number, member in enumerate(group.members):
-                seed = (member.config.seed, member.hook_point, after)
+                seed = (member.seed, member.hook_point, after)
                 n = resample(member.sae, group.stack.state(number), example, limit, seed, ranks)
                 if n:
-                    log.info("%s: %d dead latents of %s are resampled", member.trial, n, member.hook_point)
+                    log.info("%s: %d dead latents of %s are resampled", member.trial, n, member)
 
     def _each_stack(self, batch: Batch, samples_after: int, *, whole: bool) -> None:
         seen: dict[object, tuple[Tensor, Tensor]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -112,9 +113,9 @@ def check_per_hook(config: RunConfig, name: str, keys: Sequence[str], model: Sou
 
 
 def blank_members(plan: TrialPlan, sites: Sequence[Site], model: Source, runtime: Runtime) -> list[Member]:
-    """A trial's members with weights of zeros."""
+    """A trial's members with weights of zeros: one per seed and site."""
     members = []
-    for site in sites:
+    for replica, site in itertools.product(range(plan.config.seeds), sites):
         section, d, widths = plan.config.sae_at(site.key), *widths_at(site, model)
         sae = get_sae(section.sae_type)(
             d,
@@ -126,7 +127,7 @@ def blank_members(plan: TrialPlan, sites: Sequence[Site], model: Source, runtime
             device=runtime.device,
             **where(widths),
         )
-        members.append(Member(plan.name, site.key, plan.config, sae))
+        members.append(Member(plan.name, site.key, plan.config, sae, replica=replica))
     return members
 
 
@@ -189,7 +190,7 @@ def begin(member: Member, found: Calibration, runtime: Runtime) -> None:
     y_Ne = x_Nd if sae.widths is None else sae.normalised_written(raw_Ne)
     sae.measure(y_Ne)
     if not member.config.saes.pretrained_sae_paths:
-        seed = derived_seed("initial weights", member.config.seed, member.hook_point)
+        seed = derived_seed("initial weights", member.seed, member.hook_point)
         targets = () if sae.widths is None else (y_Ne,)
         sae.initialise(x_Nd, torch.Generator().manual_seed(seed), *targets)
     runtime.ranks.data.broadcast(list(sae.state_dict().values()))

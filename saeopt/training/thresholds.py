@@ -98,7 +98,7 @@ def set_thresholds(members: Sequence[Member], source: Source, samples: Samples, 
     for (member, sae), rank in zip(wanting, ranks, strict=True):
         log.info(
             "%s: %s: threshold %.4g from %d held-out tokens; the running one was %.4g",
-            member.trial, member.hook_point, rank.value, rank.tokens, sae.threshold,
+            member.trial, member, rank.value, rank.tokens, sae.threshold,
         )  # fmt: skip
         if rank.tokens:
             sae.threshold.copy_(rank.value)

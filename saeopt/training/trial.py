@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from saeopt.config.sites import Site
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.owner import Owner
+from saeopt.saes.base import SAE
+from saeopt.spread import over_seeds
 from saeopt.training.checkpoint import Restored
 from saeopt.training.loggers import Sink
 from saeopt.training.pack import Member
@@ -42,6 +46,23 @@ class Trial:
         if evaluation is None:
             return None
         return TrialResult("finished", found.samples, status.get("reason"), evaluation)
+
+
+def by_hook_point(measured: Iterable[tuple[Member, dict[str, float]]]) -> Metrics:
+    """What was measured of a trial's members as a row per hook point, over its seeds."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for member, row in measured:
+        rows.setdefault(member.hook_point, []).append(row)
+    return {hook: over_seeds(found) for hook, found in rows.items()}
+
+
+def saes_of(trials: Iterable[Trial]) -> dict[tuple[str, str], tuple[Site, dict[int, SAE]]]:
+    """(trial, hook point) → the site and the SAE of each seed."""
+    found: dict[tuple[str, str], tuple[Site, dict[int, SAE]]] = {}
+    for trial in trials:
+        for member in trial.members:
+            found.setdefault((trial.plan.name, member.hook_point), (member.site, {}))[1][member.seed] = member.sae
+    return found
 
 
 def named(metrics: Metrics) -> Metrics:

@@ -57,7 +57,7 @@ def evaluation_attributes(evaluation: Evaluation) -> dict[str, Any]:
             if short is not None and len(json.dumps({**compact, name: short})) <= LIMIT:
                 compact[name] = short
         result[f"{EVALUATION}{hook}"[:512]] = compact
-    for metric in shown_in(Shown.COLUMN):
+    for metric in shown_in(Shown.COLUMN, seeds=True):
         if (mean := number(mean_metric(evaluation, metric.name))) is not None:
             result[metric.name] = mean
     headlines = shown_in(Shown.HEADLINE) if len(evaluation) > 1 else []

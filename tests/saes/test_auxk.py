@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import StepInputs
 from saeopt.saes.registry import get_sae
 from saeopt.testing.cases import OPTIONS, activations, build, examples, gradients, loss, row, step_inputs

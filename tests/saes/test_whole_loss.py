@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE, StepInputs
 from saeopt.saes.registry import get_sae
 from saeopt.training.step.choose import make_stack

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE, Rule, StepInputs
 from saeopt.saes.noise import uniform
 from saeopt.saes.registry import ARCHITECTURES, get_sae

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_fused_stacks import VARIANTS, assert_same_modules, batches, fused, make_members, name_of, numbers, train
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.training.step.choose import make_stack, reference_stack
 from saeopt.training.step.contract import StackOptions
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae
 from saeopt.training.step.choose import make_stack, reference_stack

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_fused_stacks import VARIANTS, assert_same_modules, make_members, name_of, numbers
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.training.step.choose import make_stack, reference_stack
 from saeopt.training.step.contract import Example, Place, StackOptions

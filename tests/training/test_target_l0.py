@@ -16,7 +16,7 @@ from test_fused_stacks import batches, make_members
 from test_window import OPTIONS, every_step
 
 from saeopt.config import validate_run
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.tensor_file import read_tensors

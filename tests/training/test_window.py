@@ -12,7 +12,7 @@ import torch
 from test_fused_stacks import NUMBERS, batches, make_members
 from threshold_sae import CountingSAE, Steering, ThresholdSAE
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.tensor_file import read_tensors
 from saeopt.saes.base import SAE

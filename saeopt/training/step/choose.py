@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.console import log
 from saeopt.saes.base import SAE
 from saeopt.saes.registry import get_sae

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.saes.base import SAE
 from saeopt.saes.noise import row_keys
 from saeopt.training.step.books import Books

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeopt.config.run import PerformanceConfig
+from saeopt.config.machine import PerformanceConfig
 from saeopt.host.devices import side_stream
 from saeopt.saes.base import SAE
 from saeopt.saes.topk import TopKSAE
