@@ -34,28 +34,36 @@ class Run:
         return load(self.folder, device=device)
 
 
-def load(path: Location, *, checkpoint: int | Location | None = None, device: str = "cpu") -> dict[str, SAE]:
+def load(
+    path: Location, *, checkpoint: int | Location | None = None, device: str = "cpu", seed: int | None = None
+) -> dict[str, SAE]:
     """The SAEs of a run folder (its newest checkpoint, or the one named) or of one weights file, by key.
 
-    The key is the hook point's name where an SAE reads and gives back one hook point.
+    The key is the hook point's name where an SAE reads and gives back one hook point. `seed`: of a run with several
+    seeds this one; None: the first.
 
     Raises:
         UserError: no such folder or file, or one that is damaged.
     """
     from saeopt.host.devices import choose_device
 
-    return load_checkpoint(path, checkpoint, choose_device(device)).saes
+    return load_checkpoint(path, checkpoint, choose_device(device), seed).saes
 
 
 def load_sae(
-    path: Location, *, site: str | None = None, checkpoint: int | Location | None = None, device: str = "cpu"
+    path: Location,
+    *,
+    site: str | None = None,
+    checkpoint: int | Location | None = None,
+    device: str = "cpu",
+    seed: int | None = None,
 ) -> SAE:
-    """One SAE of a run folder or weights file; `site` is its key where there are several.
+    """One SAE of a run folder or weights file; `site` is its key where there are several, `seed` as in :func:`load`.
 
     Raises:
         UserError: there is none of this key, or several and none is named.
     """
-    found = load(path, checkpoint=checkpoint, device=device)
+    found = load(path, checkpoint=checkpoint, device=device, seed=seed)
     if site is None and len(found) == 1:
         return next(iter(found.values()))
     if site is None or site not in found:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saeopt.metrics import METRICS
+from saeopt.metrics import METRICS, Metric, value_of
 
 N_SEEDS = "n_seeds"
 STD = "_std"
@@ -54,6 +54,15 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def worst(row: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of an SAE with those by which it collapses as its worst seed has them."""
     return {**row, **{name: row[at] for name, at in WORST.items() if at in row}}
+
+
+def text_of(metric: Metric, row: Mapping[str, float]) -> str:
+    """A metric for people; of several seeds with its standard deviation in a second line."""
+    spread = row.get(metric.name + STD)
+    text = metric.text(value_of(row, metric.name))
+    if spread is None or not math.isfinite(spread):
+        return text
+    return f"{text}\n" + (f"±{100 * spread:.2g}%" if metric.form.endswith("%") else f"±{spread:.2g}")
 
 
 def mean(values: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from saeopt.config.names import field_suggestion
 from saeopt.config.places import expanded
 from saeopt.config.study import AUTO, TARGET, Dimension, StudySpec
 from saeopt.errors import UserError
+from saeopt.metrics import METRICS
 
 FEWEST = 3
 """Values of `saes.target_l0` from which its curve can be read."""
@@ -29,6 +30,7 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
     base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
     folder = spec.output_dir or base["save_dir"]
     varied = {name.partition("@")[0] for name in space}
+    _check_seeds(spec, base["seeds"], varied, source)
     if "saes.target_l0" in varied and "k" not in spec.base["saes"]:
         base["saes"].pop("k", None)  # nobody chose it: the target sets it
     if _SAE_TYPE in varied:
@@ -36,6 +38,19 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
             base["saes"].pop(field, None)  # nobody chose it: each architecture has its own
     base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}
     return spec.model_copy(update={"base": base, "space": space})
+
+
+def _check_seeds(spec: StudySpec, seeds: int, varied: set[str], source: str) -> None:
+    if "seeds" in varied:
+        raise UserError(f"{source}: 'space.seeds': the number of seeds is the same for all trials: 'seeds: N'")
+    if seeds > 1 and "seed" in varied:
+        raise UserError(
+            f"{source}: 'space.seed' beside 'seeds: {seeds}': a trial trains the seeds that follow its own, so that"
+            " some would be trained twice; leave one of them out"
+        )
+    wanting = [o.metric for o in spec.objectives if METRICS[o.metric].seeds]
+    if wanting and seeds == 1:
+        raise UserError(f"{source}: objectives: '{wanting[0]}' is measured between seeds: it needs 'seeds: 2' or more")
 
 
 def _defaults_that_differ(sae_types: list[str]) -> set[str]:

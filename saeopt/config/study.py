@@ -153,7 +153,7 @@ class Objective(StrictModel):
 
 class Collapse(StrictModel):
     """When an SAE counts as collapsed, for workers, sampler, status, best and every front. A trial has collapsed when
-    all its SAEs have."""
+    all its SAEs have; with several seeds an SAE has as soon as one seed of it has."""
 
     min_l0: Factor = 0.5
     """Collapsed below this L0."""
@@ -211,6 +211,9 @@ class StudySpec(StrictModel):
     """What a trial is judged by: metrics by name, or sections as below. Two or more give a Pareto front."""
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
     """A name (`median`) or a section: see below."""
+    seeds: Annotated[Int, Field(gt=0, le=1000)] | None = Field(None, exclude=True)
+    """Short for `seeds` of the base config: every trial is trained with so many seeds (`seed`, `seed + 1`, …) in one
+    pack, its values are means over them, and what differs by less than they do is called noise."""
     max_trials: Positive | None = None
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
@@ -246,6 +249,14 @@ class StudySpec(StrictModel):
             raise ValueError("'sae_type' and 'saes.sae_type' are the same field: give one of them")
         short = {"sae_type": "saes.sae_type"}
         return {short.get(k, k): _dimensions(entry) for k, entry in value.items()}
+
+    @model_validator(mode="after")
+    def _seeds_in_base(self) -> Self:
+        if self.seeds is not None:
+            if self.base.get("seeds", 1) not in (1, self.seeds):
+                raise ValueError(f"'seeds' is {self.seeds}, 'base.seeds' {self.base['seeds']}: give one of them")
+            self.base["seeds"] = self.seeds
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -297,6 +308,11 @@ class StudySpec(StrictModel):
     def run_config(self, values: dict[str, Any], source: str | None = None) -> RunConfig:
         """The base config with the values of a cell (`field[@hook point]` → value); :class:`UserError` if invalid."""
         return validate_run(apply_overrides(self.base, values), source or f"study {self.name}")
+
+    @property
+    def n_seeds(self) -> int:
+        """SAEs per trial and site."""
+        return int(self.base.get("seeds", 1))
 
     @property
     def runs(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from saeopt.config.io import changed
 from saeopt.config.sites import Site
 from saeopt.console import error_console, log
 from saeopt.errors import UserError
+from saeopt.evaluation.agreement import MOST_MATCHED
 from saeopt.evaluation.conditions import Seen, conditions
 from saeopt.evaluation.evaluate import evaluate
 from saeopt.evaluation.metrics import Metrics
 from saeopt.files import read_metrics
 from saeopt.runs.names import CONFIG, METRICS_FILE
-from saeopt.runs.weights import Checkpoint, list_checkpoints
+from saeopt.runs.weights import Checkpoint, all_seeds, list_checkpoints
 from saeopt.saes.base import SAE
 
 
@@ -75,17 +76,19 @@ def measure(
     config, n = (config, 0) if everything else _samples(config, n_eval_samples)
     lm = open_source(config, device)
     cross_entropy = cross_entropy and lm.predicts
-    sites = {key: loaded.config.saes.site(key) for key in loaded.saes}
+    sites, saes = {key: loaded.config.saes.site(key) for key in loaded.saes}, all_seeds(loaded)
     for key, sae in loaded.saes.items():
         _check_widths(loaded.path, sites[key], sae, lm)
     batches, n = _held_out(config, lm, n, everything)
-    _set_norm_limits(loaded, config, lm)
+    _set_norm_limits(loaded, saes, config, lm)
+    if loaded.config.seeds > 1 and (h := max(sae.h for sae in loaded.saes.values())) > MOST_MATCHED:
+        log.info("matching up to %s latents of each two seeds may take minutes", f"{h:,}")
     seen = Seen()
     with Progress(console=error_console, transient=True, disable=not error_console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=n)
         try:
             found = evaluate(
-                {key: (sites[key], sae) for key, sae in loaded.saes.items()},
+                {key: (sites[key], of_key) for key, of_key in saes.items()},
                 lm,
                 seen.watch(_first(batches, n)),
                 data=config.data,
@@ -93,6 +96,7 @@ def measure(
                 ce_ablation=config.ce_ablation,
                 device=device,
                 progress=lambda done: bar.advance(task, done),
+                most_matched=None,
             )
         except torch.cuda.OutOfMemoryError:
             raise UserError(
@@ -135,7 +139,7 @@ def _held_out(config: RunConfig, lm: Source, n: int, everything: bool) -> tuple[
     return own.batches(batch), own.n
 
 
-def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: Source) -> None:
+def _set_norm_limits(loaded: Checkpoint, saes: Mapping[str, Mapping[int, SAE]], config: RunConfig, lm: Source) -> None:
     """Measure the limits of norm outliers where the checkpoint has none, or `--set` asks for others."""
     wanted, had = config.data.mask_norm_outliers, loaded.config.data.mask_norm_outliers
     lacking = [h for h, sae in loaded.saes.items() if wanted is not None and (had != wanted or sae.norm_limit == inf)]
@@ -143,7 +147,8 @@ def _set_norm_limits(loaded: Checkpoint, config: RunConfig, lm: Source) -> None:
         tokens = open_samples(config.data, lm)
         sites = [loaded.config.saes.site(key) for key in lacking]
         for site, measured in calibration(sites, lm, tokens, config).items():
-            loaded.saes[site.key].norm_limit = measured.norm_limit
+            for sae in saes[site.key].values():
+                sae.norm_limit = measured.norm_limit
 
 
 def _samples(config: RunConfig, wanted: int | None) -> tuple[RunConfig, int]:

@@ -18,7 +18,7 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.names import weights_path
-from saeopt.runs.tensor_file import CorruptCheckpoint, by_site, read_metadata, read_tensors, write_tensors
+from saeopt.runs.tensor_file import CorruptCheckpoint, MissingFile, by_site, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -109,15 +109,39 @@ def _widths(stored: Mapping[str, Any] | None) -> Widths | None:
     return Widths(tuple(stored["reads"]), tuple(stored["writes"]), bool(stored["same"]))
 
 
+def all_seeds(loaded: Checkpoint) -> dict[str, dict[int, SAE]]:
+    """Site → the SAE of each seed of a run, from one weights file and those that belong to it, in `seeds/` beside it.
+
+    What is not there is a warning: a weights file may have been copied alone.
+    """
+    config, folder = loaded.config, RunFolder(loaded.path.parent)
+    found = {hook: {config.seed: sae} for hook, sae in loaded.saes.items()}
+    device = next((sae.W_enc.device for sae in loaded.saes.values()), "cpu")
+    for one in config.of_each_seed[1:]:
+        path = folder.seed(one.seed).path / loaded.path.name
+        try:
+            others = load_weights(path, device).saes
+        except MissingFile:
+            log.warning("%s: no such file: seed %d is left out", path, one.seed)
+            continue
+        for hook, sae in others.items():
+            found[hook][one.seed] = sae
+    return found
+
+
 def load_checkpoint(
-    run_dir: str | Path, checkpoint: int | str | Path | None = None, device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    checkpoint: int | str | Path | None = None,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
 ) -> Checkpoint:
     """One checkpoint of a run folder (or the weights file itself).
 
     `checkpoint` is a number of samples or a file; None takes the newest that is whole, and warns about every newer
-    one that is damaged. A checkpoint asked for by name is never replaced by another.
+    one that is damaged. A checkpoint asked for by name is never replaced by another. `seed`: of a run that has several
+    this one; None: the first.
     """
-    folder = Path(run_dir)
+    folder = Path(run_dir) if seed is None else seed_folder(Path(run_dir), seed)
     if checkpoint is None and folder.is_file():
         return load_weights(folder, device)
     if checkpoint is not None:
@@ -131,6 +155,21 @@ def load_checkpoint(
         except CorruptCheckpoint as error:
             log.warning("%s; trying the checkpoint before it", error)
     raise UserError(f"{folder}: " + ("no usable checkpoint" if found else "no checkpoint (samples_<N>.safetensors)"))
+
+
+def seed_folder(run_dir: Path, seed: int) -> Path:
+    """The folder in which a seed of a run has its weights.
+
+    Raises:
+        UserError: the run has no such seed.
+    """
+    known = []
+    for _, path in list_checkpoints(run_dir)[:1]:
+        config: Any = read_metadata(path).get("config", {})
+        known = [config.get("seed", 0), *RunFolder(run_dir).seeds()]
+        if seed in known:
+            return run_dir if seed == known[0] else RunFolder(run_dir).seed(seed).path
+    raise UserError(f"{run_dir}: no seed {seed} (there are: {', '.join(map(str, known)) or 'none'})")
 
 
 def _named(folder: Path, checkpoint: str) -> Path:

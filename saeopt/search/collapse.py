@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from saeopt.config.study import Collapse, StudySpec
 from saeopt.metrics import value_of
 from saeopt.search.objectives import Evaluation
+from saeopt.spread import N_SEEDS, worst
 
 COLLAPSED = "collapsed"
 """First word of the reason of a trial that was ended for it."""
@@ -26,7 +27,16 @@ def rule_of(spec: StudySpec) -> Collapse:
 
 
 def why_collapsed(rule: Collapse, row: Mapping[str, float]) -> str | None:
-    """Why an SAE with these metrics has collapsed; None: it has not."""
+    """Why an SAE with these metrics has collapsed; None: it has not.
+
+    Of several seeds one is enough: a mean over SAEs that have collapsed and others is that of neither.
+    """
+    if (why := _why(rule, worst(row))) is None:
+        return None
+    return f"{why} in one of {row[N_SEEDS]:.0f} seeds or more" if N_SEEDS in row else why
+
+
+def _why(rule: Collapse, row: Mapping[str, float]) -> str | None:
     l0, fvu, dead = (value_of(row, name) for name in ("l0", "fvu", "fraction_dead"))
     if l0 is not None and math.isfinite(l0) and l0 < rule.min_l0:
         return f"L0 {l0:.3g} is below {rule.min_l0:g}"
@@ -60,7 +70,7 @@ def violations(rule: Collapse, evaluation: Evaluation) -> dict[str, float]:
 
 
 def _excess(rule: Collapse, row: Mapping[str, float]) -> tuple[float, float]:
-    l0, fvu = (math.nan if (v := value_of(row, name)) is None else v for name in ("l0", "fvu"))
+    l0, fvu = (math.nan if (v := value_of(worst(row), name)) is None else v for name in ("l0", "fvu"))
     low = _log_ratio(rule.min_l0, l0)
     high = min(fvu - rule.max_fvu, 10.0) if math.isfinite(fvu) else 10.0
     if max(low, high) <= 0.0 and why_collapsed(rule, row):

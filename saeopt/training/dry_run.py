@@ -36,7 +36,7 @@ def print_dry_run(config: RunConfig, device: str) -> None:
     members = shapes(config, model)
     check_per_hook(config, run_name(config), [m.hook_point for m in members], model)
     console.print(dump_yaml(config), markup=False, soft_wrap=True)
-    console.print(_members_table(members, run_name(config)), crop=False)
+    console.print(_members_table(members, run_name(config), config.seeds), crop=False)
     lm_bytes = lm_dtype(config.lm_dtype, chosen).itemsize
     needed = estimate(config, members, lm, lm_bytes, chosen.type)
     table = Table(title=f"Estimated memory on {chosen}", title_justify="left")
@@ -82,7 +82,7 @@ def weightless(config: RunConfig) -> tuple[Source, ModelShape]:
 
 
 def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
-    """The members of a run; their parameters are counted on torch's meta device."""
+    """The members of a run, seed by seed; their parameters are counted on torch's meta device."""
     found = []
     for site in model.sites(config.saes):
         section, d, widths = config.sae_at(site.key), *widths_at(site, model)
@@ -101,11 +101,11 @@ def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
         centring = sum(b.numel() for _, b in sae.normalising()) if sae.centres else 0
         selected = sae.selected
         found.append(MemberShape(site.key, section.sae_type, d, h, n_parameters, selected, sae.e, by_hook, centring))
-    return found
+    return found * config.seeds
 
 
 def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> int:
-    """How many trials like this one fit together into `free` bytes; at least 1, at most `most`."""
+    """How many trials like this one fit together into `free` bytes; at least 1, at most `most` members per site."""
     from saeopt.activations.language_model import lm_dtype
 
     model, lm = weightless(config)
@@ -114,16 +114,17 @@ def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> 
     def needed(trials: int) -> int:
         return sum(estimate(config, members * trials, lm, lm_bytes, device.type).values())
 
-    return max(1, bisect_right(range(1, most + 1), free, key=needed))
+    return max(1, bisect_right(range(1, most // config.seeds + 1), free, key=needed))
 
 
-def _members_table(members: list[MemberShape], name: str) -> RenderableType:
+def _members_table(members: list[MemberShape], name: str, seeds: int) -> RenderableType:
     table = Table()
     table.add_column("hook point", overflow="fold")
     wider = any(m.by_hook for m in members)
     for column in ("architecture", *(("d read", "e written") if wider else ("d",)), "h", "parameters"):
         table.add_column(column, justify="right")
-    for m in members:
+    for m in members[: len(members) // seeds]:
         widths = (m.d, m.e or m.d, m.h) if wider else (m.d, m.h)
         table.add_row(m.hook_point, m.sae_type, *map(str, widths), f"{m.n_parameters:,}")
-    return titled(f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}", table)
+    each = f", {seeds} seeds of each of these" if seeds > 1 else ""
+    return titled(f"{name}: {len(members)} SAE{'s' if len(members) != 1 else ''}{each}", table)

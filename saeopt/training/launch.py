@@ -17,6 +17,7 @@ from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
 from saeopt.runs.folder import RunFolder
+from saeopt.runs.names import SEEDS
 from saeopt.runs.naming import run_name
 from saeopt.training.environment import going_on
 
@@ -43,6 +44,9 @@ def resolve(path: Path | None, overrides: Sequence[str], resume: Path | None) ->
     if not resume.is_dir():
         raise UserError(f"--resume {resume}: no such folder")
     saved = RunFolder(resume).config_path
+    whole = resume.absolute().parent.parent
+    if resume.absolute().parent.name == SEEDS and RunFolder(whole).config_path.exists():
+        raise UserError(f"--resume {resume}: holds one seed of a run with several: give {whole}")
     if not saved.exists():
         if path is None:
             raise UserError(f"--resume {resume}: holds no final_config.yaml; give --config FILE beside it")

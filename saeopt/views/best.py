@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,21 @@ from saeopt.console import log, unbroken
 from saeopt.errors import UserError
 from saeopt.files import atomic_write
 from saeopt.metrics import Shown, shown_in
+from saeopt.runs.folder import RunFolder
 from saeopt.runs.names import CONFIG, EVALUATION
 from saeopt.runs.weights import list_checkpoints
+from saeopt.search.noise import pooled
 from saeopt.search.pareto import L0_RANGES, Point, best_in_ranges
+from saeopt.spread import N_SEEDS, text_of
 from saeopt.trials.attributes import RUN_DIR, not_found
 from saeopt.trials.internals import queries
 from saeopt.trials.refine import Recommendation
 from saeopt.trials.storage import Store
 from saeopt.views.points import candidates, fronts, points_of, was_evaluated
+
+_CLOSE = 8
+"""Trials that a line names."""
+_RULE = "means over seeds ± standard deviation; {by}: real beyond 95 % of the noise of a range"
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,14 @@ class Trained:
 
 
 @dataclass(frozen=True)
+class Close:
+    """SAEs of a range of L0 that are not really worse than the best there; the margin below which all is noise."""
+
+    points: list[Point]
+    margin: float
+
+
+@dataclass(frozen=True)
 class HookBest:
     """What is best at one hook point."""
 
@@ -54,6 +69,10 @@ class HookBest:
     usable: int
     front: list[Point]
     ranges: list[tuple[tuple[float, float], Point]]
+    close: dict[tuple[float, float], Close] = field(default_factory=dict)
+    """Where trials had several seeds: what the best of a range cannot be told apart from."""
+    unbeaten: list[Point] = field(default_factory=list)
+    """Likewise: not on the front, but no SAE of at most their L0 is really better."""
 
 
 def load_points(store: Store, name: str) -> tuple[list[Point], dict[str, Trained]]:
@@ -97,9 +116,26 @@ def find_best(points: list[Point], by: str = "fvu") -> list[HookBest]:
     for hook in dict.fromkeys(p.hook_point for p in points):
         here = [p for p in usable if p.hook_point == hook]
         ranges = [(span, p) for span, p, _ in best_in_ranges(here, limits, by) if p is not None]
-        n = sum(p.hook_point == hook for p in points)
-        found.append(HookBest(hook, n, len(here), best.get(hook, []), ranges))
+        n, front = sum(p.hook_point == hook for p in points), best.get(hook, [])
+        found.append(HookBest(hook, n, len(here), front, ranges, *_unsure(here, front, ranges, by)))
     return found
+
+
+def _unsure(
+    here: list[Point], front: list[Point], ranges: Sequence[tuple[tuple[float, float], Point]], by: str
+) -> tuple[dict[tuple[float, float], Close], list[Point]]:
+    """What the noise over seeds leaves open: in each range, and beside the front."""
+    close, unbeaten = {}, []
+    for (low, high), best in ranges:
+        inside = [p for p in here if low <= p["l0"] < high and math.isfinite(p[by])]
+        if (noise := pooled(inside, by)) is None:
+            continue
+        alike = [p for p in inside if p is not best and not noise.really_better(best, p)]
+        close[low, high] = Close(alike, noise.margin(best, best))
+        for point in (p for p in inside if p not in front):
+            if not any(p["l0"] <= point["l0"] and noise.really_better(p, point) for p in here if math.isfinite(p[by])):
+                unbeaten.append(point)
+    return close, unbeaten
 
 
 def labels(found: Iterable[HookBest]) -> list[str]:
@@ -113,15 +149,33 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
     parts: list[RenderableType] = []
     for best in found:
         title = f"{best.hook_point}: Pareto front of {best.n} SAEs ({best.n - best.usable} collapsed)"
-        parts.append(_table(title, ["trial"], [[p.label, *_cells(p)] for p in best.front]))
-        rows = [[_span(span), p.label, *_cells(p)] for span, p in best.ranges]
-        parts.append(_table(f"{best.hook_point}: best {by} per range of L0", ["L0 range", "trial"], rows))
+        parts.append(_table(title, ["trial"], [[p.label] for p in best.front], best.front))
+        if best.unbeaten:
+            parts.append(unbroken(f"beaten within the noise alone: {_labels(best.unbeaten)}"))
+        rows, shown = [[_span(span), p.label] for span, p in best.ranges], [p for _, p in best.ranges]
+        parts.append(_table(f"{best.hook_point}: best {by} per range of L0", ["L0 range", "trial"], rows, shown))
+        parts += _noise_lines(best, by)
     parts.append(Text("parameters and weights"))
     for label in labels(found):
         trial = trials[label]
         weights = trial.weights or f"not on this host: {trial.run_dir}"
         parts += [Text(f"{label:>5}  {trial.text}"), unbroken(f"       {weights}")]
     return Group(*parts)
+
+
+def _noise_lines(best: HookBest, by: str) -> list[RenderableType]:
+    """Of each range, whether its best is really the best."""
+    lines: list[RenderableType] = []
+    for span, point in best.ranges:
+        if (near := best.close.get(span)) and near.points:
+            few, more = near.points[:_CLOSE], len(near.points) - _CLOSE
+            text = _labels(few) + (f" and {more} more" if more > 0 else "")
+            lines.append(Text(f"{_span(span)}: {text} not really worse than {point.label} (noise: {near.margin:.2g})"))
+    return lines + ([Text(_RULE.format(by=by))] if best.close else [])
+
+
+def _labels(points: Iterable[Point]) -> str:
+    return ", ".join(p.label for p in points)
 
 
 def as_json(
@@ -140,12 +194,22 @@ def as_json(
             "collapsed": best.n - best.usable,
             "front": [sae(p) for p in best.front],
             "ranges": [
-                {"l0": [low, high if math.isfinite(high) else None], **sae(p)} for (low, high), p in best.ranges
+                {"l0": [low, high if math.isfinite(high) else None], **sae(p), **_open(best.close.get((low, high)))}
+                for (low, high), p in best.ranges
             ],
+            **({"not_really_beaten": _numbers(best.unbeaten)} if best.close else {}),
             **({"recommended_l0": [r.as_json() for r in advice if r.hook_point == best.hook_point]} if advice else {}),
         }
         for best in found
     }
+
+
+def _open(close: Close | None) -> dict[str, Any]:
+    return {} if close is None else {"not_really_worse": _numbers(close.points), "noise": close.margin}
+
+
+def _numbers(points: Iterable[Point]) -> list[int]:
+    return [int(p.label[1:]) for p in points]
 
 
 def copy_best(found: Sequence[HookBest], trials: Mapping[str, Trained], folder: Path, study: str) -> list[Path]:
@@ -161,9 +225,13 @@ def copy_best(found: Sequence[HookBest], trials: Mapping[str, Trained], folder: 
             log.warning("trial %s is not copied: %s holds no weights on this host", label[1:], trials[label].run_dir)
             continue
         target = folder / f"{study}-{label[1:]}"
-        for source in (weights, *(weights.with_name(name) for name in (CONFIG, EVALUATION))):
+        folder_of_run = RunFolder(weights.parent)
+        sources = [weights, *(weights.with_name(name) for name in (CONFIG, EVALUATION))]
+        for other in map(folder_of_run.seed, folder_of_run.seeds()):
+            sources += [other.path / weights.name, other.config_path]
+        for source in sources:
             if source.exists():
-                with atomic_write(target / source.name) as temporary:
+                with atomic_write(target / source.relative_to(weights.parent)) as temporary:
                     shutil.copyfile(source, temporary)
         made.append(target)
     if not made:
@@ -171,19 +239,15 @@ def copy_best(found: Sequence[HookBest], trials: Mapping[str, Trained], folder: 
     return made
 
 
-def _table(title: str, first: Iterable[str], rows: Iterable[Sequence[str]]) -> RenderableType:
-    table = Table()
+def _table(title: str, first: Iterable[str], rows: Iterable[Sequence[str]], points: list[Point]) -> RenderableType:
+    table, shown = Table(), shown_in(Shown.TABLE, seeds=any(N_SEEDS in p.metrics for p in points))
     for name in first:
         table.add_column(name)
-    for metric in shown_in(Shown.TABLE):
+    for metric in shown:
         table.add_column(metric.title, justify="right")
-    for row in rows:
-        table.add_row(*row)
+    for row, point in zip(rows, points, strict=True):
+        table.add_row(*row, *(text_of(metric, point.metrics) for metric in shown))
     return Group(unbroken(title), table)
-
-
-def _cells(point: Point) -> list[str]:
-    return [metric.text(point[metric.name]) for metric in shown_in(Shown.TABLE)]
 
 
 def _span(span: tuple[float, float]) -> str:

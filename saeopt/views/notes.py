@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from saeopt.config.settings import redact
 from saeopt.config.sites import keys_of
 from saeopt.config.study import Dimension, StudySpec
-from saeopt.metrics import Shown, shown_in
+from saeopt.metrics import Metric, Shown, shown_in
 from saeopt.search.collapse import rule_of
+from saeopt.spread import N_SEEDS, text_of
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import Evaluation, number
 from saeopt.trials.storage import Store
@@ -56,6 +59,7 @@ def study_text(spec: StudySpec) -> str:
         f" {data.get('context_length')} tokens",
         f"- hook points: {', '.join(f'`{h}`' for h in keys_of(saes.get('sae_positions', [])))}",
         f"- sampler: {spec.sampler.type}; objectives: {objectives}; early stopping: {spec.early_stopping.type}",
+        *([f"- seeds: {spec.n_seeds} per trial; values are means over them"] if spec.n_seeds > 1 else []),
         f"- run folders: `{spec.runs.resolve()}/<trial>/`",
         f"- a trial whose SAEs have all collapsed (L0 below {rule.min_l0:g} or FVU from {rule.max_fvu:g} on) is shown"
         " as pruned: no front holds it",
@@ -68,13 +72,21 @@ def study_text(spec: StudySpec) -> str:
     return "\n".join([*lines, "", f"Status: `saeopt study status {spec.name}`; best: `saeopt study best {spec.name}`"])
 
 
+def _cell(metric: Metric, row: Mapping[str, Any]) -> str:
+    numbers = {name: short for name, value in row.items() if (short := number(value)) is not None}
+    return text_of(metric, numbers).replace("\n", " ")
+
+
 def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str, evaluation: Evaluation | None = None) -> str:
     """What the trial trains, what it came to, and where its files are."""
-    lines, shown = [f"**{outcome}**", ""], shown_in(Shown.TABLE)
-    if evaluation:
+    rows = evaluation or {}
+    n_seeds = max((row.get(N_SEEDS, 1) for row in rows.values()), default=1)
+    lines, shown = [f"**{outcome}**", ""], shown_in(Shown.TABLE, seeds=n_seeds > 1)
+    if rows:
         lines += [f"| hook point | {' | '.join(m.title for m in shown)} |", "|---|" + "--:|" * len(shown)]
-    for hook, metrics in (evaluation or {}).items():
-        lines.append(f"| {hook} | " + " | ".join(m.text(number(metrics.get(m.name))) for m in shown) + " |")
+    lines += [f"| {hook} | " + " | ".join(_cell(m, row) for m in shown) + " |" for hook, row in rows.items()]
+    if n_seeds > 1:
+        lines += ["", f"Means ± standard deviation over {n_seeds} seeds."]
     lines += ["", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
     lines += [f"- {name}: {json.dumps(value)}" for name, value in trial.params.items()]
     return "\n".join(lines)

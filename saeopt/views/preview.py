@@ -45,7 +45,7 @@ def print_preview(spec: StudySpec) -> None:
     for about in filter(None, (proposals_text(spec), stopping_text(spec))):
         console.print(about, markup=False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
-    packs = packs_of(spec, cells, LARGEST_PACK)
+    packs = packs_of(spec, cells, max(1, LARGEST_PACK // spec.n_seeds))
     try:
         packs = packs_of(spec, cells, _largest_pack(spec))
         costs = [cost(pack) for pack in packs]
@@ -72,7 +72,7 @@ def _largest_pack(spec: StudySpec) -> int:
     import torch
 
     if isinstance(spec.pack, int) or not torch.cuda.is_available():
-        return LARGEST_PACK
+        return max(1, LARGEST_PACK // spec.n_seeds)
     from saeopt.training.dry_run import fitting
 
     free = torch.cuda.mem_get_info()[0] * MEMORY_SHARE

@@ -14,8 +14,9 @@ from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.files import read_metrics, read_sections
 from saeopt.metrics import METRICS, Shown, shown_in
-from saeopt.runs.names import CONFIG, EVALUATION, METRICS_FILE
+from saeopt.runs.names import CONFIG, EVALUATION, METRICS_FILE, SEEDS
 from saeopt.runs.weights import list_checkpoints
+from saeopt.spread import N_SEEDS, text_of
 from saeopt.views.plots import CURVES, DENSITY
 
 Row = Mapping[str, Any]
@@ -42,14 +43,16 @@ def tokens_per_second(run_dir: str | Path) -> float | None:
 
 
 def run_table(evaluation: Mapping[str, Row], speed: float | None = None, title: str | None = None) -> Table:
-    """L0, FVU, CE recovered, dead share and training speed per hook point."""
+    """L0, FVU, CE recovered, dead share and training speed per hook point; of several seeds how far they agree too."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column("hook point", overflow="fold")
     shown, of_run = shown_in(Shown.HEADLINE), METRICS["tokens_per_s"]
+    if any(N_SEEDS in row for row in evaluation.values()):
+        shown += [metric for metric in shown_in(Shown.COLUMN, seeds=True) if metric.seeds]
     for metric in [*shown, of_run]:
         table.add_column(metric.title, justify="right")
     for hook, row in evaluation.items():
-        table.add_row(hook, *(metric.text(row.get(metric.name)) for metric in shown), of_run.text(speed))
+        table.add_row(hook, *(text_of(metric, row) for metric in shown), of_run.text(speed))
     return table
 
 
@@ -66,5 +69,9 @@ def print_run(run_dir: str | Path, evaluation: Mapping[str, Row] | None = None) 
     """The table of a run folder and where its files are."""
     rows = read_evaluation(run_dir) if evaluation is None else evaluation
     console.print(run_table(rows, tokens_per_second(run_dir)))
+    for n in {row[N_SEEDS]: None for row in rows.values() if N_SEEDS in row}:
+        console.print(
+            f"means over {n} seeds ± standard deviation; weights of the others lie in {Path(run_dir) / SEEDS}"
+        )
     for name, path in run_files(run_dir):
         console.print(f"{name:>10}  {path}", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +18,9 @@ from saeopt.console import titled, unbroken
 from saeopt.metrics import METRICS
 from saeopt.search.collapse import rule_of, why_all_collapsed
 from saeopt.search.objectives import expanded, objective_values
+from saeopt.search.pareto import Point
 from saeopt.search.rounds import n_proposed, round_size
+from saeopt.spread import STD
 from saeopt.trials import claims, presence
 from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.internals import queries
@@ -185,12 +188,22 @@ def _best(status: Status) -> RenderableType | None:
         here = [p for p in points if p.hook_point == hook]
         front = best.get(hook, [])
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
-        items = [Text(f"{p.label} {p['l0']:.3g} → {p['fvu']:.3f}", no_wrap=True) for p in shown]
+        items = [Text(f"{p.label} {p['l0']:.3g} → {_fvu(p)}", no_wrap=True) for p in shown]
         table.add_row(hook, str(len(here)), str(sum(p.collapsed for p in here)), Columns(items or ["–"]))
-    parts: list[RenderableType] = [titled("\nbest so far: front as trial, L0 → FVU", table)]
+    seeds = f" ± over {status.spec.n_seeds} seeds" if status.spec.n_seeds > 1 else ""
+    parts: list[RenderableType] = [titled(f"\nbest so far: front as trial, L0 → FVU{seeds}", table)]
     if found := best_value(status.spec, done):
         parts.append(unbroken(f"best {found[0]}: {found[1]:.4g} (trial {found[2]})"))
     return Group(*parts)
+
+
+def _spreads(point: Point) -> dict[str, float]:
+    return {name + STD: point[name + STD] for name in ("l0", "fvu") if name + STD in point.metrics}
+
+
+def _fvu(point: Point) -> str:
+    spread = point["fvu" + STD]
+    return f"{point['fvu']:.3f}" + (f" ± {spread:.1g}" if math.isfinite(spread) else "")
 
 
 def best_value(spec: StudySpec, done: list[TrialRow]) -> tuple[str, float, int] | None:
@@ -291,6 +304,7 @@ def as_json(status: Status) -> dict[str, Any]:
     return {
         "study": status.spec.name,
         "stopped": status.stopped,
+        "seeds": status.spec.n_seeds,
         "trials": {_NAMES[state]: status.count(state) for state in STATES} | {"all": len(status.rows)},
         "trials_per_hour": status.trials_per_hour,
         "seconds_left": status.eta_s,
@@ -306,7 +320,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "ended_early": [why(row).as_json() for row in status.rows if row.state == "PRUNED"],
         "best": top and dict(zip(("objective", "value", "trial"), top, strict=True)),
         "front": {
-            hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"]} for p in front]
+            hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"], **_spreads(p)} for p in front]
             for hook, front in best.items()
         },
         "recommended_l0": auto.as_json(status.recommended),

@@ -49,7 +49,7 @@ class LocalTraining:
 
         device = self.runtime.device
         if device.type != "cuda":
-            return CPU_PACK
+            return max(1, CPU_PACK // config.seeds)
         from saeopt.training.dry_run import fitting
 
         free = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE

@@ -38,7 +38,9 @@ class DeviceTraining:
 
     def fitting(self, space: Space) -> int:
         """How many of the study's trials fit together."""
-        return CPU_PACK if self.device == "cpu" else (self.child or self.local).fitting(space.largest().config)
+        if self.device == "cpu":
+            return max(1, CPU_PACK // space.spec.n_seeds)
+        return (self.child or self.local).fitting(space.largest().config)
 
     def probe(self, runs: Path, config: RunConfig, architecture: bool, observer: Observer) -> None:
         """Raise what would keep a trial like this one from being trained here."""
