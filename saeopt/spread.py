@@ -59,7 +59,7 @@ def worst(row: Mapping[str, Any]) -> dict[str, Any]:
 def text_of(metric: Metric, row: Mapping[str, float]) -> str:
     """A metric for people; of several seeds with its standard deviation in a second line."""
     spread = row.get(metric.name + STD)
-    text = metric.text(value_of(row, metric.name))
+    text = metric.text(row[metric.name] if metric.name in row else value_of(row, metric.name))
     if spread is None or not math.isfinite(spread):
         return text
     return f"{text}\n" + (f"±{100 * spread:.2g}%" if metric.form.endswith("%") else f"±{spread:.2g}")

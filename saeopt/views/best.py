@@ -31,7 +31,7 @@ from saeopt.views.points import candidates, fronts, points_of, was_evaluated
 
 _CLOSE = 8
 """Trials that a line names."""
-_RULE = "means over seeds ± standard deviation; {by}: real beyond 95 % of the noise of a range"
+_RULE = "means ± standard deviation over seeds; trials not named are really worse (95 %)"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
             parts.append(unbroken(f"beaten within the noise alone: {_labels(best.unbeaten)}"))
         rows, shown = [[_span(span), p.label] for span, p in best.ranges], [p for _, p in best.ranges]
         parts.append(_table(f"{best.hook_point}: best {by} per range of L0", ["L0 range", "trial"], rows, shown))
-        parts += _noise_lines(best, by)
+        parts += _noise_lines(best)
     parts.append(Text("parameters and weights"))
     for label in labels(found):
         trial = trials[label]
@@ -163,7 +163,7 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
     return Group(*parts)
 
 
-def _noise_lines(best: HookBest, by: str) -> list[RenderableType]:
+def _noise_lines(best: HookBest) -> list[RenderableType]:
     """Of each range, whether its best is really the best."""
     lines: list[RenderableType] = []
     for span, point in best.ranges:
@@ -171,7 +171,7 @@ def _noise_lines(best: HookBest, by: str) -> list[RenderableType]:
             few, more = near.points[:_CLOSE], len(near.points) - _CLOSE
             text = _labels(few) + (f" and {more} more" if more > 0 else "")
             lines.append(Text(f"{_span(span)}: {text} not really worse than {point.label} (noise: {near.margin:.2g})"))
-    return lines + ([Text(_RULE.format(by=by))] if best.close else [])
+    return lines + ([Text(_RULE)] if best.close else [])
 
 
 def _labels(points: Iterable[Point]) -> str:

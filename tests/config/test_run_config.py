@@ -261,8 +261,8 @@ def test_what_follows_from_the_marks_is_what_older_versions_wrote_down() -> None
     assert reporting == REPORTING
     assert reporting | {"log_every_n_grad_steps", "threads", "performance"} == MAY_DIFFER
     assert reporting | {
-        "recipe", "seed", "lr", "lr_schedule", "min_lr_factor", "warmup_samples", "cooldown_samples", "max_grad_norm",
-        "adam_betas", "legacy_scaling", "saes", "performance",
+        "recipe", "seed", "seeds", "lr", "lr_schedule", "min_lr_factor", "warmup_samples", "cooldown_samples",
+        "max_grad_norm", "adam_betas", "legacy_scaling", "saes", "performance",
     } == MEMBER_FIELDS  # fmt: skip
     assert set(DATA_AND_MODEL) == {
         "tlens_model_name", "tlens_model_path", "data.dataset_name", "data.eval_dataset_name", "data.tokenizer_name",

@@ -13,10 +13,12 @@ import torch
 from _stores import grid_spec
 
 from saeopt import metrics as registry
+from saeopt.evaluation.agreement import agreement
 from saeopt.evaluation.cross_entropy import CrossEntropy as CrossEntropy
 from saeopt.evaluation.decoder import Projections
 from saeopt.evaluation.metrics import Accumulator
 from saeopt.metrics import METRICS, Metric, Shown, measured_in_training, value_of
+from saeopt.spread import N_SEEDS
 from saeopt.testing.cases import build
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.training.progress import Bar, Interrupt, RunObserver
@@ -36,7 +38,9 @@ def test_what_an_evaluation_measures_is_registered() -> None:
     accumulator.update(torch.randn(4, 2), torch.randn(4, 2), torch.rand(4, 3))
     decoder = Projections(build("relu")).result()
     measured = {**accumulator.result(), **CrossEntropy().result(), **decoder}.keys() - {"log10_density"}
-    assert measured == {m.name for m in METRICS.values() if m.evaluation}
+    seeds = agreement([torch.eye(3)] * 2, [torch.ones(3)] * 2)
+    assert {*seeds, N_SEEDS} == {m.name for m in METRICS.values() if m.seeds}
+    assert {*measured, *seeds, N_SEEDS} == {m.name for m in METRICS.values() if m.evaluation}
 
 
 def test_what_training_logs_is_registered() -> None:
@@ -44,7 +48,8 @@ def test_what_training_logs_is_registered() -> None:
     logged = {name for line in lines for name in json.loads(line) if not name.startswith("eval_")}
     assert {m.name for m in METRICS.values() if m.training} == (logged & METRICS.keys()) | {"sparsity_coeff"}
     held_out = {name.removeprefix("eval_") for line in lines for name in json.loads(line) if name.startswith("eval_")}
-    assert held_out | {"c_dec", "s_dec", "gamma"} == {m.name for m in METRICS.values() if m.evaluation}
+    later = {"c_dec", "s_dec", "gamma", *(m.name for m in METRICS.values() if m.seeds)}
+    assert held_out | later == {m.name for m in METRICS.values() if m.evaluation}
 
 
 def test_an_evaluation_is_logged_with_the_headlines_and_without_what_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
