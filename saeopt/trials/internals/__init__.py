@@ -27,6 +27,7 @@ from saeopt.trials.internals.queue import (
     study_keys,
     waiting_after,
 )
+from saeopt.trials.internals.ranking import ranked
 from saeopt.trials.internals.tables import (
     SUPPORTED,
     QueueBlindStorage,
@@ -69,7 +70,7 @@ __all__ = [
     "first_beats", "first_trial", "frozen_trial", "get_attrs", "heartbeats", "in_state", "insert_missing",
     "insert_trials", "live_trial", "lock_first_waiting", "lock_waiting", "make_storage",
     "n_waiting_with_params", "next_number", "note_keys", "numbers_in_state", "other_params", "params_of",
-    "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
+    "ranked", "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
     "study_attrs", "study_id_of", "study_keys", "study_user_attrs", "trial_attrs", "trial_params",
     "trial_reports", "trial_user_attrs", "trial_values", "trials", "upsert", "waiting_after",
 ]  # fmt: skip
