@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,23 +79,13 @@ def create(
         from saeopt.reach import with_first_targets
 
         spec = with_first_targets(spec, elsewhere=elsewhere)
-    said: list[str] = []
-    if spec.start_from and (dry_run or not _is_there(spec.name, storage)):
-        from saeopt.reach import with_fitting_weights
-        from saeopt.trials.starts import with_starts
-
-        spec, said = with_starts(spec, storage)
-        spec, more = with_fitting_weights(spec, elsewhere=elsewhere)
-        said += more
     if dry_run:
         from saeopt.views.preview import print_preview
 
         print_preview(spec)
         _planned(spec, elsewhere, storage)
-        for about in said:
-            _say(about)
     else:
-        _create(spec, elsewhere, storage, said)
+        _create(spec, elsewhere, storage)
 
 
 def _planned(spec: StudySpec, elsewhere: bool, storage: str | None) -> tuple[list[Cell], int]:
@@ -127,15 +116,14 @@ def _is_there(name: str, storage: str | None) -> bool:
     return False
 
 
-def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequence[str]) -> None:
+def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
     from saeopt.config import recipe_notice
     from saeopt.search.rounds import proposals_text
     from saeopt.search.stopping import stopping_text
     from saeopt.trials.create import create_study
     from saeopt.views.monitoring import on_study_created
 
-    waits = spec.start_from is not None and spec.start_from.found is None  # the study is there, as it was found then
-    planned = None if waits else _planned(spec, elsewhere, storage)  # refused before there is a store
+    planned = _planned(spec, elsewhere, storage)  # refused before there is a store
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:
@@ -146,7 +134,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec))):
+    for about in filter(None, (proposals_text(spec), stopping_text(spec))):
         _say(f"  {about}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
@@ -334,9 +322,38 @@ def retry(
     for number in trials or []:
         row, _ = find_trial(store, name, str(number))
         if row.state != "FAIL":
-            raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}")
+            go_on = f"; '{store.command('study', 'promote', name, number)}' lets it go on"
+            more = go_on if row.state == "PAUSED" else ""
+            raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}{more}")
     done = endings.retry(store, study_id, trials or None)
     _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+
+
+@app.command()
+def promote(
+    name: StudyName,
+    trials: Annotated[list[int], typer.Argument(metavar="TRIAL...", help="Numbers of paused trials.")],
+    storage: Storage = None,
+) -> None:
+    """Let paused trials go on from their rung.
+
+    Also those that were paused when the study ended. They train to their end: no later rung pauses them.
+    """
+    from saeopt.trials import paused
+    from saeopt.views.logs import find_trial
+
+    store = _open(storage)
+    study_id = store.study_id(name)
+    with store.read() as connection:
+        known = paused.numbers(connection, study_id)
+    for number in trials:
+        row, _ = find_trial(store, name, str(number))
+        if number not in known:
+            paused_ones = f" (paused are {', '.join(map(str, sorted(known)))})" if known else " (none is)"
+            raise UserError(f"trial {number} of study '{name}' is not paused: it is {row.state}{paused_ones}")
+    done = paused.promote(store, study_id, trials)
+    _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+    _say(f"  work: {store.command('worker', name)}")
 
 
 @app.command()

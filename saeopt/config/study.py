@@ -21,7 +21,6 @@ from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, 
 from saeopt.config.io import apply_overrides, stored, validate_run
 from saeopt.config.places import first_made
 from saeopt.config.run import RunConfig
-from saeopt.config.starts import StartFrom
 from saeopt.errors import UserError
 from saeopt.metrics import more_is_better, objective_metrics
 
@@ -30,13 +29,14 @@ CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
 Count = Annotated[Int, Field(ge=0, le=10**9)]
 Positive = Annotated[Int, Field(gt=0, le=10**9)]
 Factor = Annotated[Float, Field(ge=0, le=1e9)]
+Share = Annotated[Float, Field(gt=0, lt=1)]
 
 
 AUTO, TARGET = "auto", "saes.target_l0"
 """Stands in place of the list of values of `TARGET`: five L0s by the model's width, and some more around the best."""
-_SHORT = {"sae_type": "saes.sae_type"}
-FORMAT = 1
-"""Of a stored spec; raised when older versions would misunderstand it."""
+FORMAT = 2
+"""Of a stored spec that older versions would misunderstand; 1 where they would not."""
+_HALVING = {"rungs", "min_share", "keep", "rung_eval_samples", "keep_paused"}
 
 
 class Dimension(StrictModel):
@@ -80,7 +80,8 @@ class Dimension(StrictModel):
     def _lists(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        return {_SHORT.get(k, k): v if isinstance(v, list) else [v] for k, v in value.items()}
+        short = {"sae_type": "saes.sae_type"}
+        return {short.get(k, k): v if isinstance(v, list) else [v] for k, v in value.items()}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -168,24 +169,72 @@ class Collapse(StrictModel):
 
 
 class EarlyStopping(StrictModel):
-    """When a trial is given up. One objective: `median`, `asha`, `hyperband`; several: `pareto`. Each compares a trial
-    with all others that have come as far, those of its own pack included."""
+    """When a trial is given up, or paused. One objective: `median`, `asha`, `hyperband`; several: `pareto`; either:
+    `halving`. Each compares a trial with all others that have come as far, those of its own pack included."""
 
-    type: Literal["none", "median", "asha", "hyperband", "pareto"] = "none"
+    type: Literal["none", "median", "asha", "hyperband", "pareto", "halving"] = "none"
     """`median`: worse at its best than the median of the others. `asha`: not in the best 1 / `reduction_factor` at a
     rung (at the end of the warm-up, and `reduction_factor` times later each). `hyperband`: the same, some trials skip
-    the first rungs. `pareto`: another is better in every objective by `margin`; whom no other beats goes on."""
+    the first rungs. `pareto`: another is better in every objective by `margin`; whom no other beats goes on. `halving`:
+    at each rung whoever nobody dominates goes on, and of the others the best; the rest are paused, keep their
+    checkpoints and may be promoted."""
     warmup: Annotated[Float, Field(ge=0, lt=1)] = 0.2
-    """Share of a trial's samples before which nothing is stopped (the learning rate's warm-up is added)."""
+    """Share of a trial's samples before which nothing is stopped (the learning rate's warm-up is added); `halving` has
+    `rungs` instead."""
     n_startup_trials: Count = 5
     """Other trials that must have come as far before a trial is compared with them (median, pareto)."""
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
-    """asha and hyperband: at every rung one trial of this number goes on."""
+    """asha and hyperband: at every rung one trial of this number goes on. halving: see `min_share`."""
+    rungs: Annotated[list[Share], Field(min_length=1, max_length=20)] | None = None
+    """halving: where all are compared, as shares of a trial's samples; null: [0.1, 0.3], or with `min_share` its
+    multiples by `reduction_factor`."""
+    min_share: Share | None = None
+    """halving: the first rung; the others are `reduction_factor` times later each. Instead of `rungs`."""
+    keep: Annotated[Float, Field(gt=0, le=1)] = 0.33
+    """halving: at least this share of all that came to a rung goes on."""
+    rung_eval_samples: Positive | None = None
+    """halving: held-out samples that are evaluated at a rung where training does not measure an objective; null: 64."""
+    keep_paused: bool = True
+    """halving: what is still paused at the study's end keeps its checkpoint, and may be promoted later."""
     margin: Factor = 0.1
     """pareto: relative distance by which a trial must be worse in every objective. Of what is 1 at best (explained
     variance, cosine, CE recovered, living latents) the distance of what is missing to 1."""
     collapse: Collapse | None = Field(default_factory=Collapse)
     """null: collapsed trials train to the end (what counts as collapsed then is the default)."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        if self.type != "halving":  # older versions know no such fields, and go on reading what does not need them
+            for name in _HALVING:
+                dumped.pop(name, None)
+        return dumped
+
+    @model_validator(mode="after")
+    def _rungs_once(self) -> Self:
+        if self.type != "halving":
+            if given := sorted(self.model_fields_set & _HALVING):
+                raise ValueError(f"'{given[0]}' belongs to 'type: halving' (this is '{self.type}')")
+        elif self.rungs is not None and self.min_share is not None:
+            raise ValueError("give 'rungs' or 'min_share', not both")
+        elif self.rungs is not None and sorted(set(self.rungs)) != self.rungs:
+            raise ValueError("'rungs' must rise, as in [0.1, 0.3]")
+        return self
+
+    @property
+    def rung_samples(self) -> int:
+        """Held-out samples of a rung: a comparison needs fewer than a result."""
+        return self.rung_eval_samples or 64
+
+    @property
+    def shares(self) -> list[float]:
+        """The rungs of `halving`."""
+        if self.min_share is None:
+            return self.rungs or [0.1, 0.3]
+        found = [self.min_share]
+        while found[-1] * self.reduction_factor < 1:
+            found.append(found[-1] * self.reduction_factor)
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -196,8 +245,8 @@ class EarlyStopping(StrictModel):
 class StudySpec(StrictModel):
     """Everything a worker needs to know; it is stored in the study itself."""
 
-    format: Literal[1] = 1
-    """Version of this format; a worker of an older version refuses a newer one."""
+    format: Literal[1, 2] = 1
+    """Version of this format (2 where trials can be paused); a worker of an older version refuses a newer one."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     """The study's name; run folders are `<output_dir>/<name>/<trial>/`."""
     base: dict[str, Any]
@@ -215,11 +264,6 @@ class StudySpec(StrictModel):
     seeds: Annotated[Int, Field(gt=0, le=1000)] | None = Field(None, exclude=True)
     """Short for `seeds` of the base config: every trial is trained with so many seeds (`seed`, `seed + 1`, …) in one
     pack, its values are means over them, and what differs by less than they do is called noise."""
-    enqueue: list[Annotated[dict[str, Any], Field(min_length=1)]] = Field(default_factory=list)
-    """Points of a sampled study that are tried first: `{field: value}` each, as in `space`. What a point leaves out is
-    filled by the quasi-random design."""
-    start_from: StartFrom | None = None
-    """Trials of another study that a sampled study tries first, after `enqueue`: see below."""
     max_trials: Positive | None = None
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
@@ -253,22 +297,8 @@ class StudySpec(StrictModel):
             return value
         if "sae_type" in value and "saes.sae_type" in value:
             raise ValueError("'sae_type' and 'saes.sae_type' are the same field: give one of them")
-        return {_SHORT.get(k, k): _dimensions(entry) for k, entry in value.items()}
-
-    @field_validator("enqueue", mode="before")
-    @classmethod
-    def _full_names(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        return [{_SHORT.get(k, k): v for k, v in p.items()} if isinstance(p, dict) else p for p in value]
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        dumped: dict[str, Any] = handler(self)
-        for name in ("enqueue", "start_from"):  # older versions know no such field, and go on reading other studies
-            if not dumped.get(name):
-                dumped.pop(name, None)
-        return dumped
+        short = {"sae_type": "saes.sae_type"}
+        return {short.get(k, k): _dimensions(entry) for k, entry in value.items()}
 
     @model_validator(mode="after")
     def _seeds_in_base(self) -> Self:
@@ -279,14 +309,12 @@ class StudySpec(StrictModel):
         return self
 
     @model_validator(mode="after")
+    def _newest_where_needed(self) -> Self:
+        self.__dict__["format"] = FORMAT if self.early_stopping.type == "halving" else 1
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.sampler.type == "grid" and (self.enqueue or self.start_from):
-            name = "enqueue" if self.enqueue else "start_from"
-            raise ValueError(
-                f"'{name}' needs a sampled study (sampler: tpe, random, …): a grid trains every cell of 'space' once"
-            )
-        if self.max_trials is not None and len(self.enqueue) > self.max_trials:
-            raise ValueError(f"'enqueue' has {len(self.enqueue)} points, 'max_trials' is {self.max_trials}")
         if self.sampler.type != "grid" and self.max_trials is None:
             raise ValueError(f"'sampler: {self.sampler.type}' needs 'max_trials'")
         if self.sampler.type != "grid" and not self.space:
@@ -295,8 +323,10 @@ class StudySpec(StrictModel):
             raise ValueError(f"'grace' must be at least twice 'heartbeat' ({self.heartbeat:g} s)")
         n_objectives = len(self.objectives)
         if n_objectives > 1 or self.objectives[0].hook_points == "all":
-            if self.early_stopping.type not in ("none", "pareto"):
-                raise ValueError(f"'early_stopping: {self.early_stopping.type}' needs a single objective; use 'pareto'")
+            if self.early_stopping.type not in ("none", "pareto", "halving"):
+                raise ValueError(
+                    f"'early_stopping: {self.early_stopping.type}' needs a single objective; use 'halving' or 'pareto'"
+                )
             if self.sampler.type == "cmaes":
                 raise ValueError("'sampler: cmaes' needs a single objective")
         elif self.early_stopping.type == "pareto":
@@ -328,7 +358,7 @@ class StudySpec(StrictModel):
             return found.model_copy(update={"base": stored(found.base)})
         except ValidationError as error:
             made = json.loads(text).get("format", 1) if text.lstrip().startswith("{") else None
-            if made != FORMAT:
+            if made not in (1, FORMAT):
                 raise UserError(f"the study's format is {made}, this version knows {FORMAT}: use a newer one") from None
             raise explain(error, "the stored study (made by another version?)", known_names()) from None
 
@@ -340,11 +370,6 @@ class StudySpec(StrictModel):
     def n_seeds(self) -> int:
         """SAEs per trial and site."""
         return int(self.base.get("seeds", 1))
-
-    @property
-    def n_starts(self) -> int:
-        """Trials that are given, or were found in another study."""
-        return len(self.enqueue) + len((self.start_from and self.start_from.found) or [])
 
     @property
     def runs(self) -> Path:
@@ -388,5 +413,4 @@ def known_names() -> dict[tuple[str, ...], list[str]]:
         ("sampler",): list(Sampler.model_fields),
         ("early_stopping",): list(EarlyStopping.model_fields),
         ("early_stopping", "collapse"): list(Collapse.model_fields),
-        ("start_from",): list(StartFrom.model_fields),
     }

@@ -172,6 +172,8 @@ def stopping_text(spec: StudySpec) -> str | None:
     rule = spec.early_stopping
     if rule.type == "none":
         return None
+    if rule.type == "halving":
+        return _rungs_text(spec)
     asked = ", ".join(dict.fromkeys(o.metric for o in spec.objectives))
     if every := spec.base.get("eval_every_n_samples"):
         return f"{rule.type} compares {asked} of held-out evaluations, every {every:,} samples"
@@ -182,6 +184,17 @@ def stopping_text(spec: StudySpec) -> str | None:
             " (set 'eval_every_n_samples' to compare it)"
         )
     return f"{rule.type} compares {asked} of log steps, as training measures it"
+
+
+def _rungs_text(spec: StudySpec) -> str:
+    rule, missing = spec.early_stopping, unmeasured(spec)
+    total, asked = spec.base["data"].get("n_train_samples"), ", ".join(dict.fromkeys(o.metric for o in spec.objectives))
+    where = [f"{share:.0%}" + (f" ({share * total:,.0f} samples)" if total else "") for share in rule.shares]
+    how = f"on {rule.rung_samples} held-out samples there" if missing else "as training measures it"
+    return (
+        f"halving compares {asked} at {' and '.join(where)}, {how}; whom nobody dominates and the best"
+        f" {rule.keep:.0%} go on, the others are paused"
+    )
 
 
 def why_never(spec: StudySpec, n_trials: int) -> str | None:
@@ -201,6 +214,17 @@ def _why_never(spec: StudySpec, n_trials: int) -> str | None:
             " measure it on the way"
         )
     total = spec.base["data"].get("n_train_samples")
+    if rule.type == "halving":
+        if rule.keep == 1:
+            return "'keep' is 1: everybody goes on"
+        if n_trials < 2:
+            return "there is one trial, and nobody to compare it with"
+        if unmeasured(spec) and spec.base["data"].get("n_eval_samples") == 0:
+            return f"training does not measure {', '.join(unmeasured(spec))}: 'data.n_eval_samples' must be above 0"
+        batch = spec.base["data"].get("train_batch_size") or 1
+        if total and not any(-(-math.ceil(share * total) // batch) * batch < total for share in rule.shares):
+            return f"no rung lies before the end of {total:,} samples"
+        return None
     if every and total and every >= total:
         return f"the first evaluation is at the end: 'eval_every_n_samples' ({every:,}) must be below {total:,} samples"
     if rule.type in ("median", "pareto") and n_trials <= rule.n_startup_trials:

@@ -96,6 +96,7 @@ class _Loop:
         self.cursor: dict[str, Any] = cursor
         self.stream: ActivationStream | None = None
         self._next_poll, self._polled = 1, (0, time.perf_counter())
+        self.rungs = self.ranks.agree(self.observer.rungs(self.total, self.window))
 
     # ---- start
     def _restore(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
@@ -152,7 +153,7 @@ class _Loop:
             if trial.plan.owner is None:
                 trial.owner = Owner(turn=time.time_ns())
                 trial.owner.take(trial.folder.path)
-            trial.describe()
+            trial.folder.write_config(trial.plan.config)
             trial.folder.rewind(self.samples)
             trial.written = trial.folder.rows_at(self.samples)
             trial.folder.write_status("running", self.samples, None)
@@ -179,24 +180,29 @@ class _Loop:
                 self._log(measured, rate)
             if due["eval"]:
                 self._evaluate()
+            if due["rung"]:
+                self._rung(measured)
+                self._next_poll = windows  # the ranks agree at once on whether the others are wanted elsewhere
             if due["save"]:
                 self._save()
-            if due["log"] or due["eval"] or due["save"]:
+            if any(due.values()):
                 clock, since = time.perf_counter(), self.samples
             if self._interrupted(windows):
                 return
 
     def _due(self, before: int) -> dict[str, bool]:
-        """What falls on this window: logging by steps, evaluation and checkpoints by samples."""
+        """What falls on this window: logging by steps, evaluation, rungs and checkpoints by samples."""
         config, last = self.config, self.samples >= self.total
         step = self.samples // self.window
 
         def crossed(every: int | None) -> bool:
             return bool(every) and not last and self.samples // int(every or 1) > before // int(every or 1)
 
+        rung = not last and any(before < samples <= self.samples for samples in self.rungs.samples)
         return {
-            "log": step % config.log_every_n_grad_steps == 0 or last,
+            "log": step % config.log_every_n_grad_steps == 0 or last or rung,
             "eval": crossed(config.eval_every_n_samples),
+            "rung": rung,
             "save": crossed(config.save_every_n_samples),
         }
 
@@ -281,13 +287,31 @@ class _Loop:
             if trial.result is None and trial.plan.name in beaten:
                 self._stop(trial, "stopped", beaten[trial.plan.name], found.get(trial.plan.name, {}))
 
-    def _measure(self, trials: Sequence[Trial]) -> dict[str, Metrics]:
-        """Held-out metrics of trials: one language-model pass for all of them."""
+    def _rung(self, measured: list[tuple[Member, dict[str, float]]]) -> None:
+        """Everybody is compared and has a checkpoint here; those who are behind leave, and could go on from it."""
+        running = [t for t in self.trials if t.result is None]
+        found = {t.plan.name: by_hook_point((m, v) for m, v in measured if m.trial == t.plan.name) for t in running}
+        if self.rungs.held_out:
+            found = self._measure(running, self.rungs.held_out)
+            for trial in running:
+                aimed = by_hook_point((m, self.pack.aimed(m, self.samples)) for m in trial.active)
+                for hook, row in found.get(trial.plan.name, {}).items():
+                    row.update(aimed.get(hook, {}))
+        behind = self.ranks.agree(self.observer.on_rung(self.samples, found)) if running else {}
+        self._save()
+        for trial in running:
+            if trial.result is None and (reason := behind.get(trial.plan.name)):
+                self._drop(trial.active, reason)
+                self._close(trial, TrialResult("paused", self.samples, reason, found.get(trial.plan.name, {})))
+
+    def _measure(self, trials: Sequence[Trial], at_most: int | None = None) -> dict[str, Metrics]:
+        """Held-out metrics of trials, of the first samples only: one language-model pass for all of them."""
         if not self._evaluates or not trials:
             return {}
         data, ablation = self.config.data, self.config.ce_ablation
         saes, axis = saes_of(trials), self.ranks.data
-        batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, None, axis.size)
+        last = None if at_most is None else -(-at_most // data.eval_batch_size)
+        batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, last, axis.size)
         reduce = axis.reduce if axis.size > 1 else None
         rows = evaluate(
             saes, self.model, batches, data=data, cross_entropy=self.model.predicts, ce_ablation=ablation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,16 +30,26 @@ class TrialPlan:
 class TrialResult:
     """How a trial of a pack ended.
 
-    finished: all samples were consumed; stopped: the observer gave a reason; diverged: NaN or Inf in every
+    finished: all samples were consumed; stopped: the observer gave a reason; paused: others are ahead of it at a rung,
+    and it can be resumed there; diverged: NaN or Inf in every
     member; interrupted: a checkpoint was written and the trial can be resumed; lost: another process has the trial
     now, and nothing was written. `reason` also names single members that diverged in a trial that finished.
     """
 
-    status: Literal["finished", "stopped", "diverged", "interrupted", "lost"]
+    status: Literal["finished", "stopped", "paused", "diverged", "interrupted", "lost"]
     samples: int
     reason: str | None = None
     evaluation: Metrics = field(default_factory=dict)
     checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Where all trials of a pack are compared with each other and with others."""
+
+    samples: tuple[int, ...] = ()
+    held_out: int = 0
+    """Held-out samples that are evaluated there; 0: what training measures decides."""
 
 
 class Observer:
@@ -57,6 +68,15 @@ class Observer:
 
     def on_evaluated(self, samples: int) -> dict[str, str]:
         """All trials of the pack have been evaluated; reasons of those that should stop, by name."""
+        return {}
+
+    def rungs(self, total: int, window: int) -> Rungs:
+        """Where to compare trials of so many samples, which are consumed a window at a time."""
+        return Rungs()
+
+    def on_rung(self, samples: int, metrics: Mapping[str, Metrics]) -> dict[str, str]:
+        """All trials of the pack (by name) have come to a rung; reasons of those that are paused there. Afterwards
+        :meth:`should_interrupt` is asked: the others may be wanted elsewhere."""
         return {}
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:

@@ -16,10 +16,10 @@ Evaluation = Mapping[str, Mapping[str, Any]]
 
 RUN_DIR = "run_dir"
 """Trial: the run folder."""
-ORIGIN = "started_from"
-"""Trial: the trial of another study whose parameters it has (`start_from`)."""
 REASON = "reason"
 """Trial: why it was stopped or failed, one line."""
+PAUSED_AT = "paused_at"
+"""Trial: samples of the rung at which it is paused, or was until the study's end."""
 TRACEBACK = "traceback"
 """Trial: the end of the traceback of its last failure."""
 CURVE_NAME = "intermediate_values"

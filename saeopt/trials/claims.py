@@ -10,17 +10,23 @@ from saeopt.trials import internals as db
 from saeopt.trials import states, waiting
 from saeopt.trials.states import CLAIM, Claim, still_ours
 from saeopt.trials.storage import Store, check_identity
-from saeopt.trials.waiting import CHECKPOINT, STREAM, TURN
+from saeopt.trials.waiting import CHECKPOINT, STOOD, STREAM, TURN, Merging
 
 STOPPED = "saeopt:stopped"
 
 
 def claim(
-    store: Store, study_id: int, limit: int, owner: Mapping[str, Any], identity: str | None = None
+    store: Store,
+    study_id: int,
+    limit: int,
+    owner: Mapping[str, Any],
+    identity: str | None = None,
+    merging: Merging | None = None,
 ) -> list[Claim]:
     """Up to `limit` waiting trials that can be trained together, the first of the queue among them.
 
-    Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim.
+    Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim. With
+    `merging` (a study with rungs) the order is that of `waiting.merged`.
 
     Raises:
         StudyGone: the study under this key is not the one with that `identity`.
@@ -29,7 +35,10 @@ def claim(
         check_identity(connection, study_id, identity)
         if is_stopped(connection, study_id):
             return []
-        rows = waiting.first(connection, study_id, limit)
+        if merging is None:
+            rows = waiting.first(connection, study_id, limit)
+        else:
+            rows = waiting.merged(connection, study_id, limit, merging)
         mine = states.move(connection, [row.trial_id for row in rows], states.RUNNING, of=states.WAITING)
         won = [row for row in rows if row.trial_id in mine]
         token = uuid.uuid4().hex
@@ -50,6 +59,8 @@ def claim(
             params[row.trial_id],
             row.turn + 1,
             identity,
+            row.stood,
+            row.promoted,
         )
         for row in won
     ]
@@ -83,6 +94,13 @@ def checkpointed(store: Store, claim: Claim, samples: int) -> bool:
     return True
 
 
+def stood(store: Store, claims: Sequence[Claim], samples: int) -> None:
+    """Record that these trials were judged at a rung and go on: whoever claims one there does not judge it again."""
+    with store.write() as connection:
+        for trial_id in still_ours(connection, claims):
+            db.set_attrs(connection, db.trial_attrs, trial_id, {STOOD: samples})
+
+
 def report(store: Store, claim: Claim, step: int, value: float, attrs: Mapping[str, Any] | None = None) -> bool:
     """An intermediate value (also in studies of several objectives, where Optuna's own call refuses)."""
     with store.write() as connection:
@@ -101,7 +119,7 @@ def first_params(store: Store, study_id: int) -> dict[str, Any]:
 
 
 def counts(store: Store, study_id: int) -> dict[str, int]:
-    """Trials by state (`WAITING`, `RUNNING`, `COMPLETE`, `PRUNED`, `FAIL`); zeros included."""
+    """Trials by state (`WAITING`, `RUNNING`, `PAUSED`, `COMPLETE`, `PRUNED`, `FAIL`); zeros included."""
     with store.read() as connection:
         return db.counts(connection, study_id)
 

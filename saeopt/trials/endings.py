@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from saeopt.config.settings import redact
 from saeopt.trials import internals as db
-from saeopt.trials.attributes import REASON, TRACEBACK
-from saeopt.trials.states import CLAIM, FAIL, RUNNING, WAITING, Claim, TrialState, move
+from saeopt.trials.attributes import PAUSED_AT, REASON, TRACEBACK
+from saeopt.trials.states import CLAIM, FAIL, PAUSED, RUNNING, WAITING, Claim, TrialState, move
 from saeopt.trials.storage import Store
-from saeopt.trials.waiting import ALONE, BEHIND, CHECKPOINT
+from saeopt.trials.waiting import ALONE, BEHIND, CHECKPOINT, STOOD
 
 LOSSES, LOST_AT, FAILURES = "saeopt:losses", "saeopt:lost_at", "saeopt:failures"
 DEATHS, DIED_AT = "saeopt:deaths", "saeopt:died_at"
@@ -58,6 +58,30 @@ def finish(
         # What an earlier attempt failed of is no longer true.
         db.drop_attrs(connection, db.trial_user_attrs, claim.trial_id, [REASON, TRACEBACK])
         db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, attrs or {})
+    return True
+
+
+def pause(
+    store: Store,
+    claim: Claim,
+    samples: int,
+    reason: str,
+    *,
+    values: Sequence[float] | None = None,
+    constraints: Mapping[str, float] | None = None,
+) -> bool:
+    """Others are ahead of it at a rung: it keeps its checkpoint there, and nobody claims it; False if it was not ours.
+
+    No sampler hears of it before the study's end (`trials.paused`), which tells it `values` and `constraints`.
+    """
+    told = {"samples": samples, "values": None if values is None else list(values), "limits": dict(constraints or {})}
+    with store.write() as connection:
+        if not move(connection, claim, PAUSED, told=told):
+            return False
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {CHECKPOINT: samples, STOOD: samples})
+        db.drop_attrs(connection, db.trial_user_attrs, claim.trial_id, [TRACEBACK])
+        said = {REASON: redact(reason), "samples": samples, PAUSED_AT: samples}
+        db.set_attrs(connection, db.trial_user_attrs, claim.trial_id, said)
     return True
 
 

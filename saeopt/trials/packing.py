@@ -22,10 +22,9 @@ from saeopt.trials import claims, endings, presence
 from saeopt.trials import internals as db
 from saeopt.trials.heart import Heart
 from saeopt.trials.internals import queries
-from saeopt.trials.starts import check_weights
 from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, persistently
-from saeopt.trials.waiting import CHECKPOINT
+from saeopt.trials.waiting import CHECKPOINT, STOOD, Merging
 
 _ATTEMPTS = 12
 
@@ -55,21 +54,33 @@ class Assignment:
         return str(self.claim.number)
 
 
+def merging(spec: StudySpec, most: int) -> Merging | None:
+    """How a study's survivors of a rung are put together into packs of up to `most`; None where it has no rungs."""
+    return Merging(most, results_first=n_proposed(spec) > 0) if spec.early_stopping.type == "halving" else None
+
+
 def acquire(
-    heart: Heart, space: Space, limit: int, who: Mapping[str, Any], start_of: Callable[[Path, RunConfig], int]
+    heart: Heart,
+    space: Space,
+    limit: int,
+    who: Mapping[str, Any],
+    start_of: Callable[[Path, RunConfig], int],
+    most: int | None = None,
 ) -> list[Assignment]:
     """Claim up to `limit` trials and return those that share a pack; the others go back to the queue at once.
 
     Parameters that nobody has proposed yet are proposed now. `start_of` tells the samples of the newest checkpoint in
-    a run folder that is usable and of this config.
+    a run folder that is usable and of this config. `most`: how many survivors of a rung fit together, where that is
+    more than `limit` (None: as many).
 
     Raises:
         HostError: a run folder cannot be written.
         StudyGone: the study is not there any more.
         Refused: this version knows no such config (the trial was given back).
     """
-    store = heart.store
-    taken = persistently(lambda: claims.claim(store, heart.study_id, limit, who, heart.identity), "claiming trials")
+    store, how = heart.store, merging(heart.spec, limit if most is None else most)
+    where = (store, heart.study_id, limit, who, heart.identity, how)
+    taken = persistently(lambda: claims.claim(*where), "claiming trials")
     heart.hold(taken)
     pack: list[Assignment] = []
     entered = _entered(heart, taken)
@@ -150,15 +161,6 @@ def _assignment(
         return None
     run_dir = spec.run_dir(claim.number)
     start = start_of(run_dir, config)
-    if start == 0 and (weights := space.weights(params)) is not None:
-        try:
-            check_weights(weights)
-        except HostError:
-            raise
-        except UserError as error:
-            changed = str(error)
-            persistently(lambda: endings.fail(store, claim, changed, retries=0), "storing a failure")
-            return None
     owner.take(run_dir)  # again: a folder of another config has been moved aside
     attrs = {CHECKPOINT: start} if start != claim.checkpoint else {}
     key = stream_key(config)
@@ -196,7 +198,7 @@ def room(store: Store, study_id: int, spec: StudySpec, limit: int, *, auto: bool
     if limit < 2 or n_proposed(spec) <= 0:
         return limit
     with store.read() as connection:
-        known = db.n_waiting_with_params(connection, study_id)
+        known = db.n_waiting_with_params(connection, study_id, (db.PAUSED, STOOD))
     said, now = queries.attributes(store.engine, study_id, presence.WORKER), store.now().replace(tzinfo=dt.UTC)
     alive = sum(worker.alive for worker in presence.workers(said, now.timestamp()))
     if known:  # the first results are everybody's: several workers share the trials that begin a study

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from saeopt.config.run import RunConfig
 from saeopt.config.settings import redact
@@ -28,6 +29,8 @@ from saeopt.trials.attributes import CURVE_NAME
 from saeopt.trials.states import Claim
 from saeopt.trials.stopper import CURVE, Report, Stopper
 from saeopt.trials.storage import Store, persistently
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,6 +73,15 @@ class Reports(threading.Thread):
         """End the thread after what is waiting, but do not wait long for a lost store."""
         self._queue.put(None)
         self.join(timeout=2)
+
+    def asked(self, question: Callable[[], T], otherwise: T, gives_up: Callable[[], bool]) -> T:
+        """The answer to a question that is put after all that waits; `otherwise` where the worker `gives_up` before,
+        or the store stays away. Whoever asks waits, through an outage too: the answer decides what is trained on."""
+        box: list[T] = []
+        self._queue.put(lambda: box.append(question()))
+        while not box and self._queue.unfinished_tasks and self.is_alive() and not gives_up():
+            time.sleep(0.005)
+        return box[0] if box else otherwise
 
     def flush(self, seconds: float) -> None:
         """Wait until all that was handed in has been sent, for at most `seconds`."""

@@ -39,7 +39,7 @@ class Stopper:
 
     def reasons(self, reports: Sequence[Report]) -> dict[int, str]:
         """Trial → why it should stop now. `reports`: of trials that came to the same samples together."""
-        if self.rule.type == "none" or not any(report.samples >= report.warmup for report in reports):
+        if self.rule.type in ("none", "halving") or not any(report.samples >= report.warmup for report in reports):
             return {}
         runners, found = self._read(), {}
         for report in reports:

@@ -33,8 +33,11 @@ from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
 from saeopt.views.why import why
 
-STATES = ("WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL")
-_NAMES = {"WAITING": "waiting", "RUNNING": "running", "COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+_NAMES = {
+    "WAITING": "waiting", "RUNNING": "running", "PAUSED": "paused", "COMPLETE": "complete", "PRUNED": "pruned",
+    "FAIL": "failed",
+}  # fmt: skip
+STATES = tuple(_NAMES)
 _RECENT = 50
 _ROWS = 12
 
@@ -63,6 +66,11 @@ class Status:
     def remaining(self) -> int:
         """Trials that are still to end."""
         return self.count("WAITING") + self.count("RUNNING")
+
+    @property
+    def pauses(self) -> bool:
+        """Whether a trial of this study can be paused, or is."""
+        return self.spec.early_stopping.type == "halving" or self.count("PAUSED") > 0
 
     @property
     def alive(self) -> list[Presence]:
@@ -145,10 +153,11 @@ def _table() -> Table:
 
 def _states(status: Status) -> RenderableType:
     table = _table()
-    for state in STATES:
+    shown = [s for s in STATES if s != "PAUSED" or status.pauses]
+    for state in shown:
         table.add_column(_NAMES[state], justify="right")
     table.add_column("all", justify="right")
-    table.add_row(*[str(status.count(state)) for state in STATES], str(len(status.rows)))
+    table.add_row(*[str(status.count(state)) for state in shown], str(len(status.rows)))
     parts: list[RenderableType] = [unbroken(f"study {status.spec.name}: trials"), table]
     if status.stopped:
         go_on = status.command("study", "resume", status.spec.name)
@@ -284,6 +293,10 @@ def _reasons(status: Status) -> RenderableType | None:
     if stopped:
         lines += ["\ntrials that ended early (the newest)", *_why(stopped[-5:])]
         lines += [f"  all:   {status.command('study', 'why', name)}"]
+    paused = [row for row in status.rows if row.state == "PAUSED"]
+    if paused:
+        lines += ["\npaused trials (the newest); they keep their checkpoints", *_why(paused[-5:])]
+        lines += [f"  go on: {status.command('study', 'promote', name, paused[-1].number)}"]
     rows = [row for row in status.rows if row.state == "FAIL"]
     if rows:
         lines += ["\nfailed trials", *_why(rows[:5])]
@@ -317,6 +330,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "failed": [
             {"trial": row.number, "reason": row.attributes.get(REASON)} for row in status.rows if row.state == "FAIL"
         ],
+        "paused": [why(row).as_json() for row in status.rows if row.state == "PAUSED"],
         "ended_early": [why(row).as_json() for row in status.rows if row.state == "PRUNED"],
         "best": top and dict(zip(("objective", "value", "trial"), top, strict=True)),
         "front": {
@@ -343,10 +357,13 @@ def list_rows(store: Store) -> list[dict[str, Any]]:
 
 def list_table(store: Store) -> RenderableType:
     """All studies of a store."""
+    rows = list_rows(store)
+    hidden = [] if any(row["paused"] for row in rows) else ["paused"]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold cyan")
     table.add_column("study", overflow="fold")
     for name in (*_NAMES.values(), "workers", "state"):
-        table.add_column(name, justify="right")
-    for row in list_rows(store):
-        table.add_row(*map(str, row.values()))
+        if name not in hidden:
+            table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for name, value in row.items() if name not in hidden))
     return Group(unbroken(f"studies in {store.shown}"), table)

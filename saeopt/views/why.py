@@ -11,7 +11,7 @@ from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.storage import Store
 from saeopt.views.logs import find_trial
 
-EARLY = ("PRUNED", "FAIL")
+EARLY = ("PAUSED", "PRUNED", "FAIL")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from saeopt.console import log
 from saeopt.errors import redact_tracebacks
 from saeopt.host.pulse import Rhythm, listen
 from saeopt.runs.owner import Owner
-from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
+from saeopt.training.plan import Metrics, Observer, Rungs, TrialPlan, TrialResult
 from saeopt.workers.faults import failure_of, free_memory
 from saeopt.workers.local import LocalTraining
 
@@ -153,7 +153,7 @@ class _Child:
 
 
 class _Remote(Observer):
-    """Passes everything on to the worker; only log steps and evaluations wait for its word."""
+    """Passes everything on to the worker; only log steps, evaluations and rungs wait for its word."""
 
     def __init__(self, child: _Child) -> None:
         self.child = child
@@ -169,6 +169,12 @@ class _Remote(Observer):
 
     def on_evaluated(self, samples: int) -> dict[str, str]:
         return dict(self.child.ask("evaluated", samples))
+
+    def rungs(self, total: int, window: int) -> Rungs:
+        return cast("Rungs", self.child.ask("rungs", total, window))
+
+    def on_rung(self, samples: int, metrics: Mapping[str, Metrics]) -> dict[str, str]:
+        return dict(self.child.ask("rung", samples, metrics))
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
         self.child.say("checkpoint", name, samples, path)

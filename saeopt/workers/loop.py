@@ -22,9 +22,11 @@ from saeopt.trials import claims, endings
 from saeopt.trials.allowed import check_allowed
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, Refused, acquire, room
+from saeopt.trials.paused import Ending
 from saeopt.trials.presence import Presence
 from saeopt.trials.refine import Refinement
 from saeopt.trials.reports import Progress, Reports
+from saeopt.trials.rungs import Rung
 from saeopt.trials.storage import Store, StudyGone, is_transient, patience, persistently
 from saeopt.views import monitoring
 from saeopt.workers.faults import (  # fmt: skip
@@ -95,6 +97,8 @@ class Worker:
         self.reports = Reports(store, self.study_id, self.spec)
         self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
         self._refinement = Refinement(store, self.study_id, self.space, self.identity)
+        self._ending = Ending(store, self.study_id, self.spec, self.identity)
+        self.rung = Rung(store, self.study_id, self.spec) if self.spec.early_stopping.type == "halving" else None
         self._ask_limit, self._probe = limit, probe
         self._limit: int | None = None
         self._ended = threading.Event()
@@ -148,6 +152,8 @@ class Worker:
                 continue
             if self._others_work():
                 idle_since = None
+            elif not self.heart.study_stopped.is_set() and persistently(self._ending.step, "ending the study"):
+                continue  # what has ended now may be followed by a refinement
             else:
                 idle_since = idle_since or time.monotonic()
                 if time.monotonic() - idle_since >= self.options.idle_timeout:
@@ -159,7 +165,7 @@ class Worker:
 
     def _acquire(self, room: int) -> list[Assignment]:
         try:
-            return acquire(self.heart, self.space, room, self._owner(), start_of)
+            return acquire(self.heart, self.space, room, self._owner(), start_of, self._most)
         except Refused as error:
             self.outcomes.fault(str(error), [error.number], host=True)
         except HostError as error:
@@ -215,9 +221,15 @@ class Worker:
         """How many trials to claim next."""
         if self._limit is None:
             self._limit = 1 if self.options.sequential else max(1, self._ask_limit(self.space))
-        left = self._limit if self.options.max_trials is None else self.options.max_trials - self.me.finished
-        where, most = (self.store, self.study_id, self.spec), max(0, min(self._limit, left))
+        where, most = (self.store, self.study_id, self.spec), self._most
         return persistently(lambda: room(*where, most, auto=self.options.auto), "counting trials")
+
+    @property
+    def _most(self) -> int:
+        """How many trials this worker may have together."""
+        limit = self._limit or 1
+        left = limit if self.options.max_trials is None else self.options.max_trials - self.me.finished
+        return max(0, min(limit, left))
 
     def _others_work(self) -> bool:
         """Whether a trial of the study is waiting or running (a stopped study waits for nobody)."""
@@ -231,13 +243,16 @@ class Worker:
 
     # ---- a pack
     def _watcher(self, pack: Sequence[Assignment]) -> Observer:
-        return Watcher(self.heart, self.reports, self.outcomes, self.leaving, pack)
+        return Watcher(self.heart, self.reports, self.outcomes, self.leaving, pack, self.rung, self._most)
 
     def _train_pack(self, pack: list[Assignment]) -> None:
         """Train together; what fails together is tried apart, so that one trial's fault is no other's."""
         if self.leaving():
             for assignment in pack:
                 self.outcomes.give_back(assignment.claim)
+            return
+        pack = self._judged(pack)
+        if not pack:
             return
         with trial_logs(a.run_dir for a in pack):
             numbers, start = ", ".join(a.name for a in pack), pack[0].start
@@ -246,6 +261,20 @@ class Worker:
                 f" from sample {start:,}" if start else "", self.me.worker,
             )  # fmt: skip
             self._train_together(pack)
+
+    def _judged(self, pack: list[Assignment]) -> list[Assignment]:
+        """Without those that others had passed at the rung where they stand, when their worker was lost."""
+        rung, start = self.rung, pack[0].start
+        asked = [a.claim for a in pack if start and a.claim.stood != start]
+        if rung is None or not asked:
+            return pack
+        total = pack[0].config.data.n_train_samples or 0
+        reasons = persistently(lambda: rung.judge(asked, start, total), "judging trials")
+        values = {s.number: s.values for s in rung.standings(start)} if reasons else {}
+        for a in pack:
+            if reason := reasons.get(a.claim.number):
+                self.outcomes.pause(a, TrialResult("paused", start, reason), values.get(a.claim.number))
+        return [a for a in pack if a.claim.number not in reasons]
 
     def _train_together(self, pack: list[Assignment]) -> None:
         try:

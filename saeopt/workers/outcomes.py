@@ -111,6 +111,9 @@ class Outcomes:
         if self.heart.has_lost(claim):
             assignment.owner.leave(assignment.run_dir)
             return
+        if result.status == "paused":
+            self.pause(assignment, result, objective_values(spec, result.evaluation), seconds)
+            return
         values, reason = self._judged(result)
         attrs: dict[str, Any] = {**evaluation_attributes(result.evaluation), "samples": result.samples}
         if reason:
@@ -135,6 +138,25 @@ class Outcomes:
             named = zip(objective_names(spec), values or [], strict=False)
             shown = "" if values is None else " (" + ", ".join(f"{name} {v:.4g}" for name, v in named) + ")"
             log.info("trial %d: %s%s", claim.number, outcome, shown)
+        self.part_with(claim)
+
+    def pause(
+        self, assignment: Assignment, result: TrialResult, values: Sequence[float] | None, seconds: float | None = None
+    ) -> None:
+        """Others are ahead of it: it stays where it is, and nobody is told of a result."""
+        claim, reason = assignment.claim, result.reason or "paused"
+        where = (self.store, self.study_id, claim.trial_id, self.spec)
+        monitoring.on_trial_end(*where, reason, claim=claim, evaluation=result.evaluation)
+        limits = self._constraints(result, reason, pruned=True)
+        last = values if values is not None and len(values) == 1 else None
+        self.heart.closing(claim)
+        paused = persistently(
+            lambda: endings.pause(self.store, claim, result.samples, reason, values=last, constraints=limits),
+            f"pausing trial {claim.number}",
+            seconds,
+        )
+        if paused:
+            log.info("trial %d: %s", claim.number, reason)
         self.part_with(claim)
 
     def _judged(self, result: TrialResult) -> tuple[list[float] | None, str | None]:

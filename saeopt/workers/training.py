@@ -119,12 +119,7 @@ class ChildTraining:
     def _wait(self, talk: _Talk) -> bool:
         """A little, for the child to say something; meanwhile it hears what has changed, or is ended."""
         said = self._heard(_POLL_SECONDS)
-        if talk.observer.should_interrupt() and not talk.interrupted:
-            if not talk.begun:  # it may be loading for minutes: nothing is lost
-                self._drop()
-                raise TrainingLeft
-            talk.interrupted = True
-            self._send("interrupt")
+        self._pass_on(talk)
         for name in [n for n in talk.names if talk.observer.lost(n)]:
             talk.names.remove(name)
             self._send("lost", name)
@@ -137,6 +132,15 @@ class ChildTraining:
             raise TrainingStalled(f"no progress for {limit:.0f} s: its training process was ended")
         return said
 
+    def _pass_on(self, talk: _Talk) -> None:
+        """An interrupt, once."""
+        if talk.observer.should_interrupt() and not talk.interrupted:
+            if not talk.begun:  # it may be loading for minutes: nothing is lost
+                self._drop()
+                raise TrainingLeft
+            talk.interrupted = True
+            self._send("interrupt")
+
     def _limit(self, begun: bool) -> float:
         limit = max(STALL_SECONDS, STALL_WINDOWS * self._longest) if self.stall is None else self.stall
         return limit * (1 if begun else 4)
@@ -144,10 +148,14 @@ class ChildTraining:
     def _hear(self, kind: str, said: list[Any], talk: _Talk) -> None:
         observer = talk.observer
         asked: dict[str, Callable[..., Any]] = {
-            "log": observer.on_log, "eval": observer.on_eval, "evaluated": observer.on_evaluated
+            "log": observer.on_log, "eval": observer.on_eval, "evaluated": observer.on_evaluated,
+            "rungs": observer.rungs, "rung": observer.on_rung,
         }  # fmt: skip
         if kind in asked:
-            self._send("answer", asked[kind](*said))
+            answer = asked[kind](*said)
+            if kind == "rung":  # who is wanted elsewhere leaves at the rung itself
+                self._pass_on(talk)
+            self._send("answer", answer)
         elif kind == "ready":
             self._ready = True
         elif kind == "tick":

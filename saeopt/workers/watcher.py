@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from saeopt.config.keys import stream_key
 from saeopt.console import log
-from saeopt.training.plan import Metrics, Observer, TrialResult
+from saeopt.search import halving
+from saeopt.training.plan import Metrics, Observer, Rungs, TrialResult
 from saeopt.trials.attributes import mean_metric, number
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment
 from saeopt.trials.reports import Reports
+from saeopt.trials.rungs import Rung
 from saeopt.trials.storage import is_transient
 from saeopt.workers.outcomes import Outcomes
 
@@ -30,9 +33,12 @@ class Watcher(Observer):
         outcomes: Outcomes,
         leaving: Callable[[], bool],
         pack: Sequence[Assignment],
+        rung: Rung | None = None,
+        most: int = 1,
     ) -> None:
         self.heart, self.reports, self.outcomes, self.leaving = heart, reports, outcomes, leaving
         self.pack = {assignment.name: assignment for assignment in pack}
+        self.rung, self.most, self._wanted_elsewhere = rung, most, False
 
     def on_start(self, name: str, samples: int, total: int) -> None:
         self.heart.clock.begun(samples, total)
@@ -53,6 +59,25 @@ class Watcher(Observer):
         self.reports.flush(_VERDICT_SECONDS)
         verdicts = {name: progress.verdict for name, progress in self.outcomes.progress.items()}
         return {name: verdict for name, verdict in verdicts.items() if verdict is not None}
+
+    def rungs(self, total: int, window: int) -> Rungs:
+        if self.rung is None:
+            return Rungs()
+        spec = self.rung.spec
+        return Rungs(halving.rungs_in_samples(spec.early_stopping, total, window), halving.held_out(spec))
+
+    def on_rung(self, samples: int, metrics: Mapping[str, Metrics]) -> dict[str, str]:
+        """Without a store nobody is judged, and a worker that leaves judges nobody: whoever goes on from here does."""
+        assert self.rung is not None
+        rung, there = self.rung, {self.pack[name].claim: rows for name, rows in metrics.items()}
+        total = max(self.outcomes.progress[name].total for name in metrics)
+        reasons = self.reports.asked(lambda: rung.arrive(there, samples, total), dict[int, str](), self.leaving)
+        behind = {name: reasons[n] for name in metrics if (n := self.pack[name].claim.number) in reasons}
+        stay = [self.pack[name] for name in metrics if name not in behind]
+        if stay and not self.leaving():
+            where = ([a.claim for a in stay], stream_key(stay[0].config), samples, self.most)
+            self._wanted_elsewhere = self.reports.asked(lambda: rung.others_come(*where), False, self.leaving)
+        return behind
 
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
         progress = self.outcomes.progress[name]
@@ -90,4 +115,4 @@ class Watcher(Observer):
         self.heart.clock.evaluation_takes(samples)
 
     def should_interrupt(self) -> bool:
-        return self.leaving()
+        return self.leaving() or self._wanted_elsewhere

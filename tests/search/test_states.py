@@ -14,7 +14,8 @@ import saeopt.trials
 from saeopt.trials import claims, endings
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
-from saeopt.trials.states import TRANSITIONS, move
+from saeopt.trials.paused import finish, promote
+from saeopt.trials.states import TRANSITIONS, State, move
 from saeopt.trials.storage import Store
 
 HERE = Path(__file__).parent
@@ -57,17 +58,43 @@ def test_every_transition_of_the_table_is_taken_by_the_queue(store: Store) -> No
     assert endings.finish(store, claim, "PRUNED", None)
     assert store.study("t").trials[0].state == TrialState.PRUNED
     seen.add((TrialState.RUNNING, TrialState.PRUNED))
+    seen |= taken_by_what_is_paused(store)
     assert seen == set(TRANSITIONS)
 
 
-@pytest.mark.parametrize("of", [None, *TrialState])
-@pytest.mark.parametrize("to", list(TrialState))
-def test_a_move_that_the_table_does_not_know_is_refused(of: TrialState | None, to: TrialState, tmp_path: Path) -> None:
+def taken_by_what_is_paused(store: Store) -> set[tuple[State | None, State]]:
+    study = create_study(store, grid_spec(1, name="u")).study_id
+    seen: set[tuple[State | None, State]] = set()
+    before: State = TrialState.RUNNING
+
+    def note() -> None:
+        nonlocal before
+        name = next(name for name, n in claims.counts(store, study).items() if n)
+        now: State = "PAUSED" if name == "PAUSED" else TrialState[name]
+        seen.add((before, now))
+        before = now
+
+    for after in ("promoted", "ended"):
+        (claim,) = claims.claim(store, study, 1, OWNER)
+        before = TrialState.RUNNING
+        assert endings.pause(store, claim, 16, "behind")
+        note()
+        if after == "ended":
+            assert finish(store, study, None) == [0]
+            note()
+        assert promote(store, study, [0]) == [0]
+        note()
+    return seen
+
+
+@pytest.mark.parametrize("of", [None, *TrialState, "PAUSED"])
+@pytest.mark.parametrize("to", [*TrialState, "PAUSED"])
+def test_a_move_that_the_table_does_not_know_is_refused(of: State | None, to: State, tmp_path: Path) -> None:
     if (of, to) in TRANSITIONS:
         return
     store = Store.open(f"sqlite:///{tmp_path}/store.db")
     create_study(store, grid_spec(1))
-    with store.write() as connection, pytest.raises(ValueError, match=f"to {to.name}"):
+    with store.write() as connection, pytest.raises(ValueError, match=f"to {to if isinstance(to, str) else to.name}"):
         move(connection, [1], to, of=of)  # type: ignore[arg-type]
     assert state(store) == "WAITING"
 

@@ -215,6 +215,24 @@ def test_state_goes_on_exactly_also_in_the_reference(variant: dict[str, Any]) ->
     assert_same_modules(third, first, 1e-9, 1e-11)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_members_of_two_stacks_merge_into_a_third_as_if_alone(variant: dict[str, Any]) -> None:
+    options = StackOptions(dead_after_tokens=60)
+    data = batches(10, torch.float64)
+    together, alone, merged = (make_members(variant, 3, torch.float64) for _ in range(3))
+    left, right = fused(together[:2], options, [1, 2]), fused(together[2:], options, [3])
+    train(left, data[:5], rows=NUMBERS[:2])
+    train(right, data[:5], rows=NUMBERS[2:])
+    survivors = fused([merged[1], merged[2]], options, [2, 3])
+    for place, (stack, index, number) in enumerate([(left, 1, 1), (right, 0, 2)]):
+        merged[number].load_state_dict(together[number].state_dict())
+        survivors.load_state(place, {k: v.clone() for k, v in stack.state(index).items()})
+    train(survivors, data[5:], rows=NUMBERS[1:])
+    for number in (1, 2):
+        train(fused([alone[number]], options, [number + 1]), data, rows=[NUMBERS[number]])
+    assert_same_modules(merged[1:], alone[1:], 1e-9, 1e-11)
+
+
 def test_a_broken_member_keeps_its_last_finite_weights() -> None:
     options = StackOptions(dead_after_tokens=60)
     data = batches(6, torch.float64)

@@ -8,6 +8,7 @@ schema is versioned. (What it would cost to do without: CONTRIBUTING.md, "Optuna
 from sqlalchemy import Connection, Engine, Table
 
 from saeopt.trials.internals.queue import (
+    PAUSED,
     TrialToCome,
     beats,
     change_state,
@@ -25,9 +26,10 @@ from saeopt.trials.internals.queue import (
     reports_of,
     running,
     study_keys,
+    told_in_study,
     waiting_after,
+    with_params,
 )
-from saeopt.trials.internals.ranking import ranked
 from saeopt.trials.internals.tables import (
     SUPPORTED,
     QueueBlindStorage,
@@ -54,6 +56,7 @@ from saeopt.trials.internals.values import (
     db_now,
     db_time,
     drop_attrs,
+    forget_result,
     get_attrs,
     insert_missing,
     other_params,
@@ -65,12 +68,12 @@ from saeopt.trials.internals.values import (
 )
 
 __all__ = [
-    "SUPPORTED", "Connection", "Engine", "QueueBlindStorage", "Table", "TrialToCome", "attrs_of", "beats",
-    "change_state", "clear_params", "constraint_attrs", "counts", "db_now", "db_time", "drop_attrs",
-    "first_beats", "first_trial", "frozen_trial", "get_attrs", "heartbeats", "in_state", "insert_missing",
-    "insert_trials", "live_trial", "lock_first_waiting", "lock_waiting", "make_storage",
+    "PAUSED", "SUPPORTED", "Connection", "Engine", "QueueBlindStorage", "Table", "TrialToCome", "attrs_of",
+    "beats", "change_state", "clear_params", "constraint_attrs", "counts", "db_now", "db_time", "drop_attrs",
+    "first_beats", "first_trial", "forget_result", "frozen_trial", "get_attrs", "heartbeats", "in_state",
+    "insert_missing", "insert_trials", "live_trial", "lock_first_waiting", "lock_waiting", "make_storage",
     "n_waiting_with_params", "next_number", "note_keys", "numbers_in_state", "other_params", "params_of",
-    "ranked", "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
-    "study_attrs", "study_id_of", "study_keys", "study_user_attrs", "trial_attrs", "trial_params",
-    "trial_reports", "trial_user_attrs", "trial_values", "trials", "upsert", "waiting_after",
+    "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
+    "study_attrs", "study_id_of", "study_keys", "study_user_attrs", "told_in_study", "trial_attrs", "trial_params",
+    "trial_reports", "trial_user_attrs", "trial_values", "trials", "upsert", "waiting_after", "with_params",
 ]  # fmt: skip

@@ -13,10 +13,12 @@ from typing import Any
 import optuna
 from sqlalchemy import Engine, bindparam, text
 
+from saeopt.trials.internals.queue import PAUSED
+
 
 @dataclass
 class TrialRow:
-    """A trial as the tables hold it. Times are UTC without a zone."""
+    """A trial as the tables hold it, `PAUSED` as a state of its own. Times are UTC without a zone."""
 
     trial_id: int
     number: int
@@ -33,6 +35,10 @@ class TrialRow:
     def seconds(self) -> float | None:
         """How long the trial took."""
         return (self.complete - self.start).total_seconds() if self.complete and self.start else None
+
+
+_PAUSED = f"LEFT JOIN trial_system_attributes p ON p.trial_id = t.trial_id AND p.key = '{PAUSED}'"
+_STATE = "CASE WHEN p.key IS NOT NULL AND t.state = 'WAITING' THEN 'PAUSED' ELSE CAST(t.state AS VARCHAR) END"
 
 
 def _rows(engine: Engine, sql: str, **values: Any) -> list[Any]:
@@ -64,7 +70,8 @@ def attributes(engine: Engine, study_id: int, prefix: str, kind: str = "system")
 def state_counts(engine: Engine) -> dict[int, dict[str, int]]:
     """Study id → state → number of trials."""
     result: dict[int, dict[str, int]] = {}
-    for study, state, n in _rows(engine, "SELECT study_id, state, count(*) FROM trials GROUP BY study_id, state"):
+    sql = f"SELECT t.study_id, {_STATE}, count(*) FROM trials t {_PAUSED} GROUP BY 1, 2"
+    for study, state, n in _rows(engine, sql):
         result.setdefault(study, {})[state] = n
     return result
 
@@ -74,7 +81,10 @@ def trial_rows(engine: Engine, study_id: int) -> list[TrialRow]:
 
     Attributes of one hook point (`fvu@…`) are left out: they are there for the dashboard, and many.
     """
-    sql = "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials WHERE study_id = :study"
+    sql = (
+        f"SELECT t.trial_id, t.number, {_STATE}, t.datetime_start, t.datetime_complete FROM trials t {_PAUSED}"
+        " WHERE t.study_id = :study"
+    )
     rows = [TrialRow(i, n, s, _time(a), _time(b)) for i, n, s, a, b in _rows(engine, sql, study=study_id)]
     by_id = {row.trial_id: row for row in rows}
     sql = (

@@ -16,14 +16,32 @@ from saeopt.trials.internals.values import upsert
 
 TrialToCome = tuple[dict[str, tuple[Any, BaseDistribution]], dict[str, Any]]
 """Parameter → (value, distribution), and system attributes."""
+PAUSED = "saeopt:paused"
+"""Trial: where and why it was paused. Optuna knows no such state: it is WAITING there, with this mark."""
 _t = trials.c
 
 
+def _has(key: str) -> sa.Exists:
+    """Whether a trial has a system attribute."""
+    return sa.exists().where(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == key)
+
+
 def change_state(
-    connection: sa.Connection, trial_ids: Iterable[int], of: TrialState, to: TrialState, **times: dt.datetime | None
+    connection: sa.Connection,
+    trial_ids: Iterable[int],
+    of: TrialState,
+    to: TrialState,
+    having: tuple[str, bool] | None = None,
+    **times: dt.datetime | None,
 ) -> set[int]:
-    """Those of the trials that were in state `of`, and are in state `to` now; one statement."""
+    """Those of the trials that were in state `of`, and are in state `to` now; one statement.
+
+    `having`: only those that have (or have not) this system attribute; then their rows are to be locked before.
+    """
     statement = sa.update(trials).where(_t.trial_id.in_(list(trial_ids)), _t.state == of).values(state=to, **times)
+    if having is not None:
+        key, there = having
+        statement = statement.where(_has(key) if there else ~_has(key))
     return set(connection.execute(statement.returning(_t.trial_id)).scalars())
 
 
@@ -97,18 +115,30 @@ def next_number(connection: sa.Connection, study_id: int) -> int:
 
 
 def counts(connection: sa.Connection, study_id: int) -> dict[str, int]:
-    """State → trials of the study; zeros included."""
-    rows = connection.execute(sa.select(_t.state, sa.func.count()).where(_t.study_id == study_id).group_by(_t.state))
-    found = {state.name: int(n) for state, n in rows}
-    return {state.name: found.get(state.name, 0) for state in TrialState}
+    """State → trials of the study; zeros included. What is paused (`PAUSED`) does not count as waiting."""
+    mark = sa.and_(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == PAUSED)
+    statement = sa.select(_t.state, sa.func.count(), sa.func.count(trial_attrs.c.trial_id))
+    rows = connection.execute(
+        statement.select_from(trials.outerjoin(trial_attrs, mark)).where(_t.study_id == study_id).group_by(_t.state)
+    )
+    found = {state: (int(n), int(marked)) for state, n, marked in rows}
+    paused = found.get(TrialState.WAITING, (0, 0))[1]
+    told = {state.name: found.get(state, (0, 0))[0] for state in TrialState}
+    return told | {"WAITING": told["WAITING"] - paused, "PAUSED": paused}
 
 
-def n_waiting_with_params(connection: sa.Connection, study_id: int) -> int:
-    """Waiting trials whose parameters are known."""
+def n_waiting_with_params(connection: sa.Connection, study_id: int, without: Iterable[str] = ()) -> int:
+    """Waiting trials whose parameters are known, and that have none of the system attributes `without`."""
     known = sa.exists().where(trial_params.c.trial_id == _t.trial_id)
-    statement = sa.select(sa.func.count()).select_from(trials)
+    statement = sa.select(sa.func.count()).select_from(trials).where(*(~_has(key) for key in without))
     found = connection.execute(statement.where(_t.study_id == study_id, _t.state == TrialState.WAITING, known))
     return int(found.scalar() or 0)
+
+
+def with_params(connection: sa.Connection, trial_ids: Iterable[int]) -> set[int]:
+    """Those of the trials whose parameters are known."""
+    statement = sa.select(trial_params.c.trial_id).where(trial_params.c.trial_id.in_(list(trial_ids)))
+    return set(connection.execute(statement.distinct()).scalars())
 
 
 def reporters(connection: sa.Connection, study_id: int, without: Iterable[int] = ()) -> dict[int, tuple[int, str]]:
@@ -120,6 +150,14 @@ def reporters(connection: sa.Connection, study_id: int, without: Iterable[int] =
     if known := list(without):
         statement = statement.where(_t.trial_id.not_in(known))
     return {trial_id: (number, state.name) for trial_id, number, state in connection.execute(statement)}
+
+
+def told_in_study(connection: sa.Connection, study_id: int, key: str) -> dict[int, tuple[int, str, Any]]:
+    """Trial → (number, state, value) of the study's trials that have a system attribute."""
+    mark = sa.and_(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == key)
+    statement = sa.select(_t.trial_id, _t.number, _t.state, trial_attrs.c.value_json).join(trial_attrs, mark)
+    rows = connection.execute(statement.where(_t.study_id == study_id).order_by(_t.number))
+    return {trial_id: (number, state.name, json.loads(text)) for trial_id, number, state, text in rows}
 
 
 def reports_of(connection: sa.Connection, study_id: int, without: Iterable[int] = ()) -> dict[int, dict[int, float]]:

@@ -11,7 +11,14 @@ import sqlalchemy as sa
 from optuna.distributions import json_to_distribution
 from optuna.storages._rdb import models
 
-from saeopt.trials.internals.tables import trial_params, trial_reports, trial_values, trials
+from saeopt.trials.internals.tables import (  # fmt: skip
+    constraint_attrs,
+    trial_attrs,
+    trial_params,
+    trial_reports,
+    trial_values,
+    trials,
+)
 
 
 def upsert(connection: sa.Connection, table: sa.Table, keys: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -62,6 +69,12 @@ def set_values(connection: sa.Connection, trial_id: int, values: Iterable[float]
         connection.execute(
             sa.insert(trial_values).values(trial_id=trial_id, objective=objective, value=stored, value_type=kind)
         )
+
+
+def forget_result(connection: sa.Connection, trial_id: int) -> None:
+    """A trial that had ended goes on: its values and what samplers were told of it are no longer true."""
+    connection.execute(sa.delete(trial_values).where(trial_values.c.trial_id == trial_id))
+    drop_attrs(connection, trial_attrs, trial_id, constraint_attrs({"": 0.0}))
 
 
 def set_report(connection: sa.Connection, trial_id: int, step: int, value: float) -> None:

@@ -1,0 +1,107 @@
+"""What becomes of paused trials: promoted they go on from their rung; at the study's end they are pruned there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saeopt.config.study import StudySpec
+from saeopt.console import log
+from saeopt.runs.folder import RunFolder
+from saeopt.trials import internals as db
+from saeopt.trials import states
+from saeopt.trials.attributes import PAUSED_AT, REASON
+from saeopt.trials.states import PAUSED, PRUNED, RUNNING, WAITING, State
+from saeopt.trials.storage import Store, check_identity
+from saeopt.trials.waiting import PROMOTED
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A trial that stands behind others at a rung."""
+
+    trial_id: int
+    number: int
+    samples: int
+    """Of the rung."""
+    values: list[float] | None
+    limits: Mapping[str, float]
+    """What its end tells the sampler."""
+
+
+def paused(connection: db.Connection, study_id: int, ended: bool = False) -> list[Paused]:
+    """All paused trials, in the order of their numbers; with `ended` those that were paused until the study's end."""
+    numbers = db.numbers_in_state(connection, study_id, PRUNED if ended else WAITING)
+    marks = db.attrs_of(connection, db.trial_attrs, numbers, [db.PAUSED])
+    told: dict[int, dict[str, Any]] = {trial_id: mark for (trial_id, _), mark in marks.items()}
+    return [
+        Paused(i, number, int(told[i]["samples"]), told[i].get("values"), told[i].get("limits") or {})
+        for i, number in numbers.items()
+        if i in told
+    ]
+
+
+def numbers(connection: db.Connection, study_id: int) -> set[int]:
+    """The trials that can be promoted."""
+    found = [*paused(connection, study_id), *paused(connection, study_id, ended=True)]
+    return {trial.number for trial in found}
+
+
+def promote(store: Store, study_id: int, wanted: Iterable[int], *, by_hand: bool = True) -> list[int]:
+    """Let paused trials go on from their rung, also after the study's end; returns the numbers of those that do.
+
+    What a person promotes (`by_hand`) no later rung pauses again.
+    """
+    asked, promoted = set(wanted), []
+    with store.write() as connection:
+        origins: list[tuple[State, bool]] = [(PAUSED, False), (PRUNED, True)]
+        for of, ended in origins:
+            chosen = {t.trial_id: t.number for t in paused(connection, study_id, ended) if t.number in asked}
+            for trial_id in states.move(connection, chosen, WAITING, of=of):
+                db.forget_result(connection, trial_id)
+                db.drop_attrs(connection, db.trial_user_attrs, trial_id, [REASON, PAUSED_AT])
+                if by_hand:
+                    db.set_attrs(connection, db.trial_attrs, trial_id, {PROMOTED: True})
+                promoted.append(chosen[trial_id])
+    return sorted(promoted)
+
+
+class Ending:
+    """The end of a study with rungs, as one worker sees it."""
+
+    def __init__(self, store: Store, study_id: int, spec: StudySpec, identity: str | None) -> None:
+        self.store, self.study_id, self.spec, self.identity = store, study_id, spec, identity
+
+    def step(self) -> bool:
+        """Where nothing waits and nothing runs, end what is paused; whether there was something to end."""
+        rule = self.spec.early_stopping
+        if rule.type != "halving":
+            return False
+        ended = finish(self.store, self.study_id, self.identity, keep=rule.keep_paused)
+        for number in ended if not rule.keep_paused else ():
+            RunFolder(self.spec.run_dir(number)).drop_checkpoints()
+        if ended:
+            log.info("study %s: %d paused trials ended at their rungs", self.spec.name, len(ended))
+        return bool(ended)
+
+
+def finish(store: Store, study_id: int, identity: str | None, *, keep: bool = True) -> list[int]:
+    """Where nothing waits and nothing runs, end what is paused; returns the numbers of the trials that ended so.
+
+    With `keep` they may be promoted later. In one transaction: whoever ends the study, each of them ends once.
+    """
+    with store.write() as connection:
+        check_identity(connection, study_id, identity)
+        there = {trial.trial_id: trial for trial in paused(connection, study_id)}
+        now = db.counts(connection, study_id)
+        if not there or now[WAITING.name] + now[RUNNING.name] > 0:
+            return []
+        moved = states.move(connection, there, PRUNED, of=PAUSED)
+        for trial in (there[trial_id] for trial_id in moved):
+            if trial.values is not None:
+                db.set_values(connection, trial.trial_id, trial.values)
+            db.set_attrs(connection, db.trial_attrs, trial.trial_id, db.constraint_attrs(trial.limits))
+            if not keep:
+                db.drop_attrs(connection, db.trial_attrs, trial.trial_id, [db.PAUSED])
+    return sorted(there[trial_id].number for trial_id in moved)
