@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saeopt.activations.local_files import check_sources
 from saeopt.config.normalise import FEWEST
+from saeopt.config.starts import Found
 from saeopt.config.study import AUTO, TARGET, StudySpec
 from saeopt.errors import UserError
 from saeopt.metrics import METRICS
+from saeopt.runs.tensor_file import by_site, read_metadata, tensor_shapes
 from saeopt.search.sensible import check_refined
 from saeopt.search.signs import first_targets
 from saeopt.search.space import Space
-from saeopt.training.dry_run import shapes, weightless
+from saeopt.search.starts import numbers
+from saeopt.training.dry_run import blank_saes, shapes, weightless
 
 if TYPE_CHECKING:
     from saeopt.activations.source import Source
@@ -47,10 +50,7 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
             _check_folders(config)
             if config.tlens_model_path is None and config.data.activations is None:
                 continue
-            place = (config.model, config.data.context_length, tuple(config.saes.hooks))
-            if place not in models:
-                models[place] = weightless(config)[0]
-            members = shapes(config, models[place])
+            members = shapes(config, _model(config, models))
             _check_objectives(spec, [m.hook_point for m in members])
             _check_metrics(spec, config)
             _check_collapse(spec, members)
@@ -86,6 +86,63 @@ def with_first_targets(spec: StudySpec, *, elsewhere: bool = False) -> StudySpec
     found = with_targets(spec, values)
     found.set_older(*(with_targets(older, values) for older in spec.older))
     return found
+
+
+def with_fitting_weights(spec: StudySpec, *, elsewhere: bool = False) -> tuple[StudySpec, list[str]]:
+    """The spec without those weights of `start_from` that do not fit their trials here, and a line about them.
+
+    Raises:
+        UserError: the model's width is not known here, or a weights file is damaged.
+    """
+    asked = spec.start_from
+    if asked is None or not any(one.weights for one in asked.found or []):
+        return spec, []
+    where = f"study {spec.name}: 'start_from.from_weights'"
+    if spec.n_seeds > 1:
+        raise UserError(f"{where}: excludes several 'seeds', which would all begin with the same weights")
+    if elsewhere:
+        raise UserError(f"{where}: needs model and weights on this host, which --elsewhere says are not here")
+    space = Space(spec)
+    kept: list[Found] = []
+    reasons: dict[int, str] = {}
+    models: dict[object, Source] = {}
+    for one in asked.found or []:
+        try:
+            reason = one.weights and misfit(space.config(one.params), Path(one.weights.file), models)
+        except UserError as error:
+            raise UserError(f"{where}: trial {one.trial}: {error}") from None
+        if reason:
+            reasons[one.trial] = reason
+        kept.append(one.model_copy(update={"weights": None}) if reason else one)
+    line = f"{len(kept) - len(reasons)} of {len(kept)} start from the weights of those trials"
+    if reasons:
+        line += f"; {numbers(list(reasons))} from new ones: {'; '.join(list(dict.fromkeys(reasons.values()))[:3])}"
+    return spec.model_copy(update={"start_from": asked.model_copy(update={"found": kept})}), [line]
+
+
+def misfit(config: RunConfig, file: Path, models: dict[object, Source]) -> str | None:
+    """Why the SAEs of a weights file cannot be those that a run of this config starts from; None: they can."""
+    held = by_site(tensor_shapes(file))
+    described: Any = read_metadata(file).get("hook_points")
+    for site, sae in blank_saes(config, _model(config, models)):
+        there, own = held.get(site.key), {name: tuple(t.shape) for name, t in sae.state_dict().items()}
+        if there is None:
+            return f"no SAE at {site.key} (but at {', '.join(held)})"
+        if (kind := described[site.key]["sae_type"]) != sae.config.sae_type:
+            return f"{kind} is not {sae.config.sae_type}"
+        for name in {**own, **there}:
+            if there.get(name) != own.get(name):
+                was, now = ("×".join(map(str, shape)) if shape else "no" for shape in (there.get(name), own.get(name)))
+                return f"{was} {name}, here {now}"
+    return None
+
+
+def _model(config: RunConfig, models: dict[object, Source]) -> Source:
+    """The language model without its weights, made once."""
+    place = (config.model, str(config.data.activations), config.data.context_length, tuple(config.saes.hooks))
+    if place not in models:
+        models[place] = weightless(config)[0]
+    return models[place]
 
 
 def with_targets(spec: StudySpec, values: list[int]) -> StudySpec:

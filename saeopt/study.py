@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,13 +80,23 @@ def create(
         from saeopt.reach import with_first_targets
 
         spec = with_first_targets(spec, elsewhere=elsewhere)
+    said: list[str] = []
+    if spec.start_from and (dry_run or not _is_there(spec.name, storage)):
+        from saeopt.reach import with_fitting_weights
+        from saeopt.trials.starts import with_starts
+
+        spec, said = with_starts(spec, storage)
+        spec, more = with_fitting_weights(spec, elsewhere=elsewhere)
+        said += more
     if dry_run:
         from saeopt.views.preview import print_preview
 
         print_preview(spec)
         _planned(spec, elsewhere, storage)
+        for about in said:
+            _say(about)
     else:
-        _create(spec, elsewhere, storage)
+        _create(spec, elsewhere, storage, said)
 
 
 def _planned(spec: StudySpec, elsewhere: bool, storage: str | None) -> tuple[list[Cell], int]:
@@ -116,14 +127,15 @@ def _is_there(name: str, storage: str | None) -> bool:
     return False
 
 
-def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
+def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequence[str]) -> None:
     from saeopt.config import recipe_notice
     from saeopt.search.rounds import proposals_text
     from saeopt.search.stopping import stopping_text
     from saeopt.trials.create import create_study
     from saeopt.views.monitoring import on_study_created
 
-    planned = _planned(spec, elsewhere, storage)  # refused before there is a store
+    waits = spec.start_from is not None and spec.start_from.found is None  # the study is there, as it was found then
+    planned = None if waits else _planned(spec, elsewhere, storage)  # refused before there is a store
     store = _open(storage, create=True)
     made = create_study(store, spec, planned)
     if made.is_new:
@@ -134,7 +146,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None) -> None:
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    for about in filter(None, (proposals_text(spec), stopping_text(spec))):
+    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec))):
         _say(f"  {about}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from saeopt.config.marks import role
 from saeopt.config.roles import sections
 from saeopt.config.saes import SAEConfig
+from saeopt.config.starts import StartFrom
 from saeopt.config.study import Collapse, Dimension, EarlyStopping, Objective, Sampler, StudySpec
 from saeopt.metrics import objective_metrics
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class
@@ -25,6 +26,7 @@ STUDY_SECTIONS: dict[str, type[BaseModel]] = {
     "An entry of `objectives`": Objective,
     "`early_stopping`": EarlyStopping,
     "`early_stopping.collapse`": Collapse,
+    "`start_from`": StartFrom,
 }
 _SIGNS = {
     "minimum": "≥", "ge": "≥", "exclusiveMinimum": ">", "gt": ">", "maximum": "≤", "le": "≤", "exclusiveMaximum": "<",

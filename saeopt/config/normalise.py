@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from saeopt.config.base import nearest
 from saeopt.config.fields import field_names, field_value, has_field
 from saeopt.config.io import validate_run
 from saeopt.config.names import field_suggestion
@@ -27,6 +28,7 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
     space = {}
     for name, alternatives in spec.space.items():
         space[name] = [_dimension(spec, name, d, sae_types, source) for d in alternatives]
+    points = [_point(spec, point, f"{source}: 'enqueue.{i}'") for i, point in enumerate(spec.enqueue)]
     base = validate_run(spec.base, f"{source}: base").model_dump(mode="json")
     folder = spec.output_dir or base["save_dir"]
     varied = {name.partition("@")[0] for name in space}
@@ -37,7 +39,19 @@ def normalised(spec: StudySpec, source: str) -> StudySpec:
         for field in _defaults_that_differ(sae_types) - spec.base["saes"].keys():
             base["saes"].pop(field, None)  # nobody chose it: each architecture has its own
     base["as_typed"] = {**base["as_typed"], os.path.abspath(_expanded(folder, source)): folder}
-    return spec.model_copy(update={"base": base, "space": space})
+    return spec.model_copy(update={"base": base, "space": space, "enqueue": points})
+
+
+def _point(spec: StudySpec, point: dict[str, Any], where: str) -> dict[str, Any]:
+    """A point of `enqueue` with typed values."""
+    typed = {}
+    for name, value in point.items():
+        if name not in spec.space:
+            raise UserError(f"{where}: '{name}' is not in 'space'{nearest(name, list(spec.space))}")
+        field = name.partition("@")[0]
+        owner = next((t for t in spec.sae_types if has_field(field, t)), spec.base_sae_type)
+        typed[name] = field_value(field, value, owner, where)
+    return typed
 
 
 def _check_seeds(spec: StudySpec, seeds: int, varied: set[str], source: str) -> None:

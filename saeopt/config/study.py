@@ -21,6 +21,7 @@ from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, 
 from saeopt.config.io import apply_overrides, stored, validate_run
 from saeopt.config.places import first_made
 from saeopt.config.run import RunConfig
+from saeopt.config.starts import StartFrom
 from saeopt.errors import UserError
 from saeopt.metrics import more_is_better, objective_metrics
 
@@ -34,6 +35,7 @@ Share = Annotated[Float, Field(gt=0, lt=1)]
 
 AUTO, TARGET = "auto", "saes.target_l0"
 """Stands in place of the list of values of `TARGET`: five L0s by the model's width, and some more around the best."""
+_SHORT = {"sae_type": "saes.sae_type"}
 FORMAT = 2
 """Of a stored spec that older versions would misunderstand; 1 where they would not."""
 _HALVING = {"rungs", "min_share", "keep", "rung_eval_samples", "keep_paused"}
@@ -80,8 +82,7 @@ class Dimension(StrictModel):
     def _lists(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
-        short = {"sae_type": "saes.sae_type"}
-        return {short.get(k, k): v if isinstance(v, list) else [v] for k, v in value.items()}
+        return {_SHORT.get(k, k): v if isinstance(v, list) else [v] for k, v in value.items()}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -264,6 +265,11 @@ class StudySpec(StrictModel):
     seeds: Annotated[Int, Field(gt=0, le=1000)] | None = Field(None, exclude=True)
     """Short for `seeds` of the base config: every trial is trained with so many seeds (`seed`, `seed + 1`, …) in one
     pack, its values are means over them, and what differs by less than they do is called noise."""
+    enqueue: list[Annotated[dict[str, Any], Field(min_length=1)]] = Field(default_factory=list)
+    """Points of a sampled study that are tried first: `{field: value}` each, as in `space`. What a point leaves out is
+    filled by the quasi-random design."""
+    start_from: StartFrom | None = None
+    """Trials of another study that a sampled study tries first, after `enqueue`: see below."""
     max_trials: Positive | None = None
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     pack: Positive | Literal["auto"] = "auto"
@@ -297,8 +303,22 @@ class StudySpec(StrictModel):
             return value
         if "sae_type" in value and "saes.sae_type" in value:
             raise ValueError("'sae_type' and 'saes.sae_type' are the same field: give one of them")
-        short = {"sae_type": "saes.sae_type"}
-        return {short.get(k, k): _dimensions(entry) for k, entry in value.items()}
+        return {_SHORT.get(k, k): _dimensions(entry) for k, entry in value.items()}
+
+    @field_validator("enqueue", mode="before")
+    @classmethod
+    def _full_names(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        return [{_SHORT.get(k, k): v for k, v in p.items()} if isinstance(p, dict) else p for p in value]
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        for name in ("enqueue", "start_from"):  # older versions know no such field, and go on reading other studies
+            if not dumped.get(name):
+                dumped.pop(name, None)
+        return dumped
 
     @model_validator(mode="after")
     def _seeds_in_base(self) -> Self:
@@ -315,6 +335,13 @@ class StudySpec(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.sampler.type == "grid" and (self.enqueue or self.start_from):
+            name = "enqueue" if self.enqueue else "start_from"
+            raise ValueError(
+                f"'{name}' needs a sampled study (sampler: tpe, random, …): a grid trains every cell of 'space' once"
+            )
+        if self.max_trials is not None and len(self.enqueue) > self.max_trials:
+            raise ValueError(f"'enqueue' has {len(self.enqueue)} points, 'max_trials' is {self.max_trials}")
         if self.sampler.type != "grid" and self.max_trials is None:
             raise ValueError(f"'sampler: {self.sampler.type}' needs 'max_trials'")
         if self.sampler.type != "grid" and not self.space:
@@ -372,6 +399,11 @@ class StudySpec(StrictModel):
         return int(self.base.get("seeds", 1))
 
     @property
+    def n_starts(self) -> int:
+        """Trials that are given, or were found in another study."""
+        return len(self.enqueue) + len((self.start_from and self.start_from.found) or [])
+
+    @property
     def runs(self) -> Path:
         """The folder that holds the run folders of all trials."""
         folder = self.output_dir or self.base.get("save_dir") or "output"
@@ -413,4 +445,5 @@ def known_names() -> dict[tuple[str, ...], list[str]]:
         ("sampler",): list(Sampler.model_fields),
         ("early_stopping",): list(EarlyStopping.model_fields),
         ("early_stopping", "collapse"): list(Collapse.model_fields),
+        ("start_from",): list(StartFrom.model_fields),
     }

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from saeopt.errors import UserError
 from saeopt.files import atomic_write, read_error, write_error
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+T = TypeVar("T")
 METADATA_KEY = "saeopt"
 _SUMS, _HEADER_SUM = "crc32", "header_crc32"
 _MARK = f'{_HEADER_SUM}\\": \\"'.encode()
@@ -87,6 +88,16 @@ def read_metadata(path: Path) -> dict[str, object]:
     except (KeyError, ValueError, TypeError):
         raise CorruptCheckpoint(f"{path}: holds no saeopt metadata: not a file of this system") from None
     return {name: value for name, value in found.items() if name not in (_SUMS, _HEADER_SUM)}
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, from the header alone; imports no torch.
+
+    Raises:
+        CorruptCheckpoint: as :func:`read_metadata`.
+        UserError: no such file, or one that cannot be read.
+    """
+    return {name: tuple(entry["shape"]) for name, entry in _header(path)[1].items()}
 
 
 def verify(path: Path) -> None:
@@ -211,9 +222,9 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, Any], int]:
     return metadata, header, 8 + length
 
 
-def by_site(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def by_site(tensors: Mapping[str, T]) -> dict[str, dict[str, T]]:
     """`SITE/NAME` → tensor as site → name → tensor; a site's key may hold slashes, a tensor's name holds none."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, T]] = {}
     for key, tensor in tensors.items():
         site, _, name = key.rpartition("/")
         found.setdefault(site, {})[name] = tensor

@@ -6,7 +6,7 @@ A pack as large as the whole study would make such a sampler a random search.
 from __future__ import annotations
 
 from saeopt.config.study import StudySpec
-from saeopt.search.samplers import n_designed
+from saeopt.search.samplers import n_known
 
 ADAPTIVE = frozenset(["tpe", "gp", "nsga2", "cmaes"])
 """Samplers whose proposals depend on the results so far."""
@@ -16,7 +16,7 @@ ROUNDS = 10
 
 def n_proposed(spec: StudySpec) -> int:
     """Trials that a sampler proposes from results; the others are known from the beginning, or left to chance."""
-    return (spec.max_trials or 0) - n_designed(spec) if spec.sampler.type in ADAPTIVE else 0
+    return (spec.max_trials or 0) - n_known(spec) if spec.sampler.type in ADAPTIVE else 0
 
 
 def round_size(spec: StudySpec, workers: int = 1) -> int:
@@ -28,7 +28,7 @@ def proposals_text(spec: StudySpec) -> str | None:
     """What `create` says about trials whose values depend on results; None where there are none."""
     if any(d.refine for alternatives in spec.space.values() for d in alternatives):
         return "up to three trials more will come for each combination, around the L0 that the decoders favour"
-    proposed, first = n_proposed(spec), n_designed(spec)
+    proposed, first = n_proposed(spec), n_known(spec)
     if proposed <= 0:
         return None
     size = min(spec.pack if isinstance(spec.pack, int) else round_size(spec), proposed)

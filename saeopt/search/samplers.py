@@ -40,3 +40,8 @@ def n_designed(spec: StudySpec) -> int:
     if spec.sampler.type == "qmc":
         return total
     return 0 if spec.sampler.type in ("grid", "random") else min(spec.sampler.n_startup_trials, total)
+
+
+def n_known(spec: StudySpec) -> int:
+    """How many of the first trials have their values from the beginning: those that are given count as spread ones."""
+    return max(n_designed(spec), min(spec.n_starts, spec.max_trials or 0))

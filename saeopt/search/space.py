@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from optuna.trial import Trial
 from saeopt.config.fields import slowness
 from saeopt.config.keys import stream_key
 from saeopt.config.run import RunConfig
+from saeopt.config.starts import Weights
 from saeopt.config.study import Dimension, StudySpec
 from saeopt.errors import UserError
 
@@ -102,6 +103,8 @@ class Space:
         self._slowness = {p.field: slowness(p.field.partition("@")[0], spec.sae_types) for p in found}
         self.parameters = sorted(found, key=lambda p: self._slowness[p.field])
         self.by_name = {p.name: p for p in self.parameters}
+        found_elsewhere = (spec.start_from and spec.start_from.found) or []
+        self._weights = {key_of(one.params): one.weights for one in found_elsewhere}
         self.parents = sorted({parent for p in found for parent in p.dimension.when})
 
     @property
@@ -124,7 +127,14 @@ class Space:
     def config(self, params: dict[str, Any]) -> RunConfig:
         """The complete config of a trial; :class:`UserError` if these values do not go together."""
         shown = ", ".join(f"{k}={v}" for k, v in params.items())
-        return self.spec.run_config(self.values(params), f"study {self.spec.name}: {shown or 'base'}")
+        values, weights = self.values(params), self.weights(params)
+        if weights is not None:
+            values["saes.pretrained_sae_paths"] = [weights.file]
+        return self.spec.run_config(values, f"study {self.spec.name}: {shown or 'base'}")
+
+    def weights(self, params: dict[str, Any]) -> Weights | None:
+        """What the trial of these parameters starts from, where it comes from another study with its weights."""
+        return self._weights.get(key_of(params))
 
     def cell(self, params: dict[str, Any]) -> Cell:
         """A validated cell."""
@@ -188,8 +198,8 @@ class Space:
             return True
         return (parameter.name in params) == self.active(parameter, self.values(params))
 
-    def design(self, n: int, seed: int) -> list[Cell]:
-        """`n` cells spread over the space by a scrambled Sobol sequence."""
+    def shares(self, n: int, seed: int) -> list[dict[str, float]]:
+        """`n` points of a scrambled Sobol sequence: the share of each parameter. The first are the same for every n."""
         import warnings
 
         from scipy.stats import qmc
@@ -199,9 +209,10 @@ class Space:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # n need not be a power of two here
             points = qmc.Sobol(len(self.parameters), scramble=True, rng=seed).random(n)
-        return [self.cell(self._at(dict(zip(self.by_name, map(float, point), strict=True)))) for point in points]
+        return [dict(zip(self.by_name, map(float, point), strict=True)) for point in points]
 
-    def _at(self, shares: dict[str, float]) -> dict[str, Any]:
+    def at(self, shares: Mapping[str, float]) -> dict[str, Any]:
+        """The parameters that exist at a point."""
         params: dict[str, Any] = {}
         chosen: dict[str, Any] = {}
         for p in self.ordered():
@@ -212,12 +223,12 @@ class Space:
 
     def middle(self) -> Cell:
         """The cell in the middle of every dimension."""
-        return self.cell(self._at({p.name: 0.5 for p in self.parameters}))
+        return self.cell(self.at({p.name: 0.5 for p in self.parameters}))
 
     def largest(self) -> Cell:
         """The cell with the most latents and the largest k, the middle otherwise: it needs the most memory."""
         sizes = ("saes.dict_size_to_input_ratio", "saes.k", "saes.target_l0")
-        return self.cell(self._at({p.name: 0.999 if p.field in sizes else 0.5 for p in self.parameters}))
+        return self.cell(self.at({p.name: 0.999 if p.field in sizes else 0.5 for p in self.parameters}))
 
     def varies(self, field: str) -> bool:
         """Whether some parameter sets this field."""
@@ -230,7 +241,7 @@ class Space:
             for conditions in self._conditions(p):
                 for share in shares:
                     middle = {q.name: 0.5 for q in self.parameters}
-                    self.cell(self._at({**middle, **conditions, p.name: share}))
+                    self.cell(self.at({**middle, **conditions, p.name: share}))
 
     def _conditions(self, parameter: Parameter) -> Iterator[dict[str, float]]:
         """Shares of the parents under which a parameter exists."""
@@ -296,6 +307,12 @@ class _Steps(Sequence[Any]):
             raise IndexError(i)
         value = round(self.low + i * self.step, 12)
         return int(value) if self.integer else value
+
+
+def key_of(params: Mapping[str, Any]) -> str:
+    """Equal for equal parameters, also where a whole number is a float."""
+    plain = {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in params.items()}
+    return json.dumps(plain, sort_keys=True)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,10 +11,11 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from saeopt.config import RunConfig, dump_yaml
+from saeopt.config.sites import Site
 from saeopt.console import console, titled
 from saeopt.errors import UserError
 from saeopt.runs.naming import run_name
-from saeopt.saes.base import where
+from saeopt.saes.base import SAE, where
 from saeopt.saes.registry import get_sae
 from saeopt.training.environment import precision
 from saeopt.training.launch import notices
@@ -84,24 +86,31 @@ def weightless(config: RunConfig) -> tuple[Source, ModelShape]:
 def shapes(config: RunConfig, model: Source) -> list[MemberShape]:
     """The members of a run, seed by seed; their parameters are counted on torch's meta device."""
     found = []
+    for site, sae in blank_saes(config, model):
+        n_parameters = sum(p.numel() for p in sae.parameters())
+        by_hook = None if sae.widths is None else {hook: model.width(hook) for hook in site.hooks}
+        centring = sum(b.numel() for _, b in sae.normalising()) if sae.centres else 0
+        sae_type = sae.config.sae_type
+        found.append(
+            MemberShape(site.key, sae_type, sae.d, sae.h, n_parameters, sae.selected, sae.e, by_hook, centring)
+        )
+    return found * config.seeds
+
+
+def blank_saes(config: RunConfig, model: Source) -> Iterator[tuple[Site, SAE]]:
+    """The SAEs of a run on torch's meta device."""
     for site in model.sites(config.saes):
         section, d, widths = config.sae_at(site.key), *widths_at(site, model)
-        h = dictionary_width(section, d)
         sae = get_sae(section.sae_type)(
             d,
-            h,
+            dictionary_width(section, d),
             section,
             legacy_scaling=bool(config.legacy_scaling),
             recipe=config.recipe,
             device=torch.device("meta"),
             **where(widths),
         )
-        n_parameters = sum(p.numel() for p in sae.parameters())
-        by_hook = None if widths is None else {hook: model.width(hook) for hook in site.hooks}
-        centring = sum(b.numel() for _, b in sae.normalising()) if sae.centres else 0
-        selected = sae.selected
-        found.append(MemberShape(site.key, section.sae_type, d, h, n_parameters, selected, sae.e, by_hook, centring))
-    return found * config.seeds
+        yield site, sae
 
 
 def fitting(config: RunConfig, free: float, device: torch.device, most: int) -> int:

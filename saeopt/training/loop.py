@@ -153,7 +153,7 @@ class _Loop:
             if trial.plan.owner is None:
                 trial.owner = Owner(turn=time.time_ns())
                 trial.owner.take(trial.folder.path)
-            trial.folder.write_config(trial.plan.config)
+            trial.describe()
             trial.folder.rewind(self.samples)
             trial.written = trial.folder.rows_at(self.samples)
             trial.folder.write_status("running", self.samples, None)

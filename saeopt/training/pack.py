@@ -42,6 +42,8 @@ class Member:
     sae: SAE
     reason: str | None = None
     replica: int = 0
+    begun_from: dict[str, str] | None = None
+    """What was loaded instead of new weights: file, its SHA-256, the key of the SAE in it."""
 
     @property
     def seed(self) -> int:

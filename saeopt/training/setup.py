@@ -18,6 +18,7 @@ from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import UserError
+from saeopt.files import digest
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE, Widths, where
 from saeopt.saes.noise import derived_seed
@@ -229,18 +230,19 @@ def load_pretrained(member: Member) -> None:
     Raises:
         UserError: no such SAE, or one of another architecture or shape.
     """
-    found: dict[str, tuple[SAE, Path]] = {}
+    found: dict[str, tuple[str, SAE, Path]] = {}
     paths = member.config.saes.pretrained_sae_paths or []
     for text in paths:
         try:
-            found |= {hook: (sae, Path(text)) for hook, sae in load_checkpoint(text).saes.items()}
+            loaded = load_checkpoint(text)
+            found |= {hook: (hook, sae, loaded.path) for hook, sae in loaded.saes.items()}
         except UserError as error:
             raise UserError(f"'saes.pretrained_sae_paths': {error}") from None
     if member.hook_point not in found and len(found) != 1:
         raise UserError(
             f"'saes.pretrained_sae_paths': no SAE for {member.hook_point} (found: {', '.join(sorted(found)) or 'none'})"
         )
-    sae, path = found.get(member.hook_point) or next(iter(found.values()))
+    key, sae, path = found.get(member.hook_point) or next(iter(found.values()))
     own = member.sae
     if type(sae) is not type(own) or (sae.d, sae.h, sae.widths) != (own.d, own.h, own.widths):
         raise UserError(
@@ -255,6 +257,7 @@ def load_pretrained(member: Member) -> None:
         )
     state = {name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()}
     own.load_state_dict({name: state.get(name, tensor) for name, tensor in own.state_dict().items()})
+    member.begun_from = {"file": str(path.absolute()), "sha256": digest(path), "sae": key}
     if own.unit_rows and own.config.retrain_saes and own.rescale_rows():
         log.warning("%s: its decoder rows are made 1 long (saes.decoder_norm: free keeps them)", path)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saeopt.config.sites import Site
+from saeopt.files import write_json
 from saeopt.runs.folder import RunFolder
+from saeopt.runs.names import BEGUN_FROM
 from saeopt.runs.owner import Owner
 from saeopt.saes.base import SAE
 from saeopt.spread import over_seeds
@@ -36,6 +38,12 @@ class Trial:
     @property
     def active(self) -> list[Member]:
         return [m for m in self.members if m.reason is None]
+
+    def describe(self) -> None:
+        """Write what it is: its config, and what its SAEs were begun from where that is not new weights."""
+        self.folder.write_config(self.plan.config)
+        if begun := {m.key: m.begun_from for m in self.members if m.begun_from}:
+            write_json(self.folder.path / BEGUN_FROM, begun)
 
     def ended_before(self, found: Restored, total: int, evaluates: bool) -> TrialResult | None:
         """How a trial ended at this very checkpoint, all its files written; None where something is left to do."""

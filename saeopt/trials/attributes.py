@@ -16,6 +16,8 @@ Evaluation = Mapping[str, Mapping[str, Any]]
 
 RUN_DIR = "run_dir"
 """Trial: the run folder."""
+ORIGIN = "started_from"
+"""Trial: the trial of another study whose parameters it has (`start_from`)."""
 REASON = "reason"
 """Trial: why it was stopped or failed, one line."""
 PAUSED_AT = "paused_at"

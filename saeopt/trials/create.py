@@ -15,11 +15,13 @@ from saeopt.config.places import as_typed
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search.objectives import directions, objective_names
-from saeopt.search.samplers import n_designed
+from saeopt.search.samplers import n_known
 from saeopt.search.sensible import check_space, check_study
-from saeopt.search.space import Cell, Space
+from saeopt.search.space import Cell, Space, key_of
+from saeopt.search.starts import first_cells
 from saeopt.trials import internals as db
 from saeopt.trials import states
+from saeopt.trials.attributes import ORIGIN
 from saeopt.trials.storage import IDENTITY_KEY, SPEC_KEY, Store, new_identity, persistently
 from saeopt.trials.waiting import STREAM
 
@@ -49,7 +51,9 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
         check_study(spec, cells)
         return cells, 0
     space.check_corners()
-    cells = space.design(n_designed(spec), spec.sampler.seed)
+    if spec.start_from and spec.start_from.found is None:
+        raise UserError(f"study {spec.name}: 'start_from' has not been looked up (saeopt.trials.starts.with_starts)")
+    cells = first_cells(spec, space, n_known(spec))
     _check_evaluated(spec, [*cells, space.middle()])
     check_study(spec, [*cells, space.middle()])
     return cells, (spec.max_trials or 0) - len(cells)
@@ -80,7 +84,7 @@ def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] 
         return found
     cells, proposed = planned or planned_cells(spec)
     rows = _rows(spec, cells, proposed)
-    names = objective_names(spec)
+    names, origins = objective_names(spec), _origins(spec)
     with store.lock(f"study-{spec.name}"):
         found = _existing(store, spec)
         if found is not None:
@@ -96,11 +100,24 @@ def create_study(store: Store, spec: StudySpec, planned: tuple[list[Cell], int] 
         def fill() -> None:
             with store.write() as connection:
                 states.create(connection, study_id, 0, rows)
+                for trial_id, number in db.numbers_in_state(connection, study_id, states.WAITING).items():
+                    if number < len(cells) and (origin := origins.get(key_of(cells[number].params))):
+                        db.set_attrs(connection, db.trial_user_attrs, trial_id, {ORIGIN: origin})
                 attrs = {SPEC_KEY: spec.to_json(), IDENTITY_KEY: new_identity()}
                 db.set_attrs(connection, db.study_attrs, study_id, attrs)
 
         persistently(fill, "creating the study")
     return Created(study_id, len(rows), True)
+
+
+def _origins(spec: StudySpec) -> dict[str, str]:
+    """Parameters of what was found in another study → which trial it was, and whether its weights come along."""
+    asked = spec.start_from
+    return {
+        key_of(one.params): f"{asked.study} #{one.trial}" + (", its weights" if one.weights else "")
+        for one in (asked and asked.found) or []
+        if asked is not None
+    }
 
 
 def _rows(spec: StudySpec, cells: list[Cell], proposed: int) -> list[db.TrialToCome]:
@@ -149,8 +166,10 @@ def _today(text: str) -> str:
 
 
 def _comparable(text: str) -> dict[str, Any]:
-    """A spec with its paths as they were typed, wherever they lie."""
+    """A spec with its paths as they were typed, wherever they lie, and without what was looked up."""
     raw: dict[str, Any] = json.loads(text)
+    if raw.get("start_from"):
+        raw["start_from"] = {**raw["start_from"], "found": None}  # the other study may have gone on since
     return {**raw, "base": as_typed(raw["base"])}
 
 

@@ -22,6 +22,7 @@ from saeopt.trials import claims, endings, presence
 from saeopt.trials import internals as db
 from saeopt.trials.heart import Heart
 from saeopt.trials.internals import queries
+from saeopt.trials.starts import check_weights
 from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, persistently
 from saeopt.trials.waiting import CHECKPOINT, STOOD, Merging
@@ -161,6 +162,15 @@ def _assignment(
         return None
     run_dir = spec.run_dir(claim.number)
     start = start_of(run_dir, config)
+    if start == 0 and (weights := space.weights(params)) is not None:
+        try:
+            check_weights(weights)
+        except HostError:
+            raise
+        except UserError as error:
+            changed = str(error)
+            persistently(lambda: endings.fail(store, claim, changed, retries=0), "storing a failure")
+            return None
     owner.take(run_dir)  # again: a folder of another config has been moved aside
     attrs = {CHECKPOINT: start} if start != claim.checkpoint else {}
     key = stream_key(config)

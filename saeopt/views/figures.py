@@ -14,6 +14,7 @@ from sqlalchemy import Engine
 
 from saeopt.search.pareto import Point
 from saeopt.trials.internals import queries
+from saeopt.views.importance import HookImportances, explained
 from saeopt.views.plots import COLOURS
 from saeopt.views.points import candidates, fronts
 
@@ -66,6 +67,21 @@ def curves_figure(engine: Engine, study_id: int, name: str) -> go.Figure:
         x, y = [step for step, _ in wanted], [float(f"{value:.4g}") for _, value in wanted]
         plot.add_scatter(x=x, y=y, mode="lines", name=f"#{number}")
     plot.update_layout(title=f"{name} while training", xaxis={"title": "samples"}, yaxis={"title": name}, template=None)
+    return plot
+
+
+def importance_figure(found: Sequence[HookImportances]) -> go.Figure:
+    """Share of the variance that each parameter explains: a group of bars per parameter, a bar per objective and hook
+    point."""
+    import plotly.graph_objects as go
+
+    plot = go.Figure()
+    for i, (hook, objective, shares) in enumerate(explained(found)):
+        name = " · ".join([objective, *([hook] if len(found) > 1 else [])])
+        heights = [float(f"{share:.3g}") for share in shares.values()]
+        plot.add_bar(x=list(shares), y=heights, name=name, marker={"color": COLOURS[i % len(COLOURS)]})
+    plot.update_layout(title="What mattered: share of the variance (fANOVA)", barmode="group", template=None)
+    plot.update_layout(yaxis={"title": "share of the variance", "range": [0, 1]})
     return plot
 
 

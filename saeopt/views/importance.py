@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -18,6 +20,9 @@ from saeopt.search.space import Space
 from saeopt.trials.storage import Store
 from saeopt.views.best import Trained
 from saeopt.views.points import candidates
+
+TOGETHER = "only together"
+"""What is said of the rest: what no parameter explains by itself."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,43 @@ def find_importances(
     return found
 
 
+def explained(found: Sequence[HookImportances]) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(hook point, objective, shares) where there are any; what no parameter explains by itself is the last share."""
+    for here in found:
+        for objective, value in here.objectives.items():
+            if isinstance(value, Importances):
+                yield here.hook_point, objective, {**value.shares, TOGETHER: value.together}
+
+
+def importance_plot(found: Sequence[HookImportances], path: str | Path) -> Path:
+    """A panel per hook point: a group of bars per parameter, a bar per objective."""
+    from saeopt.views import plots
+
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    for hook, objective, shares in explained(found):
+        rows.setdefault(hook, {})[objective] = shares
+    n = max(len({name for shares in told.values() for name in shares}) for told in rows.values())
+    figure, axes = plots.canvas(1, len(rows), width=6.4, height=1.0 + 0.4 * n)
+    colours = dict(
+        zip(dict.fromkeys(name for told in rows.values() for name in told), cycle(plots.COLOURS), strict=False)
+    )
+    for axis, (hook, told) in zip(axes, rows.items(), strict=True):
+        names = list(dict.fromkeys(name for shares in told.values() for name in shares if name != TOGETHER))
+        names.append(TOGETHER)
+        thick = 0.8 / len(told)
+        for i, (objective, shares) in enumerate(told.items()):
+            places = [j - 0.4 + (i + 0.5) * thick for j in range(len(names))]
+            widths = [shares.get(name, 0.0) for name in names]
+            axis.barh(places, widths, thick, label=objective, color=colours[objective])
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_title(hook, fontsize=10)
+        axis.legend(fontsize=7)
+    axes[-1].set_xlabel("share of the variance that a parameter explains by itself (fANOVA)")
+    return plots.save(figure, path)
+
+
 def importance_tables(found: Sequence[HookImportances]) -> RenderableType:
     """A table per hook point: a row per parameter, a column per objective."""
     parts: list[RenderableType] = []
@@ -66,7 +108,7 @@ def importance_tables(found: Sequence[HookImportances]) -> RenderableType:
             names = dict.fromkeys(name for value in told.values() for name in value.shares)
             for name in names:
                 table.add_row(name, *(_percent(value.shares.get(name)) for value in told.values()))
-            table.add_row("only together", *(_percent(value.together) for value in told.values()))
+            table.add_row(TOGETHER, *(_percent(value.together) for value in told.values()))
             parts.append(table)
         parts += [unbroken(f"{here.hook_point}: importances for {name}: {reason}") for name, reason in missing.items()]
     return Group(*parts)

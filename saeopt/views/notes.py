@@ -16,7 +16,7 @@ from saeopt.metrics import Metric, Shown, shown_in
 from saeopt.search.collapse import rule_of
 from saeopt.spread import N_SEEDS, text_of
 from saeopt.trials import internals as db
-from saeopt.trials.attributes import Evaluation, number
+from saeopt.trials.attributes import ORIGIN, Evaluation, number
 from saeopt.trials.storage import Store
 
 LIMIT = 2_000
@@ -88,5 +88,6 @@ def trial_text(trial: FrozenTrial, run_dir: Path, outcome: str, evaluation: Eval
     if n_seeds > 1:
         lines += ["", f"Means ± standard deviation over {n_seeds} seeds."]
     lines += ["", f"- run folder: `{run_dir.resolve()}`", f"- config: `{run_dir}/final_config.yaml`"]
+    lines += [f"- started from: study {origin}"] if (origin := trial.user_attrs.get(ORIGIN)) else []
     lines += [f"- {name}: {json.dumps(value)}" for name, value in trial.params.items()]
     return "\n".join(lines)

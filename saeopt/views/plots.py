@@ -30,7 +30,8 @@ COLOURS = (
 )  # told apart by the colour-blind
 
 
-def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+def canvas(columns: int, rows: int, width: float = 4.6, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    """A figure without a display, and its panels row by row; sizes in inches each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,7 +44,8 @@ def _figure(columns: int, rows: int, width: float = 4.6, height: float = 3.0) ->
     return figure, axes
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure atomically, in the format that the path's ending names (PNG where it names none)."""
     ending = Path(path).suffix.lower()[1:]
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=ending if ending in ("pdf", "svg") else "png", dpi=120)
@@ -84,7 +86,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     panels = [m for m in METRICS.values() if m.panel and {m.name, f"eval_{m.name}"} & present] or [METRICS["loss"]]
     hooks = list(dict.fromkeys(str(row["hook_point"]) for row in rows))
     columns = min(3, len(panels))
-    figure, axes = _figure(columns, -(-len(panels) // columns))
+    figure, axes = canvas(columns, -(-len(panels) // columns))
     for axis, metric in zip(axes, panels, strict=False):
         for i, hook in enumerate(hooks):
             colour = COLOURS[i % len(COLOURS)]
@@ -101,7 +103,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         axes[0].legend(fontsize=7)
     if any(key.startswith("eval_") for key in present):
         figure.supxlabel("lines: training; points: held-out samples", fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def feature_density(evaluation: Mapping[str, Mapping[str, Any]], path: str | Path) -> Path:
@@ -109,7 +111,7 @@ def feature_density(evaluation: Mapping[str, Mapping[str, Any]], path: str | Pat
     drawn = {hook: row for hook, row in evaluation.items() if row.get("log10_density")}
     if not drawn:
         raise UserError(f"{path}: the evaluation holds no feature densities")
-    figure, axes = _figure(1, len(drawn), width=6.0, height=2.8)
+    figure, axes = canvas(1, len(drawn), width=6.0, height=2.8)
     for axis, (hook, row) in zip(axes, drawn.items(), strict=True):
         density = row["log10_density"]
         axis.stairs(density["counts"], density["edges"], fill=True, color=COLOURS[0])
@@ -118,7 +120,7 @@ def feature_density(evaluation: Mapping[str, Mapping[str, Any]], path: str | Pat
         axis.set_title(f"{hook} ({row.get('n_tokens', '?')} tokens{note})", fontsize=9)
         axis.set_ylabel("latents")
     axes[-1].set_xlabel("log10 of the share of tokens on which a latent fires")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def pareto_plot(
@@ -131,7 +133,7 @@ def pareto_plot(
     hooks = list(dict.fromkeys(p.hook_point for p in points)) or [""]
     groups = list(dict.fromkeys(p.group for p in points))
     shown = [m for m in y if any(math.isfinite(p[m]) for p in points)] or list(y[:1])
-    figure, axes = _figure(len(shown), len(hooks), width=5.4, height=4.0)
+    figure, axes = canvas(len(shown), len(hooks), width=5.4, height=4.0)
     for i, axis in enumerate(axes):
         hook, metric = hooks[i // len(shown)], shown[i % len(shown)]
         here = [p for p in points if p.hook_point == hook and math.isfinite(p[x]) and math.isfinite(p[metric])]
@@ -151,7 +153,7 @@ def pareto_plot(
         axis.set_title(hook, fontsize=10)
     if any(groups):
         axes[0].legend(fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:

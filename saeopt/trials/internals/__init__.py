@@ -30,6 +30,7 @@ from saeopt.trials.internals.queue import (
     waiting_after,
     with_params,
 )
+from saeopt.trials.internals.ranking import ranked
 from saeopt.trials.internals.tables import (
     SUPPORTED,
     QueueBlindStorage,
@@ -73,7 +74,7 @@ __all__ = [
     "first_beats", "first_trial", "forget_result", "frozen_trial", "get_attrs", "heartbeats", "in_state",
     "insert_missing", "insert_trials", "live_trial", "lock_first_waiting", "lock_waiting", "make_storage",
     "n_waiting_with_params", "next_number", "note_keys", "numbers_in_state", "other_params", "params_of",
-    "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
+    "ranked", "reporters", "reports_of", "running", "schema_is_there", "set_attrs", "set_report", "set_values",
     "study_attrs", "study_id_of", "study_keys", "study_user_attrs", "told_in_study", "trial_attrs", "trial_params",
     "trial_reports", "trial_user_attrs", "trial_values", "trials", "upsert", "waiting_after", "with_params",
 ]  # fmt: skip

@@ -1,0 +1,119 @@
+"""`start_from` with `from_weights`: trials that begin with the weights of another study's, by real workers."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _chaos import PRELOAD, run_worker
+
+from saeopt.config.study import StudySpec
+from saeopt.config.study_file import study_spec
+from saeopt.errors import HostError, UserError
+from saeopt.files import digest
+from saeopt.reach import with_fitting_weights
+from saeopt.search.space import Space
+from saeopt.trials.create import create_study
+from saeopt.trials.starts import check_weights, with_starts
+from saeopt.trials.storage import Store
+
+HOOK = "blocks.1.hook_resid_pre"
+forks = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/store.db"
+
+
+@pytest.fixture
+def spec(tiny_model_dir: Path, tiny_text: Path, tmp_path: Path) -> Callable[..., StudySpec]:
+    def make(name: str, **fields: Any) -> StudySpec:
+        base = {
+            "tlens_model_path": str(tiny_model_dir), "threads": 1, "lr_schedule": "constant",
+            "log_every_n_grad_steps": 1,
+            "data": {
+                "dataset_name": str(tiny_text), "is_tokenized": False, "streaming": False, "column_name": "text",
+                "context_length": 16, "n_train_samples": 128, "train_batch_size": 4, "n_eval_samples": 16,
+            },
+            "saes": {"sae_type": "topk", "sae_positions": [HOOK], "dict_size_to_input_ratio": 4, "k": 4},
+        }  # fmt: skip
+        raw = {"name": name, "base": base, "output_dir": str(tmp_path / "out"), "heartbeat": 0.5, "grace": 3.0}
+        return study_spec(raw | fields, f"{name}.yaml")
+
+    return make
+
+
+def work(address: str, study: str, log: Path) -> None:
+    forks.set_forkserver_preload(PRELOAD)
+    process = forks.Process(target=run_worker, args=(address, study, log))
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0, log.read_text()
+
+
+def found(spec: StudySpec) -> list[Any]:
+    assert spec.start_from is not None
+    return spec.start_from.found or []
+
+
+def first_fvu(run: Path) -> float:
+    return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["fvu"])
+
+
+def test_trials_begin_with_the_weights_where_they_fit(
+    spec: Callable[..., StudySpec], address: str, tmp_path: Path
+) -> None:
+    small = spec("small", space={"lr": [1e-3, 5e-3]})
+    store = Store.open(address)
+    create_study(store, small)
+    work(address, "small", tmp_path / "small.log")
+    asked = {"study": "small", "top": 2, "from_weights": True}
+    space = {"lr": {"low": 1e-4, "high": 1e-2}, "saes.dict_size_to_input_ratio": [4]}
+    more = {"sampler": {"type": "tpe", "n_startup_trials": 3}, "max_trials": 3, "start_from": asked}
+    new, _ = with_starts(spec("new", space=space, **more), address)
+    new, said = with_fitting_weights(new)
+    assert said == ["2 of 2 start from the weights of those trials"]
+    create_study(store, new)
+    work(address, "new", tmp_path / "new.log")
+    trials = store.study("new").trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3
+    assert [t.user_attrs.get("started_from") for t in trials] == [
+        *(f"small #{one.trial}, its weights" for one in found(new)), None,
+    ]  # fmt: skip
+    for i, one in enumerate(found(new)):
+        begun = json.loads((new.run_dir(i) / "begun_from.json").read_text())
+        assert begun == {HOOK: {"file": one.weights.file, "sha256": one.weights.sha256, "sae": HOOK}}
+        assert digest(Path(one.weights.file)) == one.weights.sha256
+        assert first_fvu(new.run_dir(i)) < 0.9 * first_fvu(small.run_dir(one.trial))
+    assert not (new.run_dir(2) / "begun_from.json").exists()
+    config = Space(store.spec("new")).config(dict(trials[0].params))
+    assert config.saes.pretrained_sae_paths == [found(new)[0].weights.file]
+
+    wider, _ = with_starts(spec("wider", space=space | {"saes.dict_size_to_input_ratio": [8]}, **more), address)
+    wider, said = with_fitting_weights(wider)
+    assert said[0].startswith("0 of 2 start from the weights of those trials; ")
+    assert said[0].endswith("16×64 W_enc, here 16×128")
+    assert [one.weights for one in found(wider)] == [None, None]
+    relu, _ = with_starts(spec("relu", space=space | {"sae_type": ["relu"]}, **more), address)
+    assert "topk is not relu" in with_fitting_weights(relu)[1][0]
+    with pytest.raises(UserError, match="--elsewhere"):
+        with_fitting_weights(with_starts(spec("there", space=space, **more), address)[0], elsewhere=True)
+    with pytest.raises(UserError, match="excludes several 'seeds'"):
+        with_fitting_weights(with_starts(spec("seeds", space=space, seeds=2, **more), address)[0])
+
+    file = Path(found(new)[0].weights.file)
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(UserError, match="has changed since the study was made"):
+        check_weights(found(new)[0].weights)
+    file.unlink()
+    with pytest.raises(HostError, match="No such file"):
+        check_weights(found(new)[0].weights)
+    with pytest.raises(UserError, match="has no weights of trial"):
+        with_starts(spec("late", space=space, **more), address)
+    store.close()
