@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from saeopt.config.study import StudySpec
+from saeopt.trials import budget, states, waiting
 from saeopt.trials import internals as db
-from saeopt.trials import states, waiting
 from saeopt.trials.states import CLAIM, Claim, still_ours
 from saeopt.trials.storage import Store, check_identity
 from saeopt.trials.waiting import CHECKPOINT, STOOD, STREAM, TURN, Merging
@@ -22,11 +24,13 @@ def claim(
     owner: Mapping[str, Any],
     identity: str | None = None,
     merging: Merging | None = None,
+    spec: StudySpec | None = None,
 ) -> list[Claim]:
     """Up to `limit` waiting trials that can be trained together, the first of the queue among them.
 
     Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim. With
-    `merging` (a study with rungs) the order is that of `waiting.merged`.
+    `merging` (a study with rungs) the order is that of `waiting.merged`. With a `spec`: no more than its budget has
+    room for.
 
     Raises:
         StudyGone: the study under this key is not the one with that `identity`.
@@ -35,6 +39,12 @@ def claim(
         check_identity(connection, study_id, identity)
         if is_stopped(connection, study_id):
             return []
+        if spec is not None:
+            room = budget.room(connection, study_id, spec, limit if merging is None else max(limit, merging.most))
+            limit = min(limit, room)
+            merging = merging and replace(merging, most=min(merging.most, room))
+            if room == 0:
+                return []
         if merging is None:
             rows = waiting.first(connection, study_id, limit)
         else:

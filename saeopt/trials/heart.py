@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from saeopt.config.settings import redact
 from saeopt.config.study import StudySpec
 from saeopt.console import log
-from saeopt.trials import claims, endings, presence
+from saeopt.trials import budget, claims, endings, presence
 from saeopt.trials import internals as db
 from saeopt.trials.clock import PackClock
 from saeopt.trials.presence import Presence
@@ -26,6 +26,9 @@ class Heart(threading.Thread):
         self.store, self.study_id, self.spec, self.me, self.identity = store, study_id, spec, me, identity
         self.study_stopped = threading.Event()
         self.study_gone = threading.Event()
+        self.budget_spent = threading.Event()
+        """What running packs go on spending is used up."""
+        self.meter = budget.Meter(me.worker, identity)
         self._held: dict[int, Claim] = {}
         self._lost: set[str] = set()
         self._closing: set[int] = set()
@@ -60,8 +63,10 @@ class Heart(threading.Thread):
         """A pack of this number of trials starts; 0: it has ended."""
         self._progress = time.monotonic() if trials else None
         if trials:
+            self.meter.begin()
             self.clock.claimed(trials)
         else:
+            self.meter.end()
             self.clock.over()
 
     def pulse(self) -> None:
@@ -126,12 +131,20 @@ class Heart(threading.Thread):
                 self.study_stopped.set()
             else:
                 self.study_stopped.clear()
+            spent = budget.account(connection, self.study_id, self.spec)
             alive = db.running(connection, self.study_id)
+        self._over(spent)
         self._reap({t: beat for t, beat in alive.items() if t not in ours})
         progress = self._progress
         self.me.quiet = None if progress is None else time.monotonic() - progress
         self.me.pack, self.me.left, self.me.whole = self.clock.trials, self.clock.left, self.clock.whole
-        presence.beat(self.store, self.study_id, self.me, self.identity)
+        presence.beat(self.store, self.study_id, self.me, self.identity, self.meter)
+
+    def _over(self, spent: budget.Account) -> None:
+        units = [unit for unit in spent.used_up if unit in budget.AT_ONCE]
+        if units and not self.budget_spent.is_set():
+            log.info("study %s: %s", self.spec.name, spent.why_over)
+        (self.budget_spent.set if units else self.budget_spent.clear)()
 
     def _reap(self, others: dict[int, dt.datetime]) -> None:
         """Reap what this worker itself has seen silent: for the whole grace, or for two heartbeats where the sign is

@@ -80,7 +80,7 @@ def acquire(
         Refused: this version knows no such config (the trial was given back).
     """
     store, how = heart.store, merging(heart.spec, limit if most is None else most)
-    where = (store, heart.study_id, limit, who, heart.identity, how)
+    where = (store, heart.study_id, limit, who, heart.identity, how, heart.spec)
     taken = persistently(lambda: claims.claim(*where), "claiming trials")
     heart.hold(taken)
     pack: list[Assignment] = []

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from saeopt.trials import internals as db
+from saeopt.trials.budget import Meter
 from saeopt.trials.storage import Store, check_identity
 
 WORKER = "saeopt:worker:"
@@ -64,8 +65,10 @@ class Presence:
         return None if self.quiet is None else self.quiet + max(0.0, self.age)
 
 
-def beat(store: Store, study_id: int, presence: Presence, identity: str | None = None) -> None:
-    """Say that the worker is alive, by the store's clock; call it every five to ten seconds.
+def beat(
+    store: Store, study_id: int, presence: Presence, identity: str | None = None, meter: Meter | None = None
+) -> None:
+    """Say that the worker is alive, by the store's clock, and what it has spent; call it every five to ten seconds.
 
     Raises:
         StudyGone: the study is not the one with this identity.
@@ -74,6 +77,8 @@ def beat(store: Store, study_id: int, presence: Presence, identity: str | None =
         check_identity(connection, study_id, identity)
         presence.seen = db.db_time(connection)
         db.set_attrs(connection, db.study_attrs, study_id, {WORKER + presence.worker: asdict(presence)})
+        if meter is not None:
+            meter.book(connection, study_id)
 
 
 def leave(store: Store, study_id: int, presence: Presence) -> None:

@@ -18,7 +18,8 @@ from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.host.pulse import listen
 from saeopt.search.space import Space
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
-from saeopt.trials import claims, endings
+from saeopt.trials import budget, claims, endings
+from saeopt.trials import internals as db
 from saeopt.trials.allowed import check_allowed
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, Refused, acquire, room
@@ -94,13 +95,14 @@ class Worker:
         label = f"{host}/{pid}/{options.device}"
         self.me = Presence(label, host, options.device, pid, time.time())
         self.heart = Heart(store, self.study_id, self.spec, self.me, self.identity)
-        self.reports = Reports(store, self.study_id, self.spec)
+        self.reports = Reports(store, self.study_id, self.spec, self.heart.meter)
         self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
         self._refinement = Refinement(store, self.study_id, self.space, self.identity)
         self._ending = Ending(store, self.study_id, self.spec, self.identity)
         self.rung = Rung(store, self.study_id, self.spec) if self.spec.early_stopping.type == "halving" else None
         self._ask_limit, self._probe = limit, probe
         self._limit: int | None = None
+        self._over: str | None = None
         self._ended = threading.Event()
         listen(self.heart.pulse)
 
@@ -232,11 +234,19 @@ class Worker:
         return max(0, min(limit, left))
 
     def _others_work(self) -> bool:
-        """Whether a trial of the study is waiting or running (a stopped study waits for nobody)."""
+        """Whether a trial of the study runs, or waits and may be begun (a stopped study waits for nobody)."""
         if self.heart.study_stopped.is_set():
             return False
-        now = persistently(lambda: claims.counts(self.store, self.study_id), "counting trials")
-        return now["WAITING"] + now["RUNNING"] > 0
+        now, over = persistently(self._standing, "counting trials")
+        if over is not None and over != self._over:
+            log.info("study %s: %s", self.spec.name, over)
+        self._over = over
+        return now["RUNNING"] + (now["WAITING"] if over is None else 0) > 0
+
+    def _standing(self) -> tuple[dict[str, int], str | None]:
+        with self.store.read() as connection:
+            over = budget.why_over(connection, self.study_id, self.spec)
+            return db.counts(connection, self.study_id), over
 
     def _owner(self) -> dict[str, Any]:
         return {"worker": self.me.worker, "host": self.me.host, "device": self.me.device, "pid": self.me.pid}
@@ -307,6 +317,7 @@ class Worker:
             return self.train(plans, self._watcher(pack))
         finally:
             self.heart.training(0)
+            self.reports.book()
             self.reports.flush(3.0 if self.leaving() else patience())
 
     def _after_error(self, pack: list[Assignment], error: Exception) -> None:
@@ -364,7 +375,9 @@ class Worker:
     # ---- leaving
     def leaving(self) -> bool:
         """Whether it gives its trials back and ends."""
-        return self.interrupted.is_set() or self.heart.study_stopped.is_set() or self.heart.study_gone.is_set()
+        heart = self.heart
+        why = (self.interrupted, heart.study_stopped, heart.study_gone, heart.budget_spent)
+        return any(event.is_set() for event in why)
 
     def _leave_in_time(self) -> None:
         """After a signal: whatever hangs, the trials are given back and the process ends within ten seconds."""

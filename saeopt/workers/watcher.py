@@ -42,6 +42,7 @@ class Watcher(Observer):
 
     def on_start(self, name: str, samples: int, total: int) -> None:
         self.heart.clock.begun(samples, total)
+        self.heart.meter.start(name, samples, self.pack[name].config.data.context_length)
         self.reports.started(self.outcomes.progress[name], samples, total)
 
     def on_log(self, name: str, samples: int, metrics: Metrics) -> str | None:
@@ -81,9 +82,11 @@ class Watcher(Observer):
 
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
         progress = self.outcomes.progress[name]
+        self.heart.meter.reached(name, samples)
         return self.reports.measured(progress, samples, metrics, evaluated=evaluated)
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
+        self.heart.meter.reached(name, samples)
         self.reports.checkpointed(self.pack[name].claim, samples)
 
     def draw(self, name: str, folder: Path) -> None:
@@ -92,8 +95,10 @@ class Watcher(Observer):
         plot_run(folder)
 
     def on_end(self, name: str, result: TrialResult) -> None:
+        self.heart.meter.reached(name, result.samples)
         if result.status == "interrupted" or self.leaving():
             return
+        self.reports.book()
         self.reports.flush(_STORE_SECONDS)
         try:
             self.outcomes.store_safely(self.pack[name], result, _STORE_SECONDS)

@@ -107,9 +107,14 @@ def first_trial(connection: sa.Connection, study_id: int) -> int | None:
     return connection.execute(statement).scalar()
 
 
+def lock_study(connection: sa.Connection, study_id: int) -> None:
+    """Nobody else locks the study until the transaction ends."""
+    connection.execute(sa.select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+
+
 def next_number(connection: sa.Connection, study_id: int) -> int:
     """The number of the study's next trial. Who asks this first adds first: the study is locked until then."""
-    connection.execute(sa.select(studies.c.study_id).where(studies.c.study_id == study_id).with_for_update())
+    lock_study(connection, study_id)
     last = connection.execute(sa.select(sa.func.max(_t.number)).where(_t.study_id == study_id)).scalar()
     return 0 if last is None else int(last) + 1
 

@@ -51,7 +51,8 @@ def set_attrs(connection: sa.Connection, table: sa.Table, owner: int, attrs: Map
 def get_attrs(connection: sa.Connection, table: sa.Table, owner: int, prefix: str = "") -> dict[str, Any]:
     """Attributes of a study or trial whose keys start with `prefix`."""
     column = table.c["study_id" if "study_id" in table.c else "trial_id"]
-    rows = connection.execute(sa.select(table.c.key, table.c.value_json).where(column == owner))
+    wanted = (column == owner, table.c.key.startswith(prefix, autoescape=True))  # SQLite's takes capitals for small
+    rows = connection.execute(sa.select(table.c.key, table.c.value_json).where(*wanted))
     return {key: json.loads(text) for key, text in rows if key.startswith(prefix)}
 
 
