@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saeopt.config import RunConfig, apply_overrides, validate_run
+from saeopt.config import RunConfig, apply_overrides, told_of, validate_run
 from saeopt.config.sense import check_sense
 from saeopt.errors import UserError
 from saeopt.evaluation.metrics import Metrics
+from saeopt.files import remove_empty
+from saeopt.runs.folder import RunFolder
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE
 
@@ -100,17 +101,16 @@ def train_run(
         def draw(self, name: str, folder: Path) -> None:
             plot_run(folder)
 
-    chosen, folder = _chosen(config, changes or {}, resume)
-    check_sinks(chosen)
-    check_environment()
-    check_accumulation(chosen)
+    chosen, folder, source = _chosen(config, changes or {}, resume)
     made: list[Path] = []
     try:
-        plan, result, _ = train_one(chosen, folder, device, Drawing(), made.append)
+        with told_of(chosen, source, _texts(changes or {})):
+            check_sinks(chosen)
+            check_environment()
+            check_accumulation(chosen)
+            plan, result, _ = train_one(chosen, folder, device, Drawing(), made.append)
     except BaseException:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()  # where nothing was written
+        remove_empty(made)
         raise
     return Run(plan.run_dir, result.status, result.samples, result.reason, dict(result.evaluation))
 
@@ -141,17 +141,23 @@ def evaluate_run(
 
 def _chosen(
     config: RunConfig | Mapping[str, Any] | Location | None, changes: Mapping[str, Any], resume: Location | None
-) -> tuple[RunConfig, Path | None]:
+) -> tuple[RunConfig, Path | None, Location]:
+    """The config, the folder of a run that goes on, and where the config is from."""
     from saeopt.training.launch import resolve
 
     if config is None and resume is None:
         raise UserError("train_run: give a config (a YAML file, a mapping or a RunConfig), or resume=RUN_DIR")
     if config is None or isinstance(config, str | Path):
-        texts = [f"{field}={json.dumps(value)}" for field, value in changes.items()]
-        return resolve(None if config is None else Path(config), texts, None if resume is None else Path(resume))
+        path, folder = (None if given is None else Path(given) for given in (config, resume))
+        return *resolve(path, _texts(changes), folder), path or RunFolder(folder or Path()).config_path
     if resume is not None:
         raise UserError("train_run: with resume, config must be a YAML file or left out")
     raw = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else config
     chosen = validate_run(apply_overrides(raw, changes), "train_run")
     check_sense(chosen)
-    return chosen, None
+    return chosen, None, "train_run"
+
+
+def _texts(changes: Mapping[str, Any]) -> list[str]:
+    """Changes as a command line gives them."""
+    return [f"{field}={json.dumps(value)}" for field, value in changes.items()]

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,13 @@ def remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(scratch / f".{path.name}.{next(_counter)}.tmp").unlink(missing_ok=True)
     check_owned(path)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders in which nothing lies, in their order."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

@@ -48,7 +48,9 @@ def train(
     ] = None,
 ) -> None:
     """Train the SAEs of one config on one language model."""
+    from saeopt.config import told_of
     from saeopt.console import set_up_logging
+    from saeopt.runs.folder import RunFolder
     from saeopt.training.environment import check_accumulation, check_environment
     from saeopt.training.launch import check_processes, resolve
     from saeopt.training.loggers import check_sinks
@@ -57,20 +59,23 @@ def train(
     changes = list(overrides or [])
     if wandb_project is not None:
         changes.append(f"wandb_project={wandb_project}")
-    run_config, run_dir = resolve(either(file, config, "--config"), changes, resume)
-    check_sinks(run_config)
-    check_environment()
-    check_accumulation(run_config)
-    check_processes(num_processes)
-    if dry_run:
-        from saeopt.training.dry_run import print_dry_run
+    path = either(file, config, "--config")
+    run_config, run_dir = resolve(path, changes, resume)
+    with told_of(run_config, path or RunFolder(run_dir or Path()).config_path, changes):
+        check_sinks(run_config)
+        check_environment()
+        check_accumulation(run_config)
+        check_processes(num_processes)
+        if dry_run:
+            from saeopt.training.dry_run import print_dry_run
 
-        if launched().rank == 0:
-            print_dry_run(run_config, device)
-        return
-    if run_dir is not None and _already_ended(run_dir):
-        return
-    raise typer.Exit(_run(run_config, run_dir, device))
+            if launched().rank == 0:
+                print_dry_run(run_config, device)
+            return
+        if run_dir is not None and _already_ended(run_dir):
+            return
+        code = _run(run_config, run_dir, device)
+    raise typer.Exit(code)
 
 
 def _already_ended(run_dir: Path) -> bool:
@@ -99,7 +104,7 @@ def _run(config: RunConfig, run_dir: Path | None, device: str) -> int:
         from saeopt.training.launch import train_one
 
         def made(folder: Path) -> None:
-            interrupt.unused = folder
+            interrupt.unused.append(folder)
 
         try:
             plan, result, runtime = train_one(config, run_dir, device, observer, made)

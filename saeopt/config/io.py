@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,33 @@ def validate_run(raw: Mapping[str, Any], source: str | Path, changes: Sequence[s
         raise explain(error, str(source), known_names(raw), sae_type, changes) from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+_FIELD = re.compile(r"'([a-z_][\w.]*)(?:@[^']*)?(?:: [^']*)?'")
+"""How a message about a field begins."""
+
+
+@contextmanager
+def told_of(config: RunConfig, source: str | Path, changes: Sequence[str] = ()) -> Iterator[None]:
+    """What is found out late (sizes of the model, what the data hold) and is a field's mistake also names the file, or
+    the `key=value` of the command line, that the field's value is from."""
+    try:
+        yield
+    except UserError as error:
+        found = _FIELD.match(str(error))
+        if type(error) is not UserError or found is None or not _is_field(found[1], config):
+            raise
+        own = [c for c in changes if c.partition("=")[0].partition("@")[0].strip() == found[1]]
+        raise UserError(f"{f'--set {own[-1][:200]}' if own else source}: {error}") from None
+
+
+def _is_field(name: str, config: RunConfig) -> bool:
+    owner: Any = config
+    for part in name.split("."):
+        if part not in getattr(type(owner), "model_fields", ()):
+            return False
+        owner = getattr(owner, part)
+    return True
 
 
 STORED_NAME = "final_config.yaml"

@@ -120,7 +120,8 @@ def _dimension(spec: StudySpec, name: str, dimension: Dimension, sae_types: list
             f" add 'when: {{sae_type: {[t for t in visited if t not in missing]}}}'"
         )
     if dimension.values is None:
-        _check_range(field, dimension, visited[0], where)
+        for sae_type in visited:
+            _check_range(field, dimension, sae_type, where)
         return dimension.model_copy(update={"when": when})
     if field == TARGET and (dimension.refine or AUTO in dimension.values):
         values = _first_targets(dimension.values, f"{where}: '{name}'", visited[0])
@@ -172,6 +173,17 @@ def _check_range(field: str, dimension: Dimension, sae_type: str, where: str) ->
             raise UserError(f"{where}: '{field}': a range needs a field that holds a number")
         if isinstance(typed, int) and not dimension.integer:
             raise UserError(f"{where}: '{field}': whole numbers only: add 'int: true' to the range")
+    steps = (dimension.low or 0.0, dimension.step or 0.5)
+    if field == TARGET and not dimension.integer and not all(map(float.is_integer, steps)) and _is_whole_k(sae_type):
+        raise UserError(f"{where}: '{field}': is k for {sae_type}, whole numbers only: add 'int: true' to the range")
+
+
+def _is_whole_k(sae_type: str) -> bool:
+    """Whether `target_l0` is k, and k a whole number."""
+    from saeopt.saes.registry import sae_config_class
+
+    found = sae_config_class(sae_type)
+    return found.selects_k() and found.model_fields["k"].annotation is int
 
 
 def distinct(values: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from saeopt.config.fields import changes_results
-from saeopt.config.sense import check_sense
+from saeopt.config.sense import check_selection, check_sense
 from saeopt.config.study import AUTO, TARGET, StudySpec
 from saeopt.errors import UserError
 from saeopt.search.objectives import objective_names
@@ -70,6 +70,15 @@ def check_study(spec: StudySpec, cells: Sequence[Cell]) -> None:
             raise UserError(f"{where}: base: {error}") from None
     _check_effects(spec, cells)
     _check_hooks(spec, [cell.config.saes.keys for cell in cells])
+
+
+def check_selections(spec: StudySpec, cells: Iterable[Cell]) -> None:
+    """Raise :class:`UserError` for trials whose k selects nothing."""
+    for cell in cells:
+        try:
+            check_selection(cell.config)
+        except UserError as error:
+            raise UserError(f"study {spec.name}: {error}") from None
 
 
 def _check_effects(spec: StudySpec, cells: Sequence[Cell]) -> None:

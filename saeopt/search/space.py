@@ -234,14 +234,16 @@ class Space:
         """Whether some parameter sets this field."""
         return any(p.field.partition("@")[0] == field for p in self.parameters)
 
-    def check_corners(self) -> None:
+    def corners(self) -> list[Cell]:
         """Each parameter's ends or values once, everything else in the middle; :class:`UserError` if one is invalid."""
+        cells = []
         for p in self.parameters:
             shares = [i / len(p.choices) for i in range(len(p.choices))] if p.dimension.values else [0.0, 1.0]
             for conditions in self._conditions(p):
                 for share in shares:
                     middle = {q.name: 0.5 for q in self.parameters}
-                    self.cell(self.at({**middle, **conditions, p.name: share}))
+                    cells.append(self.cell(self.at({**middle, **conditions, p.name: share})))
+        return cells
 
     def _conditions(self, parameter: Parameter) -> Iterator[dict[str, float]]:
         """Shares of the parents under which a parameter exists."""

@@ -179,7 +179,7 @@ def train_one(
 ) -> tuple[TrialPlan, TrialResult, Runtime]:
     """Train one run in this process, in a folder of its own or going on in `run_dir`.
 
-    `made` is told of a new folder before anything lies in it.
+    `made` is told of each new folder, the innermost first, before anything lies in it.
 
     Raises:
         UserError: something that the user can mend.
@@ -191,10 +191,13 @@ def train_one(
     check_sources(config.data, splits=fresh)  # a missing file is told before the language model is loaded
     runtime = make_runtime(device)
     notices(config, resumed=not fresh)
+    save_dir = Path(config.save_dir)
+    absent = [folder for folder in (save_dir, *save_dir.parents) if not folder.exists()]
     run_dir = new_folder(config, runtime) if run_dir is None else run_dir
     plan = TrialPlan(run_dir.name, config, run_dir, resume=not fresh)
     if fresh and runtime.ranks.is_first:
-        made(run_dir)
+        for folder in (run_dir, *absent):
+            made(folder)
     with out_of_memory(config, runtime):
         return plan, train_pack([plan], runtime, observer)[plan.name], runtime
 

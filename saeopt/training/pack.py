@@ -23,7 +23,7 @@ from saeopt.saes.noise import derived_seed
 from saeopt.training.controls import Control, Controls, schedules
 from saeopt.training.resampling import is_due, resample
 from saeopt.training.runtime import Runtime
-from saeopt.training.steering import TargetL0
+from saeopt.training.steering import TargetL0, penalty_missed
 from saeopt.training.step.choose import make_stack
 from saeopt.training.step.contract import Example, Numbers, Place, StackOptions
 from saeopt.training.step.stack import Stack
@@ -243,8 +243,10 @@ class Pack:
             self.groups = [group for group in self.groups if group.members]
 
     def verdicts(self, member: Member) -> list[str]:
-        """What an active member's controls have to say at the end of training (synchronises)."""
-        return [said for controls, index in self._controls_of(member) for said in controls.verdicts(index)]
+        """What is to be said of what steered an active member, at the end of training (synchronises)."""
+        said = [text for controls, index in self._controls_of(member) for text in controls.verdicts(index)]
+        missed = penalty_missed(member, self.total)
+        return [*said, *([missed] if missed else [])]
 
     def aimed(self, member: Member, samples: int) -> dict[str, float]:
         """The L0 that an active member was to come to, and what its controls have moved (synchronises)."""

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 
 from saeopt.console import error_console, log
+from saeopt.files import remove_empty
 from saeopt.host.launcher import launched
 from saeopt.metrics import Shown, shown_in
 from saeopt.training.plan import Metrics, Observer
@@ -37,8 +38,9 @@ class Interrupt:
     def __init__(self) -> None:
         self.signum: int | None = None
         self.training = False
-        self.unused: Path | None = None
-        """A run folder in which nothing lies yet: an end before training leaves none behind."""
+        self.unused: list[Path] = []
+        """A run folder in which nothing lies yet, and those above it that were made for it: an end before training
+        leaves none behind."""
 
     def install(self) -> None:
         """Listen from now on. Python gives signals to the main thread alone: elsewhere a run goes without them."""
@@ -57,10 +59,8 @@ class Interrupt:
         watchdog.start()
 
     def remove_unused(self) -> None:
-        """Remove the run folder if nothing lies in it."""
-        with suppress(OSError):
-            if self.unused is not None:
-                self.unused.rmdir()
+        """Remove the run folder, and those above it that were made for it, where nothing lies in them."""
+        remove_empty(self.unused)
 
 
 def leave(code: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saeopt.config.saes import FirstCoeff, SAEConfig
 from saeopt.saes.base import SAE
+from saeopt.saes.jumprelu import JumpReluConfig
 from saeopt.saes.numbers import EVALUATED
 from saeopt.training.controls import Control, progress_of
 from saeopt.training.step.contract import Store
@@ -37,6 +38,11 @@ MOST = 4 * math.log(10)
 """|ln(λ / its start)|, where the architecture does not say less (`FirstCoeff.reach`)."""
 TOLERANCE = 0.05
 """Relative distance from the target beyond which a run says that it has not come there."""
+
+DIED = 0.2
+"""Share of dead latents from which they, and not λ, are what holds L0 down."""
+FAR = 0.2
+"""Relative distance from `l0_penalty_target` beyond which a run says so: the squared error draws L0 away from it."""
 
 
 def _guess(sae: SAE) -> FirstCoeff | None:
@@ -136,11 +142,42 @@ class TargetL0(Control):
         l0 = float(state["sum"][member] / state["weight"][member])
         if math.isnan(target) or abs(l0 / target - 1) <= TOLERANCE:
             return None
+        own = self.members[member]
+        if l0 < target and (lost := died(own, self.total)):
+            return f"'target_l0' is {target:g}, training ended at L0 {l0:.3g}: {lost}"
         at_bound = abs(ln) > float(state["most"][member]) - 1e-9
-        better = " or another 'sparsity_coeff' to start from" if _guess(self.members[member].sae) is None else ""
+        better = " or another 'sparsity_coeff' to start from" if _guess(own.sae) is None else ""
         why = (
             f"λ has come to its bound, {math.exp(ln):.5g} times its start: it does not move L0 that far here"
             if at_bound
             else f"λ was still moving ({math.exp(ln):.2g} times its start): more training{better} helps"
         )
         return f"'target_l0' is {target:g}, training ended at L0 {l0:.3g}: {why}"
+
+
+def died(member: Member, total: int) -> str | None:
+    """Why an L0 is too small where many latents are dead: no λ and no further training brings them back."""
+    limit = member.config.dead_after_tokens(member.sae_config, total)
+    n = int((member.sae.tokens_since_fired >= limit).sum())
+    if n < DIED * member.sae.h:
+        return None
+    resampling = "'saes.resample_every_tokens' revives them; " if hasattr(member.sae_config, "auxk_coeff") else ""
+    return (
+        f"{n} of {member.sae.h} latents are dead, which neither more training nor a smaller λ changes: {resampling}a"
+        " smaller 'lr' or a longer 'saes.sparsity_warmup_samples' keeps more alive"
+    )
+
+
+def penalty_missed(member: Member, total: int) -> str | None:
+    """What is to be said where a penalty with a target of its own has ended far from it (synchronises)."""
+    section = member.sae_config
+    if not isinstance(section, JumpReluConfig) or section.l0_penalty_target is None:
+        return None
+    target, l0 = section.l0_penalty_target, float(member.sae.get_buffer("last_l0"))
+    if abs(l0 / target - 1) <= FAR:
+        return None
+    why = (l0 < target and died(member, total)) or (
+        f"a larger 'saes.sparsity_coeff' (now {section.sparsity_coeff:g}) or more training brings it nearer, and"
+        " 'saes.target_l0' in place of this penalty moves λ by itself"
+    )
+    return f"'l0_penalty_target' is {target:g}, training ended at L0 {l0:.3g}: {why}"

@@ -16,7 +16,7 @@ from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search.objectives import directions, objective_names
 from saeopt.search.samplers import n_known
-from saeopt.search.sensible import check_space, check_study
+from saeopt.search.sensible import check_selections, check_space, check_study
 from saeopt.search.space import Cell, Space, key_of
 from saeopt.search.starts import first_cells
 from saeopt.trials import internals as db
@@ -49,13 +49,15 @@ def planned_cells(spec: StudySpec) -> tuple[list[Cell], int]:
             raise UserError(f"study {spec.name}: the space has no cells")
         _check_evaluated(spec, cells)
         check_study(spec, cells)
+        check_selections(spec, cells)
         return cells, 0
-    space.check_corners()
+    corners = space.corners()
     if spec.start_from and spec.start_from.found is None:
         raise UserError(f"study {spec.name}: 'start_from' has not been looked up (saeopt.trials.starts.with_starts)")
     cells = first_cells(spec, space, n_known(spec))
     _check_evaluated(spec, [*cells, space.middle()])
     check_study(spec, [*cells, space.middle()])
+    check_selections(spec, [*corners, *cells])
     return cells, (spec.max_trials or 0) - len(cells)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,8 +26,8 @@ from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
-from saeopt.trials.refine import REFINED, Recommendation
-from saeopt.trials.storage import Store
+from saeopt.trials.refine import REFINED, Recommendation, rows_of
+from saeopt.trials.storage import SPEC_KEY, Store
 from saeopt.views import recommended as auto
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
@@ -348,11 +348,17 @@ def list_rows(store: Store) -> list[dict[str, Any]]:
     for name, study_id in queries.study_ids(store.engine).items():
         known = queries.attributes(store.engine, study_id, "saeopt:")
         trials = {_NAMES[state]: counts.get(study_id, {}).get(state, 0) for state in STATES}
-        open_now = "open" if trials["waiting"] + trials["running"] else "done"
+        open_now = "open" if trials["waiting"] + trials["running"] or _refines(store, study_id, known) else "done"
         state = "stopped" if known.get(claims.STOPPED) else open_now
         alive = sum(worker.alive for worker in presence.workers(known, now))
         rows.append({"study": name, **trials, "workers": alive, "state": state})
     return rows
+
+
+def _refines(store: Store, study_id: int, known: Mapping[str, Any]) -> bool:
+    """Whether a worker will add trials to a study whose trials have all ended."""
+    spec = StudySpec.from_json(text) if '"refine": true' in (text := known.get(SPEC_KEY) or "") else None
+    return spec is not None and auto.awaited(spec, rows_of(store, study_id), known.get(REFINED) or [])
 
 
 def list_table(store: Store) -> RenderableType:

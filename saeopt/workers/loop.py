@@ -209,7 +209,7 @@ class Worker:
         if self.spec.sampler.type == "grid":
             first = persistently(lambda: claims.first_params(self.store, self.study_id), "reading the first trial")
             return self.space.config(first)
-        self.space.check_corners()
+        self.space.corners()
         return self.space.middle().config
 
     def _host_fault(self, reason: str, trials: Sequence[int]) -> None:

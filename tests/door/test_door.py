@@ -74,11 +74,14 @@ def test_mistakes_are_one_line_and_leave_no_folder(config: dict[str, Any], tmp_p
     for changes, message in (
         ({"saes.sae_positions": ["blocks.9.hook_resid_pre"]}, "sae_positions"),
         ({"saes.nothing": 1}, "unknown key 'saes.nothing'"),
-        ({"data.dataset_name": "nowhere.jsonl"}, "nowhere"),
+        ({"data.dataset_name": "nowhere.jsonl"}, "--set data.dataset_name=\"nowhere.jsonl\": 'data.dataset_name'"),
+        ({"saes.target_l0": 9000}, "--set saes.target_l0=9000: 'saes.target_l0': 9000 exceeds"),
     ):
         with pytest.raises(UserError, match=message):
             saeopt.train_run(config, changes)
-    assert not list((tmp_path / "output").glob("*"))
+    with pytest.raises(UserError, match=r"train_run: 'saes\.target_l0': 9000 exceeds"):
+        saeopt.train_run({**config, "saes": {**config["saes"], "target_l0": 9000}})
+    assert not (tmp_path / "output").exists()
     with pytest.raises(UserError, match="give a config"):
         saeopt.train_run()
     with pytest.raises(UserError, match="no such"):

@@ -32,6 +32,21 @@ RANGE = {"low": 0.1, "high": 1.0}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objectives": [{"metric": "fvu", "hook_points": "blocks.0.hook_resid_pre"}]}, "no SAE trains at"),
     "k above h": ({"space": {**TOPK, "saes.k": [8, 65]}}, "'saes.k': 65 exceeds the dictionary's 64 latents"),
+    "k of nothing": (
+        {"space": {"sae_type": ["batch_topk"], "saes.k": [1e-4, 8]}}, "'saes.k': 0.0001 per token selects nothing in a",
+    ),
+    "k of nothing, sampled": (
+        {"space": {"sae_type": ["batch_topk"], "saes.k": {"low": 1e-4, "high": 8, "log": True}}, "max_trials": 9,
+         "sampler": "random"}, "'saes.k': 0.0001 per token selects nothing in a",
+    ),
+    "targets between whole numbers": (
+        {"space": {"sae_type": ["batch_topk", "topk"], "saes.target_l0": {"low": 8, "high": 64}}, "sampler": "random",
+         "max_trials": 9}, "'saes.target_l0': is k for topk, whole numbers only: add 'int: true' to the range",
+    ),
+    "k between whole numbers": (
+        {"space": {"sae_type": ["batch_topk", "topk"], "saes.k": {"low": 8, "high": 64}}, "sampler": "random",
+         "max_trials": 9}, "'saes.k': whole numbers only: add 'int: true' to the range",
+    ),
     "small ratio": ({"space": {**TOPK, "saes.dict_size_to_input_ratio": [4, 1]}}, "'saes.k': 32 exceeds"),
     "model": ({"base": {"tlens_model_path": "/absent"}}, "'tlens_model_path': /absent: no such folder (--elsewhere"),
     "data": ({"base": {"data": {"dataset_name": "absent.jsonl"}}}, "no such file or folder (--elsewhere"),
@@ -93,6 +108,16 @@ def test_it_is_refused_with_one_line(name: str, base: dict[str, Any], tmp_path: 
     assert wanted in " ".join(done.stderr.split()), done.stderr
     assert done.stderr.count("saeopt: error:") == 1
     assert not (tmp_path / "store.db").exists()
+
+
+@pytest.mark.parametrize("more", [{"int": True, "log": True}, {"step": 8}])
+def test_targets_of_whole_numbers_are_taken_by_all_architectures(
+    more: dict[str, Any], base: dict[str, Any], tmp_path: Path, cli: Any
+) -> None:
+    space = {"sae_type": ["relu", "topk"], "saes.target_l0": {"low": 8, "high": 64, **more}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": base, "space": space, "sampler": "random", "max_trials": 9}))
+    cli("create", path)
 
 
 def test_what_lies_on_the_workers_hosts_is_not_looked_for(base: dict[str, Any], tmp_path: Path, cli: Any) -> None:

@@ -104,9 +104,13 @@ def test_status_and_best_tell_what_each_hook_point_recommends(
     from saeopt.search.space import Space
 
     assert "a worker adds them" in cli("status", "s").stdout
+    assert json.loads(cli("list", "--json").stdout)[0]["state"] == "open"  # all have ended, and more will come
     assert Refinement(store, study_id, Space(spec), None).step() == 4
     assert "a worker adds them" not in cli("status", "s").stdout
     assert params(store)[3:] == [6, 11, 23, 32]  # around 8, and beyond 16
+    for claim in claims.claim(store, study_id, 4, {"worker": "w"}):
+        endings.fail(store, claim, "", retries=0)
+    assert json.loads(cli("list", "--json").stdout)[0]["state"] == "done"
     assert cli("export", "s", "--wandb-sweep", tmp_path / "w.yaml", code=2).stderr.count("cannot refine") == 1
     assert "6 of" not in cli("export", "s", "--configs", tmp_path / "configs").stdout
     assert len(list((tmp_path / "configs").glob("*.yaml"))) == 7

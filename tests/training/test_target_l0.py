@@ -166,6 +166,35 @@ def test_jumprelu_starts_near_its_target_and_its_lambda_does_not_run_away(make_c
     assert "bound, 10 times its start" in controls.verdicts(0)[0]
 
 
+def test_latents_that_died_are_named_in_place_of_more_training(make_config: Make) -> None:
+    members = group(make_config, [8.0, 8.0, 8.0])
+    controls = Controls(members, controls_of(members, TOTAL))
+    controls.observe(window(TOTAL // 2, [3.0, 3.0, 30.0]), torch.ones(3, dtype=torch.bool))
+    for member in (members[0], members[2]):
+        member.sae.tokens_since_fired[:8] = 10**9
+    dead, alive, above = (controls.verdicts(m)[0] for m in range(3))
+    assert "'target_l0' is 8, training ended at L0 3: 8 of " in dead
+    assert "latents are dead" in dead
+    assert "'saes.resample_every_tokens'" in dead
+    assert "more training helps" in alive
+    assert "more training helps" in above  # that L0 is too large is not their doing
+
+
+@pytest.mark.parametrize(("l0", "told"), [(8.0, None), (9.4, None), (30.0, "a larger 'saes.sparsity_coeff' (now 2)"),
+                                          (2.0, "a larger 'saes.sparsity_coeff'")])  # fmt: skip
+def test_a_quadratic_penalty_that_misses_its_target_says_so(make_config: Make, l0: float, told: str | None) -> None:
+    quadratic = {"saes.penalty": "quadratic", "saes.l0_penalty_target": 8, "saes.sparsity_coeff": 2}
+    config = make_config(**{"saes.sae_type": "jumprelu", **quadratic})
+    member = Member("a", HOOK, config, get_sae("jumprelu")(6, 60, config.saes))
+    pack = Pack([member], Runtime("cpu"), total_samples=TOTAL)
+    member.sae.get_buffer("last_l0").fill_(l0)
+    said = pack.verdicts(member)
+    assert said == [] if told is None else f"'l0_penalty_target' is 8, training ended at L0 {l0:g}: {told}" in said[0]
+    if l0 < 8:
+        member.sae.tokens_since_fired[:30] = 10**9
+        assert "30 of 60 latents are dead" in pack.verdicts(member)[0]
+
+
 def test_without_a_guess_lambda_starts_as_given(make_config: Make) -> None:
     """A guess is for normalised activations; an architecture of somebody's own has none."""
     assert with_first_coeff(group(make_config, [8.0])[0].sae).sparsity_coeff == pytest.approx(
