@@ -149,7 +149,7 @@ def test_errors_and_gradients_of_prefixes_and_ragged_codes(
 
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies the bits of bfloat16")
-    members, h, d, factor = len(ks), 320, 40, 1.7
+    members, h, d, factor = len(ks), 320, 200, 1.7
     keep = (random(n, seed=3) > -0.5).float() if masked else None
     kept = torch.ones(n, device=DEVICE) if keep is None else keep
     W, b_dec, x = random(members, h, d, seed=4).to(dtype), random(members, d, seed=5), random(n, d, seed=6)

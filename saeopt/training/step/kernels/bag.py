@@ -90,6 +90,14 @@ def _listed(groups_ptr, first, number, pre_ptr, bias_ptr, G: tl.constexpr, B: tl
 
 
 @triton.jit
+def _place(bits, c, reaches, place, bits_ptr, latents_ptr, room):
+    """What reaches the floor to its places in the bag."""
+    mask = (reaches > 0) & (place < room)
+    tl.store(bits_ptr + place, bits, mask=mask)
+    tl.store(latents_ptr + place, c, mask=mask)
+
+
+@triton.jit
 def _collect(
     pre_ptr, bias_ptr, floor_ptr, words_ptr, groups_ptr, bits_ptr, latents_ptr, top_ptr, spans_ptr, N, H, members, room,
     G: tl.constexpr, W: tl.constexpr, B: tl.constexpr,
@@ -124,21 +132,26 @@ def _collect(
                 tl.store(groups_ptr + listed + rank, w0 * 32 + tl.arange(0, 16 * 32), mask=flags > 0)
                 listed += more
             tl.debug_barrier()
-            count = number * 0
-            for first in range(0, number, B):
-                bits, _c = _listed(groups_ptr, first, number, pre_ptr, bias_ptr, G, B)
-                count += tl.sum((bits >= floor).to(tl.int32), 0)
-        at = tl.atomic_add(top_ptr + member, count)
-        if fits:
-            place = at
-            for first in range(0, number, B):
+            bits, c = _listed(groups_ptr, 0, number, pre_ptr, bias_ptr, G, B)
+            reaches = (bits >= floor).to(tl.int32)
+            before, found = ranks(reaches, B, G)
+            count = found
+            for first in range(B, number, B):
+                others, _c = _listed(groups_ptr, first, number, pre_ptr, bias_ptr, G, B)
+                count += tl.sum((others >= floor).to(tl.int32), 0)
+            at = tl.atomic_add(top_ptr + member, count)
+            bits_ptr += member * room
+            latents_ptr += member * room
+            _place(bits, c, reaches, at + before, bits_ptr, latents_ptr, room)
+            place = at + found
+            for first in range(B, number, B):
                 bits, c = _listed(groups_ptr, first, number, pre_ptr, bias_ptr, G, B)
                 reaches = (bits >= floor).to(tl.int32)
                 before, found = ranks(reaches, B, G)
-                mask = (reaches > 0) & (place + before < room)
-                tl.store(bits_ptr + member * room + place + before, bits, mask=mask)
-                tl.store(latents_ptr + member * room + place + before, c, mask=mask)
+                _place(bits, c, reaches, place + before, bits_ptr, latents_ptr, room)
                 place += found
+        else:
+            at = tl.atomic_add(top_ptr + member, count)
     tl.store(spans_ptr + 2 * row, at)
     tl.store(spans_ptr + 2 * row + 1, count)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saeopt.training.step.kernels.bag import fill, ranks
 
-_BLOCK = 2048
+_BLOCK = 4096
 """Elements that a program counts at a time."""
 _TOKEN = 128
 """Elements of a token in the bag that a program looks at at a time."""
@@ -65,36 +65,31 @@ def _crossing(counts_ptr, want, BINS: tl.constexpr):
 
 @triton.jit
 def _reached(counts_ptr, want, LEVELS: tl.constexpr):
-    """How far above the least bits the K-th largest lies, as far as it is known, how many lie above it, and a shift.
+    """How far above the least bits the K-th largest's bin begins, how many lie above that bin, and its width.
 
-    Counts are kept of 1024 bins of 2^11 bits' patterns from the least ones on, and behind them of bins of 2^21; then
-    of 2048 parts of one bin; then, where such a part has 2^10 patterns (the shift), of these.
+    A width is a power of 2, in bits' patterns. Level 0 has 128 bins of 2^14 from the least bits on, and behind them 128
+    of 2^24; each further level cuts the bin that was found into up to 256.
     """
-    found, above = _crossing(counts_ptr, want, 2048)
-    shift = tl.where(found < 1024, 0, 10)
-    found = tl.where(found < 1024, found << 11, (found - 1024) << 21)
-    if LEVELS > 1:
-        second, more = _crossing(counts_ptr + 2048, want - above, 2048)
-        found += second << shift
-        above += more
-    if LEVELS > 2:  # nothing is counted there without a shift
-        third, rest = _crossing(counts_ptr + 4096, want - above, 1024)
-        found += third
+    found, above = _crossing(counts_ptr, want, 256)
+    width = tl.where(found < 128, 14, 24)
+    found = tl.where(found < 128, found << 14, (found - 128) << 24)
+    for level in tl.static_range(1, LEVELS):  # nothing is counted where the width was 0
+        width = tl.maximum(width - 8, 0)
+        part, rest = _crossing(counts_ptr + 256 * level, want - above, 256)
+        found += part << width
         above += rest
-    return found, above, shift
+    return found, above, width
 
 
 @triton.jit
-def _digit(over, found, shift, LEVEL: tl.constexpr):
+def _digit(over, found, width, LEVEL: tl.constexpr):
     """The bin of this level, or 0, where anything may be."""
     if LEVEL == 0:
-        which = tl.where(over < 1 << 21, over >> 11, 1024 + (over >> 21))
+        which = tl.where(over < 1 << 21, over >> 14, 128 + (over >> 24))
         which = tl.where(over >= 0, which, 0)
-    elif LEVEL == 1:
-        which = (over - found) >> shift
-        which = tl.where((over >= found) & (which < 2048), which, 0)
     else:
-        which = tl.where((over >= found) & (over - found < 1024), over - found, 0)
+        inside = (over >= found) & (over - found < (1 << width))
+        which = tl.where(inside, (over - found) >> tl.maximum(width - 8, 0), 0)
     return which
 
 
@@ -114,14 +109,13 @@ def _count(
     """Elements by the bits of this level, of those that agree with the K-th largest in the levels before."""
     member = tl.program_id(1).to(tl.int64)
     want, lowest, whole = _found_by(top_ptr, want_ptr, floor_ptr, member, room)
-    counts_ptr += member * 5120
+    counts_ptr += member * 1024
     found = want * 0
-    shift = want * 0 + 10
+    width = want * 0 + 1
     if LEVEL > 0:
-        found, _above, shift = _reached(counts_ptr, want, LEVEL)
-    BINS: tl.constexpr = 2048 if LEVEL < 2 else 1024
-    counts = tl.zeros([BINS], tl.int32)
-    if (LEVEL < 2) | (shift > 0):
+        found, _above, width = _reached(counts_ptr, want, LEVEL)
+    if width > 0:
+        counts = tl.zeros([256], tl.int32)
         if whole:
             for n in range(tl.program_id(0), N, tl.num_programs(0)):
                 keep = 1.0
@@ -130,16 +124,15 @@ def _count(
                 if keep > 0:
                     for c0 in range(0, H, B):
                         bits = _columns(pre_ptr + (member * N + n) * H, bias_ptr + member * H, c0 + tl.arange(0, B), H)
-                        counts += tl.histogram(_digit(bits - lowest, found, shift, LEVEL), BINS)
+                        counts += tl.histogram(_digit(bits - lowest, found, width, LEVEL), 256)
         else:
             top = tl.load(top_ptr + member)
             for o0 in range(tl.program_id(0) * B, top, tl.num_programs(0) * B):
                 o = o0 + tl.arange(0, B)
                 bits = tl.load(bits_ptr + member * room + o, mask=o < top, other=0)
-                counts += tl.histogram(_digit(bits - lowest, found, shift, LEVEL), BINS)
-        b = tl.arange(0, BINS)
-        behind: tl.constexpr = 2048 * LEVEL
-        tl.atomic_add(counts_ptr + behind + b, counts, mask=(counts > 0) & (b > 0))
+                counts += tl.histogram(_digit(bits - lowest, found, width, LEVEL), 256)
+        b = tl.arange(0, 256)
+        tl.atomic_add(counts_ptr + 256 * LEVEL + b, counts, mask=(counts > 0) & (b > 0))
 
 
 @triton.jit
@@ -147,7 +140,7 @@ def _last(counts_ptr, want_ptr, top_ptr, floor_ptr, last_ptr, room, share):
     """The K-th largest's bits, how many of its equals are selected, whether all are looked at, and the next floor."""
     member = tl.program_id(0).to(tl.int64)
     want, lowest, whole = _found_by(top_ptr, want_ptr, floor_ptr, member, room)
-    found, above, _shift = _reached(counts_ptr + member * 5120, want, 3)
+    found, above, _width = _reached(counts_ptr + member * 1024, want, 4)
     bits = lowest + found
     tl.store(last_ptr + 4 * member, tl.where(want > 0, bits, 0x7FFFFFFF))
     tl.store(last_ptr + 4 * member + 1, tl.where(want > 0, want - above, 0))
@@ -294,10 +287,10 @@ def select(
     members, n, h = pre_MNh.shape
     device, masked = pre_MNh.device, keep_N is not None
     bits, latents, spans, top, room = fill(pre_MNh, bias_Mh, keep_N, floor_M, _ROOM * places, places / (n * h))
-    counts = torch.zeros(members, 5120, dtype=torch.int32, device=device)
+    counts = torch.zeros(members, 1024, dtype=torch.int32, device=device)
     given, shape = (pre_MNh, bias_Mh, keep_N), (n, h, room)
     programs = _programs(device, members, triton.cdiv(room, _BLOCK), 2)
-    for level in range(3):
+    for level in range(4):
         _count[(programs, members)](
             *given, floor_M, want_M, top, bits, counts, *shape, masked, level, _BLOCK, num_warps=8
         )

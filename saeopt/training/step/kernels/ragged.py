@@ -3,8 +3,8 @@
 The entries of a code lie token after token. Latents below the first width belong to prefix 0, those below the next to
 prefix 1, and so on. e_m is the error of the reconstruction from prefixes 0 … m, and E_g = Σ_{m ≥ g} e_m is what an
 entry of prefix g learns from: the errors that it has a part in. With one prefix E_0 is the error.
-A program has some columns of one token: what it reads of W stays in the second-level cache meanwhile, and no program
-has much more to do than the others. Up to P entries are read once; those of a longer token twice, a few at a time.
+A token with up to P entries is the work of one program, which reads them once. A longer one is that of several, each
+with some of the columns, so that none has much more to do than the others; they read it twice, a few entries at a time.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,8 +17,8 @@ from torch import Tensor
 
 _TILE = 2048
 """Elements (entries x columns) that a program has at a time."""
-_WIDE, _WIDE_NESTED = 256, 128
-"""Columns of a program."""
+_WIDE = 128
+"""Columns of a long token that a program has."""
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def _less_input(bias_ptr, x_ptr, scale, keep, c, cm):
 
 @triton.jit
 def _short(
-    begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
-    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """A token with at most KP entries: all E_g, the entries' dots, ‖e_last‖² and Σ ‖e_m‖², of WIDE columns.
+    """A token with at most KP entries: all E_g, the entries' dots, ‖e_last‖² and Σ ‖e_m‖².
 
     A piece of C columns of the entries' rows of W is read once for everything.
     """
@@ -62,8 +62,8 @@ def _short(
     dots = tl.zeros([KP], tl.float32)
     last = tl.zeros([C], tl.float32)
     every = tl.zeros([C], tl.float32)
-    for c0 in range(0, WIDE, C):
-        c = first + c0 + tl.arange(0, C)
+    for c0 in range(0, D, C):
+        c = c0 + tl.arange(0, C)
         cm = c < D
         w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0).to(tl.float32)
         base = _less_input(bias_ptr, x_ptr, scale, keep, c, cm)
@@ -110,7 +110,7 @@ def _long(
     begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
     step, factor, D: tl.constexpr, G: tl.constexpr, B: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """`_short` for any number of entries, B at a time."""
+    """`_short` for any number of entries, B at a time, of columns [first, first + WIDE)."""
     c = first + tl.arange(0, WIDE)
     cm = c < D
     e = _of_prefix(begin, end, c, values_ptr, index_ptr, widths_ptr, w_ptr, D, G, -1, B, WIDE)
@@ -166,7 +166,7 @@ def _less_inputs(e, m, c, bias_ptr, x_ptr, scale, keep, D: tl.constexpr, G: tl.c
 @triton.jit
 def _nested(
     begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
-    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     SHORT: tl.constexpr,
 ):  # fmt: skip
     """`_short` (SHORT) or `_long` for up to 8 prefixes in bfloat16, by small matrix products instead of sums."""
@@ -180,8 +180,8 @@ def _nested(
         high, rest = _times(v, on, prefix, m, G)
         dots = tl.zeros([KP, 16], tl.float32)
         squares = tl.zeros([16, C], tl.float32)
-        for c0 in range(0, WIDE, C):
-            c = first + c0 + tl.arange(0, C)
+        for c0 in range(0, D, C):
+            c = c0 + tl.arange(0, C)
             cm = c < D
             w = tl.load(rows_ptr[:, None] + c[None, :], mask=on[:, None] & cm[None, :], other=0.0)
             e = _less_inputs(tl.dot(rest, w, tl.dot(high, w)), m, c, bias_ptr, x_ptr, scale, keep, D, G)
@@ -193,9 +193,9 @@ def _nested(
         tl.store(dots_ptr + j, tl.where(on, of_prefix * factor, 0.0), mask=j < end)
         by_prefix = tl.sum(squares, 1)
     else:
-        c = first + tl.arange(0, WIDE)
+        c = first + tl.arange(0, C)
         cm = c < D
-        e = tl.zeros([16, WIDE], tl.float32)
+        e = tl.zeros([16, C], tl.float32)
         for j0 in range(begin, end, KP):
             j = j0 + tl.arange(0, KP)
             v, on, rows_ptr, prefix = _entries(values_ptr, index_ptr, j, j < end, widths_ptr, w_ptr, D, G)
@@ -219,24 +219,24 @@ def _nested(
 @triton.jit
 def _token(
     begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
-    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
+    step, factor, D: tl.constexpr, G: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, SHORT: tl.constexpr,
     NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Columns [first, first + WIDE), the faster way; C = WIDE: KP entries at a time."""
+    """A token with at most KP entries, C columns at a time (SHORT), or C columns of one, KP entries at a time."""
     if NESTED:
         last, every = _nested(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, KP, C, WIDE, C < WIDE,
+            dots_ptr, step, factor, D, G, KP, C, SHORT,
         )  # fmt: skip
-    elif C < WIDE:
+    elif SHORT:
         last, every = _short(
-            begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, KP, C, WIDE,
+            begin, end, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr, dots_ptr,
+            step, factor, D, G, KP, C,
         )  # fmt: skip
     else:
         last, every = _long(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, KP, WIDE,
+            dots_ptr, step, factor, D, G, KP, C,
         )  # fmt: skip
     return last, every
 
@@ -247,7 +247,7 @@ def _decode(
     dots_ptr, squares_ptr, N, H, E, members, factor, D: tl.constexpr, KEEP: tl.constexpr, K: tl.constexpr,
     G: tl.constexpr, P: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """WIDE columns of one token of one member. K > 0: every token has K entries, else `start` says which are its."""
+    """One token of one member, or WIDE columns of a long one. K > 0: tokens have K entries, else `start` says which."""
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * WIDE
     member, n = row // N, row % N
@@ -271,20 +271,23 @@ def _decode(
         end = tl.load(start_ptr + row + member + 1).to(tl.int64)
     last = 0.0
     every = 0.0
-    if end - begin <= P // 2:
+    if (end - begin <= P) & (first > 0):  # the program of the first columns has them all
+        j = begin + tl.arange(0, P)
+        tl.store(dots_ptr + j, tl.zeros([P], tl.float32), mask=j < end)
+    elif end - begin <= P // 2:
         last, every = _token(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, P // 2, min(WIDE // 2, max(16, 2 * TILE // P)), WIDE, NESTED,
+            dots_ptr, step, factor, D, G, P // 2, min(WIDE // 2, max(16, 2 * TILE // P)), True, NESTED,
         )  # fmt: skip
     elif end - begin <= P:
         last, every = _token(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, P, min(WIDE // 2, max(16, TILE // P)), WIDE, NESTED,
+            dots_ptr, step, factor, D, G, P, min(WIDE // 2, max(16, TILE // P)), True, NESTED,
         )  # fmt: skip
     else:
         last, every = _token(
             begin, end, first, values_ptr, index_ptr, widths_ptr, w_ptr, bias_ptr, x_ptr, scale, keep, error_ptr,
-            dots_ptr, step, factor, D, G, max(16 if NESTED else 1, TILE // WIDE), WIDE, WIDE, NESTED,
+            dots_ptr, step, factor, D, G, max(16 if NESTED else 1, TILE // WIDE), WIDE, False, NESTED,
         )  # fmt: skip
     squares_ptr += (member * tl.num_programs(1) + tl.program_id(1)) * N + n
     tl.store(squares_ptr, last)
@@ -311,7 +314,7 @@ def decode(
     places = values.numel() // members
     most = max(32, triton.next_power_of_2(k)) if k else _most_at_once(places, n)
     nested = 1 < g <= 8 and W_Mhd.dtype == torch.bfloat16
-    wide = max(32, min(triton.next_power_of_2(d), _WIDE_NESTED if nested else _WIDE))
+    wide = max(32, min(triton.next_power_of_2(d), _WIDE))
     parts = triton.cdiv(d, wide)
     registers = 255 if W_Mhd.dtype != torch.bfloat16 else 168 if nested else 128
     error = torch.empty(members, g, n, d, dtype=W_Mhd.dtype, device=device)
