@@ -133,6 +133,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
     from saeopt.search.stopping import stopping_text
     from saeopt.trials.create import create_study
     from saeopt.views.monitoring import on_study_created
+    from saeopt.views.spending import limits_text, spending
 
     waits = spec.start_from is not None and spec.start_from.found is None  # the study is there, as it was found then
     planned = None if waits else _planned(spec, elsewhere, storage)  # refused before there is a store
@@ -146,8 +147,10 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
             log.info(recipe_notice("the base config"))
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec))):
+    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits_text(spec))):
         _say(f"  {about}")
+    for line in () if made.is_new else spending(store, made.study_id, spec).lines(store.command, spec.name):
+        _say(f"  {line}")
     _say(f"  work:      {store.command('worker', spec.name)}")
     _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
     _say(f"  dashboard: {store.command('dashboard')}")
@@ -371,24 +374,30 @@ def promote(
 @app.command()
 def stop(name: StudyName, storage: Storage = None) -> None:
     """Ask all workers to checkpoint and to hand their trials back."""
-    store = _set_stopped(name, storage, True)
+    from saeopt.trials import claims
+
+    store = _open(storage)
+    claims.set_stopped(store, store.study_id(name), True)
     go_on = store.command("study", "resume", name)
     _say(f"study {name} is stopped: workers checkpoint and release; they go on after {go_on}")
 
 
 @app.command()
-def resume(name: StudyName, storage: Storage = None) -> None:
-    """Let workers go on with a stopped study."""
-    _set_stopped(name, storage, False)
+def resume(
+    name: StudyName,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", metavar="UNIT=NUMBER", help="More, in all; as tokens=2e9.")
+    ] = None,
+    storage: Storage = None,
+) -> None:
+    """Let workers go on with a study that was stopped, or has ended by itself.
+
+    What its trials may spend in all (gpu_hours, tokens, trials, disk_gb) is changed by --budget.
+    """
+    from saeopt.views import spending
+
+    spending.resume(_open(storage), name, budget or [])
     _say(f"study {name} goes on: its trials can be claimed again")
-
-
-def _set_stopped(name: str, storage: str | None, stopped: bool) -> Store:
-    from saeopt.trials import claims
-
-    store = _open(storage)
-    claims.set_stopped(store, store.study_id(name), stopped)
-    return store
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from saeopt.config.limits import Budget
+from saeopt.config.limits import Budget, StopWhen
 from saeopt.config.marks import role
 from saeopt.config.roles import sections
 from saeopt.config.saes import SAEConfig
@@ -29,6 +29,7 @@ STUDY_SECTIONS: dict[str, type[BaseModel]] = {
     "`early_stopping.collapse`": Collapse,
     "`start_from`": StartFrom,
     "`budget`": Budget,
+    "`stop_when`": StopWhen,
 }
 _SIGNS = {
     "minimum": "≥", "ge": "≥", "exclusiveMinimum": ">", "gt": ">", "maximum": "≤", "le": "≤", "exclusiveMaximum": "<",

@@ -1,10 +1,10 @@
-"""How much a study may spend."""
+"""How much a study may spend, and when it ends by itself."""
 
 from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from saeopt.config.base import Amount, Float, Int, StrictModel
 
@@ -40,3 +40,22 @@ class Budget(StrictModel):
     def limits(self) -> dict[str, float]:
         """Unit → number, of those that are given."""
         return {unit: float(value) for unit in UNITS if (value := getattr(self, unit)) is not None}
+
+
+def _trials(value: object) -> object:
+    words = value.split() if isinstance(value, str) else []
+    return words[0] if len(words) == 2 and words[1] in ("trial", "trials") else value
+
+
+class StopWhen(StrictModel):
+    """When a study ends by itself: its front no longer grows. No trial is begun then; what has begun is trained to its
+    end, and `study resume NAME` goes on until another `over` trials have added nothing. A front is that of all
+    objectives that are of one hook point, or means over hook points; the study ends when none of them grows."""
+
+    hypervolume_gain: Annotated[Float, Field(gt=0, lt=1)] = 0.01
+    """Share by which the last trials must have made the hypervolume of a front larger. Its reference point lies beyond
+    the worst end of the front as it is now, in each objective by a tenth of the front's length, so that neither a bad
+    trial nor the scale of an objective counts; where the front is one point, at the median of all trials. L0 counts by
+    its logarithm."""
+    over: Annotated[Int, BeforeValidator(_trials), Field(gt=0, le=10**6)] = 20
+    """How many of the last ended trials (`20` or `20 trials`); failed and paused ones do not count."""

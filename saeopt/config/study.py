@@ -19,7 +19,7 @@ from pydantic import (
 
 from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, printable
 from saeopt.config.io import apply_overrides, stored, validate_run
-from saeopt.config.limits import Budget
+from saeopt.config.limits import Budget, StopWhen
 from saeopt.config.places import first_made
 from saeopt.config.run import RunConfig
 from saeopt.config.starts import StartFrom
@@ -275,6 +275,8 @@ class StudySpec(StrictModel):
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     budget: Budget | None = None
     """What all workers may spend together: see below."""
+    stop_when: StopWhen | None = None
+    """The study ends by itself when its front no longer grows: see below."""
     pack: Positive | Literal["auto"] = "auto"
     """Most trials that a worker trains together; auto: what fits, and for samplers that learn from results no more than
     leaves ten rounds of proposals."""
@@ -318,11 +320,7 @@ class StudySpec(StrictModel):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in (
-            "enqueue",
-            "start_from",
-            "budget",
-        ):  # older versions know no such field, and go on reading other studies
+        for name in ("enqueue", "start_from", "budget", "stop_when"):  # unknown to older versions
             if not dumped.get(name):
                 dumped.pop(name, None)
         return dumped
@@ -454,4 +452,5 @@ def known_names() -> dict[tuple[str, ...], list[str]]:
         ("early_stopping", "collapse"): list(Collapse.model_fields),
         ("start_from",): list(StartFrom.model_fields),
         ("budget",): list(Budget.model_fields),
+        ("stop_when",): list(StopWhen.model_fields),
     }

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saeopt.config.limits import UNITS, Budget
@@ -24,9 +24,10 @@ SPENT = "saeopt:spent:"
 """Study: what one worker has spent since its start."""
 LIMITS = "saeopt:budget"
 """Study: the budget that a person has given after its creation; it replaces the spec's."""
+ENDED, FROM = "saeopt:ended", "saeopt:ended_from"
+"""Study: that it has ended by itself, and why; how many trials had ended when a person let it go on after that."""
 AT_ONCE = ("gpu_hours", "tokens")
 """Units that go on being spent by what has begun: packs go back to the queue when they are used up."""
-_ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ def account(connection: db.Connection, study_id: int, spec: StudySpec) -> Accoun
     """What the study may spend and has spent."""
     given = db.get_attrs(connection, db.study_attrs, study_id, LIMITS).get(LIMITS)
     budget = spec.budget if given is None else Budget.model_validate(given)
-    now = db.counts(connection, study_id)
+    now = db.counts(connection, study_id)  # what was paused until the end was never trained to its own
     workers = db.get_attrs(connection, db.study_attrs, study_id, SPENT).values()
-    spent: dict[str, float] = {"trials": sum(now[state] for state in _ENDED)}
+    spent: dict[str, float] = {"trials": now["FAIL"] + len(db.in_order_of_end(connection, study_id))}
     if workers:
         spent["gpu_hours"] = sum(w["seconds"] for w in workers) / 3600
         spent["tokens"] = sum(w["tokens"] for w in workers)
@@ -99,7 +100,27 @@ def is_left(connection: db.Connection, study_id: int, spec: StudySpec) -> bool:
 
 def why_over(connection: db.Connection, study_id: int, spec: StudySpec) -> str | None:
     """Why no trial of the study is begun any more; None where nothing keeps it from going on."""
-    return account(connection, study_id, spec).why_over
+    mark = db.get_attrs(connection, db.study_attrs, study_id, ENDED).get(ENDED)
+    return account(connection, study_id, spec).why_over if mark is None else str(mark["reason"])
+
+
+def go_on(connection: db.Connection, study_id: int, spec: StudySpec, given: Budget | None) -> str | None:
+    """Let a study go on that had ended by itself, with a new budget where one is `given`.
+
+    Returns why it cannot: what was given is spent already; then nothing has changed.
+    """
+    db.lock_study(connection, study_id)
+    found = account(connection, study_id, spec)
+    limits = {**found.limits, **(given.limits if given else {})}
+    if (reason := replace(found, limits=limits).why_over) is not None:
+        return reason
+    if given is not None:
+        db.set_attrs(connection, db.study_attrs, study_id, {LIMITS: limits})
+    if (mark := db.get_attrs(connection, db.study_attrs, study_id, ENDED).get(ENDED)) is not None:
+        db.drop_attrs(connection, db.study_attrs, study_id, [ENDED])
+        ended = max(int(mark["trials"]), len(db.in_order_of_end(connection, study_id)))
+        db.set_attrs(connection, db.study_attrs, study_id, {FROM: ended})
+    return None
 
 
 def room(connection: db.Connection, study_id: int, spec: StudySpec, most: int) -> int:
@@ -107,13 +128,14 @@ def room(connection: db.Connection, study_id: int, spec: StudySpec, most: int) -
 
     Who asks this first begins first: the study is locked until then.
     """
-    has_limit = spec.budget is not None or LIMITS in db.get_attrs(connection, db.study_attrs, study_id, LIMITS)
-    if not has_limit:
-        return most
+    if spec.budget is None and spec.stop_when is None:
+        known = db.get_attrs(connection, db.study_attrs, study_id, LIMITS)
+        if LIMITS not in known:
+            return most
     db.lock_study(connection, study_id)
-    found = account(connection, study_id, spec)
-    if found.why_over is not None:
+    if why_over(connection, study_id, spec) is not None:
         return 0
+    found = account(connection, study_id, spec)
     if "trials" in found.limits:
         most = min(most, int(found.left["trials"]) - db.counts(connection, study_id)["RUNNING"])
     return max(0, most)

@@ -9,8 +9,8 @@ from typing import Any
 from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.runs.folder import RunFolder
+from saeopt.trials import budget, states
 from saeopt.trials import internals as db
-from saeopt.trials import states
 from saeopt.trials.attributes import PAUSED_AT, REASON
 from saeopt.trials.states import PAUSED, PRUNED, RUNNING, WAITING, State
 from saeopt.trials.storage import Store, check_identity
@@ -74,11 +74,11 @@ class Ending:
         self.store, self.study_id, self.spec, self.identity = store, study_id, spec, identity
 
     def step(self) -> bool:
-        """Where nothing waits and nothing runs, end what is paused; whether there was something to end."""
+        """Where nothing runs and nothing is begun any more, end what is paused; whether there was something to end."""
         rule = self.spec.early_stopping
         if rule.type != "halving":
             return False
-        ended = finish(self.store, self.study_id, self.identity, keep=rule.keep_paused)
+        ended = finish(self.store, self.study_id, self.identity, keep=rule.keep_paused, spec=self.spec)
         for number in ended if not rule.keep_paused else ():
             RunFolder(self.spec.run_dir(number)).drop_checkpoints()
         if ended:
@@ -86,16 +86,20 @@ class Ending:
         return bool(ended)
 
 
-def finish(store: Store, study_id: int, identity: str | None, *, keep: bool = True) -> list[int]:
+def finish(
+    store: Store, study_id: int, identity: str | None, *, keep: bool = True, spec: StudySpec | None = None
+) -> list[int]:
     """Where nothing waits and nothing runs, end what is paused; returns the numbers of the trials that ended so.
 
+    What waits counts for nothing where the study with this `spec` has ended by itself (`budget.why_over`).
     With `keep` they may be promoted later. In one transaction: whoever ends the study, each of them ends once.
     """
     with store.write() as connection:
         check_identity(connection, study_id, identity)
         there = {trial.trial_id: trial for trial in paused(connection, study_id)}
         now = db.counts(connection, study_id)
-        if not there or now[WAITING.name] + now[RUNNING.name] > 0:
+        over = spec is not None and budget.why_over(connection, study_id, spec) is not None
+        if not there or now[RUNNING.name] + (0 if over else now[WAITING.name]) > 0:
             return []
         moved = states.move(connection, there, PRUNED, of=PAUSED)
         for trial in (there[trial_id] for trial_id in moved):

@@ -27,7 +27,7 @@ from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME, RUN_DIR, Evaluation
 from saeopt.trials.states import Claim
 from saeopt.trials.storage import Store, StudyGone, check_identity
-from saeopt.views import notes
+from saeopt.views import notes, spending
 from saeopt.views.points import study_points
 
 ARTIFACTS = "artifacts"
@@ -131,6 +131,7 @@ def on_study_progress(
         if not force and time.time() - last < PROGRESS_EVERY_S:
             return
         db.set_attrs(connection, db.study_attrs, study_id, {_DRAWN: time.time()})
+    spending.tell(store, study_id, spec, identity)
     study = store.study(spec.name)
     if (name := study.user_attrs.get(CURVE_NAME)) is not None:
         figures.save(study, figures.curves_figure(store.engine, study_id, name), "curves")

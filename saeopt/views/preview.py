@@ -20,6 +20,7 @@ from saeopt.search.space import Cell, Space
 from saeopt.search.stopping import stopping_text
 from saeopt.trials.create import planned_cells
 from saeopt.views.notes import dimension_text
+from saeopt.views.spending import limits_text
 from saeopt.views.status import duration
 
 _SHOWN = 30
@@ -42,7 +43,7 @@ def print_preview(spec: StudySpec) -> None:
     cells, proposed = planned_cells(spec)
     console.print(_space_table(spec))
     console.print(_cells_table(spec, cells, proposed))
-    for about in filter(None, (proposals_text(spec), stopping_text(spec))):
+    for about in filter(None, (proposals_text(spec), stopping_text(spec), *limits_text(spec))):
         console.print(about, markup=False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
     packs = packs_of(spec, cells, max(1, LARGEST_PACK // spec.n_seeds))

@@ -31,6 +31,7 @@ from saeopt.trials.storage import SPEC_KEY, Store
 from saeopt.views import recommended as auto
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
+from saeopt.views.spending import Spending, spending
 from saeopt.views.why import why
 
 _NAMES = {
@@ -57,6 +58,7 @@ class Status:
     """With `saes.target_l0: auto`."""
     refines: bool = False
     """A worker will add trials around what is recommended."""
+    spending: Spending = field(default_factory=Spending)
 
     def count(self, state: str) -> int:
         """Trials in a state."""
@@ -64,8 +66,8 @@ class Status:
 
     @property
     def remaining(self) -> int:
-        """Trials that are still to end."""
-        return self.count("WAITING") + self.count("RUNNING")
+        """Trials that are still to end, as things stand: a study that has ended begins none."""
+        return self.count("RUNNING") + (0 if self.spending.over else self.count("WAITING"))
 
     @property
     def pauses(self) -> bool:
@@ -102,7 +104,7 @@ class Status:
         if not self.remaining:
             return 0.0
         trained = {number for worker in self.alive for number in worker.trials}
-        queue = [r for r in self.rows if r.state == "WAITING" or (r.state == "RUNNING" and r.number not in trained)]
+        queue = [r for r in self.rows if (r.state == "WAITING" and not self.spending.over) or (r.state == "RUNNING" and r.number not in trained)]
         total = max((w.total for w in self.alive), default=0)
         shares = [1.0 - min(1.0, (row.step or 0) / total) if total else 1.0 for row in queue]
         learns = self.spec.pack == "auto" and n_proposed(self.spec) > 0
@@ -121,8 +123,9 @@ def gather(store: Store, name: str) -> Status:
     known = queries.attributes(store.engine, study_id, "saeopt:")
     now = store.now()
     workers = presence.workers(known, now.replace(tzinfo=dt.UTC).timestamp())
+    spent = spending(store, study_id, spec)
     found, refines = auto.recommended(spec, rows), auto.awaited(spec, rows, known.get(REFINED) or [])
-    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now, store.command, found, refines)
+    return Status(spec, rows, workers, bool(known.get(claims.STOPPED)), now, store.command, found, refines, spent)
 
 
 def duration(seconds: float | None) -> str:
@@ -162,6 +165,7 @@ def _states(status: Status) -> RenderableType:
     if status.stopped:
         go_on = status.command("study", "resume", status.spec.name)
         parts.append(unbroken(f"stopped; workers go on after: {go_on}"))
+    parts += [unbroken(line) for line in status.spending.lines(status.command, status.spec.name)]
     if status.refines:
         parts.append(unbroken("trials around the recommended L0 will come: a worker adds them"))
     return Group(*parts)
@@ -318,6 +322,8 @@ def as_json(status: Status) -> dict[str, Any]:
         "study": status.spec.name,
         "stopped": status.stopped,
         "seeds": status.spec.n_seeds,
+        "ended": status.spending.over,
+        "spent": status.spending.account.as_json(),
         "trials": {_NAMES[state]: status.count(state) for state in STATES} | {"all": len(status.rows)},
         "trials_per_hour": status.trials_per_hour,
         "seconds_left": status.eta_s,

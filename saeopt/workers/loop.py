@@ -21,6 +21,7 @@ from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials import budget, claims, endings
 from saeopt.trials import internals as db
 from saeopt.trials.allowed import check_allowed
+from saeopt.trials.growth import Growth
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, Refused, acquire, room
 from saeopt.trials.paused import Ending
@@ -98,6 +99,7 @@ class Worker:
         self.reports = Reports(store, self.study_id, self.spec, self.heart.meter)
         self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
         self._refinement = Refinement(store, self.study_id, self.space, self.identity)
+        self._growth = Growth(store, self.study_id, self.spec, self.identity)
         self._ending = Ending(store, self.study_id, self.spec, self.identity)
         self.rung = Rung(store, self.study_id, self.spec) if self.spec.early_stopping.type == "halving" else None
         self._ask_limit, self._probe = limit, probe
@@ -143,6 +145,7 @@ class Worker:
         self._check_host()
         while not (self.interrupted.is_set() or self.heart.study_gone.is_set()):
             persistently(self._refinement.step, "refining")
+            persistently(self._growth.step, "measuring the front")
             room = self._room()
             if room == 0:
                 return

@@ -157,6 +157,14 @@ def reporters(connection: sa.Connection, study_id: int, without: Iterable[int] =
     return {trial_id: (number, state.name) for trial_id, number, state in connection.execute(statement)}
 
 
+def in_order_of_end(connection: sa.Connection, study_id: int) -> list[tuple[int, str]]:
+    """(trial, state) of the complete and pruned trials in the order in which they ended, without what was paused."""
+    ended = _t.state.in_([TrialState.COMPLETE, TrialState.PRUNED])
+    statement = sa.select(_t.trial_id, _t.state).where(_t.study_id == study_id, ended, ~_has(PAUSED))
+    rows = connection.execute(statement.order_by(_t.datetime_complete, _t.number))
+    return [(trial_id, state.name) for trial_id, state in rows]
+
+
 def told_in_study(connection: sa.Connection, study_id: int, key: str) -> dict[int, tuple[int, str, Any]]:
     """Trial → (number, state, value) of the study's trials that have a system attribute."""
     mark = sa.and_(trial_attrs.c.trial_id == _t.trial_id, trial_attrs.c.key == key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from optuna._hypervolume import _solve_hssp
+from optuna._hypervolume import _solve_hssp, compute_hypervolume
 from optuna.study._multi_objective import _fast_non_domination_rank
 
 
@@ -30,3 +30,16 @@ def ranked(values: Sequence[Sequence[float]], most: int) -> list[int]:
             chosen = _solve_hssp(scaled, rows, n, np.full(costs.shape[1], 1.1))
             found += [int(i) for i in np.sort(chosen) if int(i) not in found]
     return found
+
+
+def hypervolume(values: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """What rows of values, all to be minimised, dominate up to a reference point; rows beyond it count nothing."""
+    inside = [row for row in values if all(v < limit for v, limit in zip(row, reference, strict=True))]
+    return float(compute_hypervolume(np.asarray(inside, dtype=float), np.asarray(reference))) if inside else 0.0
+
+
+def non_dominated(values: Sequence[Sequence[float]]) -> list[int]:
+    """Positions of the rows that no other is better than in something and worse in nothing."""
+    if not values:
+        return []
+    return [int(i) for i in np.flatnonzero(_fast_non_domination_rank(np.asarray(values, dtype=float)) == 0)]

@@ -78,6 +78,27 @@ def forget_result(connection: sa.Connection, trial_id: int) -> None:
     drop_attrs(connection, trial_attrs, trial_id, constraint_attrs({"": 0.0}))
 
 
+def values_of(connection: sa.Connection, study_id: int) -> dict[int, list[float]]:
+    """Trial → its finite objective values."""
+    columns = (trial_values.c.trial_id, trial_values.c.value)
+    statement = sa.select(*columns).join(trials, trials.c.trial_id == trial_values.c.trial_id)
+    finite = trial_values.c.value_type == models.TrialValueModel.TrialValueType.FINITE
+    found: dict[int, list[float]] = {}
+    rows = connection.execute(statement.where(trials.c.study_id == study_id, finite).order_by(trial_values.c.objective))
+    for trial_id, value in rows:
+        found.setdefault(trial_id, []).append(float(value))
+    return found
+
+
+def infeasible(connection: sa.Connection, study_id: int) -> set[int]:
+    """The trials that violate a constraint, as samplers see them."""
+    (key,) = constraint_attrs({"": 0.0})
+    statement = sa.select(trial_attrs.c.trial_id, trial_attrs.c.value_json)
+    statement = statement.join(trials, trials.c.trial_id == trial_attrs.c.trial_id)
+    rows = connection.execute(statement.where(trials.c.study_id == study_id, trial_attrs.c.key == key))
+    return {trial_id for trial_id, text in rows if any(value > 0 for value in json.loads(text))}
+
+
 def set_report(connection: sa.Connection, trial_id: int, step: int, value: float) -> None:
     """An intermediate value."""
     stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(float(value))
