@@ -51,8 +51,14 @@ def _gain(before: list[list[float]], now: list[list[float]]) -> float:
     front = [now[i] for i in db.non_dominated(now)]
     reference = []
     for column, everyone in zip(zip(*front, strict=True), zip(*now, strict=True), strict=True):
-        length = max(column) - min(column)
-        reference.append(max(column) + _BEYOND * length if length > 0 else median(everyone))
+        worst, length = max(column), max(column) - min(column)
+        apart = [
+            worst + _BEYOND * length,
+            median(everyone),
+            max(everyone),
+            worst + 1.0,
+        ]  # the last: all are equal in it
+        reference.append(next(limit for limit in apart if limit > worst))
     old, new = db.hypervolume(before, reference), db.hypervolume(now, reference)
     if old > 0:
         return new / old - 1

@@ -104,7 +104,11 @@ class Status:
         if not self.remaining:
             return 0.0
         trained = {number for worker in self.alive for number in worker.trials}
-        queue = [r for r in self.rows if (r.state == "WAITING" and not self.spending.over) or (r.state == "RUNNING" and r.number not in trained)]
+        queue = [
+            r
+            for r in self.rows
+            if (r.state == "WAITING" and not self.spending.over) or (r.state == "RUNNING" and r.number not in trained)
+        ]
         total = max((w.total for w in self.alive), default=0)
         shares = [1.0 - min(1.0, (row.step or 0) / total) if total else 1.0 for row in queue]
         learns = self.spec.pack == "auto" and n_proposed(self.spec) > 0
@@ -348,17 +352,24 @@ def as_json(status: Status) -> dict[str, Any]:
 
 
 def list_rows(store: Store) -> list[dict[str, Any]]:
-    """All studies of a store: name, trials by state, workers alive, and whether it is open, stopped or done."""
+    """All studies of a store: name, trials by state, workers alive, and whether it is open, stopped, ended or done."""
     counts, now = queries.state_counts(store.engine), store.now().replace(tzinfo=dt.UTC).timestamp()
     rows = []
     for name, study_id in queries.study_ids(store.engine).items():
         known = queries.attributes(store.engine, study_id, "saeopt:")
         trials = {_NAMES[state]: counts.get(study_id, {}).get(state, 0) for state in STATES}
         open_now = "open" if trials["waiting"] + trials["running"] or _refines(store, study_id, known) else "done"
+        if open_now == "open" and _has_ended(store, study_id, known):
+            open_now = "ended"
         state = "stopped" if known.get(claims.STOPPED) else open_now
         alive = sum(worker.alive for worker in presence.workers(known, now))
         rows.append({"study": name, **trials, "workers": alive, "state": state})
     return rows
+
+
+def _has_ended(store: Store, study_id: int, known: Mapping[str, Any]) -> bool:
+    """Whether what waits in a study is not begun any more."""
+    return (text := known.get(SPEC_KEY)) is not None and bool(spending(store, study_id, StudySpec.from_json(text)).over)
 
 
 def _refines(store: Store, study_id: int, known: Mapping[str, Any]) -> bool:
