@@ -17,8 +17,9 @@ from saeopt.testing.cases import build
 from saeopt.training import TrialPlan, train_pack
 from saeopt.training.pack import Member, Pack
 from saeopt.training.ranks import Axis
-from saeopt.training.resampling import is_due, resample
+from saeopt.training.resampling import MOST_OPEN, OPENS_AT, is_due, resample
 from saeopt.training.runtime import Runtime
+from saeopt.training.step.contract import Example, Place
 
 D, H, DEAD = 6, 15, [2, 7, 11]
 
@@ -110,6 +111,26 @@ def test_it_is_due_where_a_multiple_is_passed_and_not_at_the_end():
     due = [n for n in range(1, 101) if is_due(30, n - 1, n, total=100, tokens_per_sample=2)]
     assert due == [15, 30, 45, 60, 75]
     assert not any(is_due(0, n - 1, n, 100, 2) for n in range(1, 101))
+
+
+def test_few_new_latents_open_on_one_input_and_who_was_silent_for_longest_comes_first(tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    sae = build("relu")
+    x_Nd = torch.randn(64, D, generator=generator, dtype=torch.float64) * torch.tensor([40.0, 1, 1, 1, 1, 1])
+    keep_N = torch.arange(64) > 3
+    example = Example(x_Nd, x_Nd, keep_N, Place(0, 8, 8))
+    pack = Pack([Member("a", "here", config(tmp_path), sae)], Runtime("cpu"), total_samples=128)
+    sae.tokens_since_fired.copy_(torch.arange(H) + 1000)  # all are dead
+    n = resample(sae, pack.groups[0].stack.state(0), example, 64, (0, "here", 4), Axis(0, 1))
+    assert MOST_OPEN <= n < H
+    assert (sae.tokens_since_fired[-n:] == 0).all()
+    assert (sae.tokens_since_fired[:-n] >= 1000).all()
+    centred_Nd = sae.centred(x_Nd * sae.read_scale)[keep_N]
+    new_nd = sae.W_dec[-n:].detach()
+    along_Nn = centred_Nd @ new_nd.T
+    own_n = torch.where((along_Nn / centred_Nd.norm(dim=-1, keepdim=True)) > 1 - 1e-9, along_Nn, -torch.inf).amax(0)
+    open_N = (along_Nn > OPENS_AT * own_n).sum(-1)
+    assert open_N.max() == MOST_OPEN
 
 
 def test_all_ranks_take_the_first_ones_inputs(tmp_path):
