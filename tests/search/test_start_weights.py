@@ -10,16 +10,19 @@ from typing import Any
 
 import pytest
 from _chaos import PRELOAD, run_worker
+from _worker_kit import Trainer, spec_in, start, states
 
 from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
-from saeopt.errors import HostError, UserError
+from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.files import digest
 from saeopt.reach import with_fitting_weights
 from saeopt.search.space import Space
 from saeopt.trials.create import create_study
 from saeopt.trials.starts import check_weights, with_starts
 from saeopt.trials.storage import Store
+from saeopt.views import monitoring
+from saeopt.workers import loop
 
 HOOK = "blocks.1.hook_resid_pre"
 forks = multiprocessing.get_context("forkserver")
@@ -116,4 +119,61 @@ def test_trials_begin_with_the_weights_where_they_fit(
         check_weights(found(new)[0].weights)
     with pytest.raises(UserError, match="has no weights of trial"):
         with_starts(spec("late", space=space, **more), address)
+    store.close()
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, StudySpec, Path]:
+    """A study of four trials whose first starts from a file, which training only pretends to read."""
+    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+        monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(loop, "_HOST_PAUSE", 0.0)
+    file = tmp_path / "samples_64.safetensors"
+    file.write_bytes(b"weights")
+    start_from = {
+        "study": "other", "top": 1,
+        "found": [{"trial": 5, "params": {"lr": 0.002}, "weights": {"file": str(file), "sha256": digest(file)}}],
+    }  # fmt: skip
+    more = {"sampler": "random", "max_trials": 4, "start_from": start_from, "early_stopping": "none"}
+    spec = spec_in(tmp_path, space={"lr": {"low": 1e-3, "high": 1e-2}}, **more)
+    return Store.open(f"sqlite:///{tmp_path}/pretended.db"), spec, file
+
+
+def test_a_trial_whose_weights_have_changed_fails_with_a_line_and_the_others_go_on(
+    pretended: tuple[Store, StudySpec, Path],
+) -> None:
+    store, spec, file = pretended
+    worker = start(store, spec, Trainer())
+    file.write_bytes(b"other weights")
+    worker.run()
+    assert states(store) == ["FAIL", *["COMPLETE"] * 3]
+    assert "has changed since the study was made" in store.study("s").trials[0].user_attrs["reason"]
+    store.close()
+
+
+def test_a_host_without_the_weights_gives_the_trial_back_and_the_worker_says_why(
+    pretended: tuple[Store, StudySpec, Path],
+) -> None:
+    store, spec, file = pretended
+    worker = start(store, spec, Trainer())
+    kept = file.read_bytes()
+    file.unlink()
+    with pytest.raises(WorkerFault, match=r"samples_64\.safetensors: No such file or directory: trials start from its"):
+        worker.run()
+    assert states(store)[0] == "WAITING"
+    file.write_bytes(kept)
+    assert start(store, spec, Trainer()).run() == 4
+    assert states(store) == ["COMPLETE"] * 4
+    store.close()
+
+
+def test_a_trial_that_goes_on_from_its_checkpoint_needs_the_weights_no_more(
+    pretended: tuple[Store, StudySpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, spec, file = pretended
+    worker = start(store, spec, Trainer())
+    file.unlink()
+    monkeypatch.setattr(loop, "start_of", lambda folder, config: 32)
+    worker.run()
+    assert states(store) == ["COMPLETE"] * 4
     store.close()
