@@ -196,13 +196,14 @@ def test_top_is_by_the_objectives_and_max_trials_bounds_it(source: Store, tmp_pa
     spec, said = start(source, max_trials=2)
     assert len((spec.start_from and spec.start_from.found) or []) == 2
     assert "'max_trials' leaves room for 2 of 4: the best" in said
-    one = Store.open(f"sqlite:///{tmp_path}/one.db")
-    finished(one, grid_spec(objectives=["fvu"]), OUTCOMES)
-    spec, _ = start(one, start_from={"top": 2, "front": False})
-    assert [f.trial for f in (spec.start_from and spec.start_from.found) or []] == [4, 2]
-    spec, said = start(one, start_from={"top": 9, "front": False})
-    assert "the best 9 of study s (there are 5)" in said[0]
-    one.close()
+    for metric in ("fvu", "explained_variance"):  # less is better, and more
+        one = Store.open(f"sqlite:///{tmp_path}/{metric}.db")
+        finished(one, grid_spec(objectives=[metric]), OUTCOMES)
+        spec, _ = start(one, start_from={"top": 2, "front": False})
+        assert [f.trial for f in (spec.start_from and spec.start_from.found) or []] == [4, 2]
+        spec, said = start(one, start_from={"top": 9, "front": False})
+        assert "the best 9 of study s (there are 5)" in said[0]
+        one.close()
 
 
 def test_given_points_come_before_those_of_another_study_and_both_are_known_to_workers(source: Store) -> None:
