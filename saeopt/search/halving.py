@@ -2,8 +2,8 @@
 
 Trials are ranked by non-dominated sorting: the front of all first, then the front of the rest, and so on; within a
 front, whoever adds more to the front's hypervolume first (of those values, each divided by its range). Objectives of
-one hook point are ranked by themselves, and so are those that are means over hook points: what counts for a trial is
-where it does best. Collapsed trials come last.
+one hook point are ranked by themselves. Whoever is on the front of the study, or of one hook point, goes on in any
+case. Collapsed trials come last.
 """
 
 from __future__ import annotations
@@ -12,14 +12,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from saeopt.config.study import EarlyStopping, StudySpec
-from saeopt.search.objectives import expanded, objective_names
+from saeopt.search.objectives import expanded, hook_points, objective_names
 from saeopt.search.stopping import unmeasured
+
+Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A trial at a rung: its objective values there, in their own directions; None: it has collapsed, or has none."""
+    """A trial at a rung: its values of the objectives of :func:`ranked_by`, in their own directions; None: it has
+    collapsed, or has none."""
 
     number: int
     values: Sequence[float] | None
@@ -27,18 +33,29 @@ class Standing:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a trial comes among all at its rung, where it does best."""
+    """Where a trial comes among all at its rung."""
 
     place: int
     """From 1 on."""
     beaten_by: int | None
-    """The best of those that are better in some objective and worse in none; None: nobody dominates it."""
+    """The best of those that are better in some objective and worse in none; None: it is on a front."""
 
 
 def rungs_in_samples(rule: EarlyStopping, total: int, window: int) -> tuple[int, ...]:
     """The rungs of a trial of `total` samples that are consumed a window at a time: whole windows, below the end."""
     found = {-(-math.ceil(share * total) // window) * window for share in rule.shares}
     return tuple(sorted(samples for samples in found if 0 < samples < total))
+
+
+def ranked_by(spec: StudySpec) -> StudySpec:
+    """The study with the objectives that trials are ranked by: those of each hook point too, where they are means over
+    several. Who is on the front of one is wanted there."""
+    hooks = hook_points(spec)
+    named = len(hooks) > 1 and not any(c in hook for hook in hooks for c in "*?[")
+    if not named or any(o.hook_points != "mean" for o in spec.objectives):
+        return spec
+    of_one = [o.model_copy(update={"hook_points": hook}) for hook in hooks for o in spec.objectives]
+    return spec.model_copy(update={"objectives": [*spec.objectives, *of_one]})
 
 
 def held_out(spec: StudySpec) -> int:
@@ -51,12 +68,13 @@ class Ranking:
 
     def __init__(self, spec: StudySpec) -> None:
         self.keep, self.labels = spec.early_stopping.keep, objective_names(spec)
-        objectives = [objective for _, objective in expanded(spec)]
+        objectives = [objective for _, objective in expanded(ranked_by(spec))]
         self.signs = [-1.0 if objective.maximised else 1.0 for objective in objectives]
         groups: dict[str, list[int]] = {}
         for i, objective in enumerate(objectives):
             groups.setdefault(str(objective.hook_points), []).append(i)
         self.groups = list(groups.values())
+        self.counting = 1 if len(objectives) > len(self.labels) else len(groups)
 
     def order(self, standings: Sequence[Standing]) -> list[int]:
         """The numbers of all, best first."""
@@ -64,21 +82,21 @@ class Ranking:
         return sorted(places, key=lambda number: (places[number].place, number))
 
     def places(self, standings: Sequence[Standing]) -> dict[int, Place]:
-        """Number → where each comes."""
-        alive = {
-            s.number: [v * sign for v, sign in zip(s.values, self.signs, strict=True)] for s in standings if s.values
-        }
-        found: dict[int, Place] = {}
-        for group in self.groups:
-            costs = {number: tuple(values[i] for i in group) for number, values in alive.items()}
-            ranked = ordered(costs)
-            for place, number in enumerate(ranked, 1):
-                by = next((other for other in ranked if dominates(costs[other], costs[number])), None)
-                here, before = Place(place, by), found.get(number)
-                if before is None or (here.beaten_by is not None, place) < (before.beaten_by is not None, before.place):
-                    found[number] = here
-        first = min(alive, default=None)
-        best = next((number for number, place in found.items() if place.place == 1), first)
+        """Number → where each comes. Of several hook points with objectives of their own, the sum of places counts."""
+        alive = [s for s in standings if s.values]
+        numbers = [s.number for s in alive]
+        costs = np.array([s.values for s in alive], dtype=np.float64).reshape(len(alive), len(self.signs)) * self.signs
+        total, free, by = np.zeros(len(alive)), np.zeros(len(alive), dtype=bool), dict[int, int]()
+        for n, group in enumerate(self.groups if alive else ()):
+            beats = _beats(costs[:, group])
+            ranked = _ordered(costs[:, group], beats, numbers)
+            free |= ~beats.any(0)
+            total[ranked] += np.arange(len(ranked)) if n < self.counting else 0
+            for i in range(len(alive)):
+                by.setdefault(i, ranked[int(beats[ranked, i].argmax())])
+        best_first = sorted(range(len(alive)), key=lambda i: (total[i], numbers[i]))
+        found = {numbers[i]: Place(place, None if free[i] else numbers[by[i]]) for place, i in enumerate(best_first, 1)}
+        best = numbers[best_first[0]] if alive else None
         for standing in standings:
             found.setdefault(standing.number, Place(len(standings), best))
         return found
@@ -103,45 +121,34 @@ class Ranking:
         mine, theirs = values[number], values[by]
         if mine is None or theirs is None:
             return f"its SAEs have collapsed or have no finite values, those of trial {by} do not"
-        much = (f"{name} {b:.4g} against {a:.4g}" for name, a, b in zip(self.labels, mine, theirs, strict=True))
+        much = (f"{name} {b:.4g} against {a:.4g}" for name, a, b in zip(self.labels, mine, theirs, strict=False))
         return f"trial {by} is ahead ({', '.join(much)})"
 
 
-def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether costs `a` are nowhere higher than `b`, and somewhere lower."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+def _beats(costs: Array) -> npt.NDArray[np.bool_]:
+    """[i, j]: costs i are nowhere higher than costs j, and somewhere lower."""
+    lower = (costs[:, None] <= costs[None]).all(-1)
+    return np.asarray(lower & (costs[:, None] < costs[None]).any(-1))
 
 
-def ordered(costs: Mapping[int, tuple[float, ...]]) -> list[int]:
-    """The numbers by fronts, and within a front by what each adds to its hypervolume; then by number."""
-    left, found = dict(costs), list[int]()
-    spans = [(min(column), max(column)) for column in zip(*costs.values(), strict=True)]
-    scaled = {
-        number: tuple(
-            (v - low) / (high - low) if high > low else 0.0 for v, (low, high) in zip(row, spans, strict=True)
-        )
-        for number, row in costs.items()
-    }
-    while left:
-        front = [n for n, mine in left.items() if not any(dominates(other, mine) for other in left.values())]
-        points = {n: scaled[n] for n in front}
-        whole = hypervolume(list(points.values()))
-        gain = {n: whole - hypervolume([p for other, p in points.items() if other != n]) for n in front}
-        found += sorted(front, key=lambda n: (-gain[n], n))
-        left = {n: row for n, row in left.items() if n not in points}
+def _ordered(costs: Array, beats: npt.NDArray[np.bool_], numbers: Sequence[int]) -> list[int]:
+    """Indices by fronts, and within a front by what each adds to its hypervolume; then by number."""
+    low, span = costs.min(0), np.ptp(costs, axis=0)
+    scaled = (costs - low) / np.where(span > 0, span, 1.0)
+    left, found = np.ones(len(costs), dtype=bool), list[int]()
+    while left.any():
+        front = np.flatnonzero(left & ~beats[left].any(0)).tolist()
+        gains = _gains(scaled[front])
+        found += [i for _, _, i in sorted((-gain, numbers[i], i) for gain, i in zip(gains, front, strict=True))]
+        left[front] = False
     return found
 
 
-def hypervolume(points: Sequence[tuple[float, ...]], reference: float = 1.1) -> float:
-    """The volume that points (costs) dominate below `reference` in every coordinate: by slices along the last one."""
-    inside = sorted({p for p in points if all(v < reference for v in p)}, key=lambda p: p[-1])
-    if not inside:
-        return 0.0
-    if len(inside[0]) == 1:
-        return reference - inside[0][0]
-    total = 0.0
-    for i, point in enumerate(inside):
-        above = inside[i + 1][-1] if i + 1 < len(inside) else reference
-        if above > point[-1]:
-            total += (above - point[-1]) * hypervolume([p[:-1] for p in inside[: i + 1]], reference)
-    return total
+def _gains(points: Array) -> list[float]:
+    """What each point of a front adds to the volume that they dominate, below 1.1 in every coordinate."""
+    from optuna._hypervolume import compute_hypervolume
+
+    reference, several = np.full(points.shape[1], 1.1), len(points) > 1
+    whole = compute_hypervolume(points, reference, assume_pareto=True)
+    without = (np.delete(points, i, axis=0) for i in range(len(points)))
+    return [whole - compute_hypervolume(rest, reference, assume_pareto=True) if several else whole for rest in without]

@@ -14,7 +14,8 @@ from saeopt.metrics import value_of
 Evaluation = Mapping[str, Mapping[str, float]]
 
 
-def _hook_points(spec: StudySpec) -> list[str]:
+def hook_points(spec: StudySpec) -> list[str]:
+    """The hook points of the base config, which may hold patterns."""
     saes = spec.base.get("saes", {})
     return keys_of(saes.get("sae_positions", []))
 
@@ -24,7 +25,7 @@ def expanded(spec: StudySpec) -> list[tuple[str, Objective]]:
     found = []
     for objective in spec.objectives:
         if objective.hook_points == "all":
-            hooks = _hook_points(spec)
+            hooks = hook_points(spec)
             if any(c in hook for hook in hooks for c in "*?["):
                 raise UserError(
                     f"study {spec.name}: 'hook_points: all' needs 'saes.sae_positions' without patterns"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from saeopt.config.study import StudySpec
 from saeopt.search.collapse import is_hopeless, why_all_collapsed
-from saeopt.search.halving import Ranking, Standing
+from saeopt.search.halving import Ranking, Standing, ranked_by
 from saeopt.search.objectives import Evaluation, objective_values
 from saeopt.trials import claims, waiting
 from saeopt.trials import internals as db
@@ -25,14 +25,14 @@ class Rung:
 
     def __init__(self, store: Store, study_id: int, spec: StudySpec) -> None:
         self.store, self.study_id, self.spec, self.rule = store, study_id, spec, spec.early_stopping
-        self.ranking = Ranking(spec)
+        self.ranking, self.ranked_by = Ranking(spec), ranked_by(spec)
 
     def values(self, metrics: Evaluation) -> list[float] | None:
         """What is compared; None for a trial that has collapsed, or lacks a finite value of an objective."""
         rule = self.rule.collapse
         if rule is not None and why_all_collapsed(rule, metrics):
             return None
-        return objective_values(self.spec, metrics)
+        return objective_values(self.ranked_by, metrics)
 
     def arrive(self, pack: Mapping[Claim, Evaluation], samples: int, total: int) -> dict[int, str]:
         """Store what the trials of a pack came to; number → reason of those that are paused, and the others may go on.

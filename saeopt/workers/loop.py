@@ -16,6 +16,7 @@ from saeopt.config.run import RunConfig
 from saeopt.console import log
 from saeopt.errors import HostError, UserError, WorkerFault
 from saeopt.host.pulse import listen
+from saeopt.search.objectives import objective_names
 from saeopt.search.space import Space
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials import budget, claims, endings
@@ -284,9 +285,11 @@ class Worker:
         total = pack[0].config.data.n_train_samples or 0
         reasons = persistently(lambda: rung.judge(asked, start, total), "judging trials")
         values = {s.number: s.values for s in rung.standings(start)} if reasons else {}
+        n = len(objective_names(self.spec))
         for a in pack:
             if reason := reasons.get(a.claim.number):
-                self.outcomes.pause(a, TrialResult("paused", start, reason), values.get(a.claim.number))
+                came_to = values.get(a.claim.number)
+                self.outcomes.pause(a, TrialResult("paused", start, reason), came_to and came_to[:n])
         return [a for a in pack if a.claim.number not in reasons]
 
     def _train_together(self, pack: list[Assignment]) -> None:
