@@ -214,6 +214,8 @@ def plot(result: dict[str, dict[str, dict[str, Any]]], points: list[Point], path
                 own = [p.metrics["reported_on"] for p in points
                        if (p.system, p.sae_type) == (system, sae_type) and p.lr in entry["lr"]]  # fmt: skip
                 ax.plot([m["l0"] for m in own], [error_of(m, error) for m in own], ".", color=colour, ms=3, alpha=0.5)
+            if not (ax.dataLim.get_points()[1] > 0).all():  # nobody reached any of the levels
+                continue
             ax.set(
                 xscale="log",
                 yscale="log",

@@ -73,3 +73,10 @@ def test_the_table_can_be_made_again_from_the_result(tmp_path: Path) -> None:
     (tmp_path / "again").mkdir()
     assert write(tmp_path / "again", again) == text
     assert (tmp_path / "again" / "fronts.png").stat().st_size > 1000
+
+
+def test_a_comparison_in_which_nobody_reaches_an_l0_of_the_table_is_written_all_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    far = [Point("saeopt", "jumprelu", 1e-3, 0, 1.0, point(l0, 0.1).metrics) for l0 in (200.0, 300.0)]
+    write(tmp_path, line(1.0) + far)
+    assert (tmp_path / "fronts.png").exists()
