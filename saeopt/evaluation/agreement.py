@@ -5,7 +5,7 @@ seeds, and cos(i, j) that of their decoder rows in raw units (|cos| where a code
 means nothing):
 
     found_again  share of all i in A with max_j cos(i, j) > 0.9, and of B in A: their mean
-    pw_mcc       max over one-to-one matchings of Σ cos(i, match(i)) / max(|A|, |B|)       a latent without a match is 0
+    pw_mcc       max over one-to-one matchings of Σ max(cos(i, match(i)), 0) / max(|A|, |B|)    without a match: 0
 
 each the mean over all pairs of seeds; 0 where one of a pair has no living latent, NaN where both have none. PW-MCC:
 Song et al. 2025, arXiv 2505.20254; that dead latents are left out, and lower it where their numbers differ, is ours.
@@ -74,7 +74,7 @@ def matched(a_he: Tensor, b_ge: Tensor, signed: bool = True) -> float:
     if min(len(a_he), len(b_ge)) == 0:
         return 0.0 if len(a_he) + len(b_ge) else math.nan
     pulse()
-    cos_hg = _cosines(a_he, b_ge, signed).cpu().numpy()
+    cos_hg = _cosines(a_he, b_ge, signed).clamp_min(0).cpu().numpy()
     rows, columns = linear_sum_assignment(cos_hg, maximize=True)
     return float(cos_hg[rows, columns].sum(dtype="float64")) / max(cos_hg.shape)
 

@@ -39,6 +39,15 @@ def test_a_spec_survives_json() -> None:
     assert StudySpec.from_json(made.to_json()).to_json() == made.to_json()
 
 
+def test_seeds_of_a_study_are_those_of_its_base_config() -> None:
+    made = spec(seeds="2", space={"lr": [1e-3]}, objectives=["pw_mcc"])
+    assert made.n_seeds == made.base["seeds"] == made.run_config({}).seeds == 2
+    assert StudySpec.from_json(made.to_json()).n_seeds == 2
+    assert made.to_json() == spec(base={**BASE, "seeds": 2}, space={"lr": [1e-3]}, objectives=["pw_mcc"]).to_json()
+    assert '"seeds": null' not in spec().to_json()
+    assert spec(base={**BASE, "seeds": 1}, seeds=3).n_seeds == 3  # a complete config says so of itself
+
+
 def test_values_pass_through_the_type_of_their_field() -> None:
     made = spec(space={"lr": ["1e-3", 0.001, 2e-3], "data.train_batch_size": ["1e1", 10]})
     assert made.space["lr"][0].values == [0.001, 0.002]
@@ -50,6 +59,11 @@ def test_values_pass_through_the_type_of_their_field() -> None:
     ("fields", "line"),
     [
         ({"space": {"saes.sparsity_coef": [1]}}, "saes.sparsity_coeff"),
+        ({"seeds": 0}, "'seeds'"),
+        ({"seeds": 2, "base": {**BASE, "seeds": 3}}, "'seeds' is 2, 'base.seeds' 3"),
+        ({"seeds": 2, "space": {"seed": [1, 2]}}, "'space.seed' beside 'seeds: 2'"),
+        ({"space": {"seeds": [1, 2]}}, "'space.seeds'"),
+        ({"objectives": ["found_again"]}, "needs 'seeds: 2'"),
         ({"space": {"lr": ["fast"]}}, "'lr'"),
         ({"space": {"lr": []}}, "empty"),
         ({"space": {"lr": {"low": 2, "high": 1}}}, "below 'high'"),

@@ -52,6 +52,7 @@ def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config
         "relu": {"saes.sae_type": "relu"},
         "noisy": {"saes.sae_type": "gated_hard_concrete", "max_grad_norm": 0.1},
         "topk": {"saes.sae_type": "topk", "saes.k": 4, "saes.dead_after_tokens": 64},
+        "seeds": {"saes.sae_type": "gated", "seeds": 2},
         "threshold": {"saes.sae_type": "threshold_sae:ThresholdSAE"},  # by the window's tallies
         "transcoder": {
             "saes.sae_type": "topk",
@@ -76,14 +77,16 @@ def test_two_ranks_train_the_same_saes_as_one_with_the_doubled_batch(make_config
             torch.testing.assert_close(double[key], tensor, rtol=1e-7, atol=1e-10, msg=f"{name} {key}")
         evaluated = json.loads(RunFolder(tmp_path / "two" / name).evaluation_path.read_text())
         for hook, row in results[name].evaluation.items():
-            for metric in ("fvu", "l0", "ce_recovered", "n_tokens"):
+            for metric in ("fvu", "l0", "ce_recovered", "n_tokens", *(["pw_mcc"] if name == "seeds" else [])):
                 assert evaluated[hook][metric] == pytest.approx(row[metric], rel=1e-5), metric
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_final_weights_are_bit_identical(make_config, tmp_path):
     config = make_config(
-        **{"data.n_train_samples": 2048, "saes.sae_type": "hard_concrete"}, save_every_n_samples=32, keep_checkpoints=2
+        **{"data.n_train_samples": 2048, "saes.sae_type": "hard_concrete", "seeds": 2},
+        save_every_n_samples=32,
+        keep_checkpoints=2,
     )
     train_pack([TrialPlan("a", config, tmp_path / "whole" / "a")], Runtime("cpu"))
     (tmp_path / "cut").mkdir()
@@ -103,8 +106,9 @@ def test_killed_at_random_moments_the_final_weights_are_bit_identical(make_confi
         kills += folder.status()["status"] == "running"
     assert kills >= 2
     assert folder.status()["status"] == "finished"
-    whole, cut = weights(tmp_path / "whole" / "a"), weights(tmp_path / "cut" / "a")
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    for seed in ("", "seeds/1"):
+        whole, cut = weights(tmp_path / "whole" / "a" / seed), weights(tmp_path / "cut" / "a" / seed)
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 @pytest.mark.slow
