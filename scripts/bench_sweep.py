@@ -4,6 +4,7 @@
     python scripts/bench_sweep.py                                        # a tiny model on the CPU
     python scripts/bench_sweep.py --model gpt2-small --trials 8 --ratio 32 --hooks blocks.8.hook_resid_pre
     python scripts/bench_sweep.py --model path/to/huggingface-directory --json result.json
+    python scripts/bench_sweep.py --model gpt2-small --trials 1 --seeds 3 --hooks blocks.8.hook_resid_pre
 
 Models of the given shapes get random weights and random tokens: speed does not depend on them.
 limit = 1 / (1 / language model alone + 1 / step alone), in tokens/s of the stream.
@@ -172,6 +173,7 @@ def main(
     trials: Annotated[
         int, typer.Option(min=1, help="Trials of the sweep, each with its own learning rate and λ (or k).")
     ] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each trial; more than one: also what they cost.")] = 1,
     ratio: Annotated[float, typer.Option(help="Dictionary width / model width.")] = 8.0,
     context: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
@@ -197,7 +199,7 @@ def main(
             "tlens_model_path": str(model_dir), "save_dir": str(folder / "output"), "performance": {"stack": stack},
             "activations": {"cache": "off"},
             "eval_every_n_samples": None, "log_every_n_grad_steps": max(1, steps // 12),
-            "gradient_accumulation_steps": accumulation,
+            "gradient_accumulation_steps": accumulation, "seeds": seeds,
             "data": {
                 "dataset_name": str(tokens), "streaming": False, "context_length": context, "n_eval_samples": 0,
                 "n_train_samples": batch * accumulation * steps, "train_batch_size": batch,
@@ -205,7 +207,8 @@ def main(
         }  # fmt: skip
         configs = configs_of(raw, trials, sae_type, hooks, ratio)
         numbers = measure(configs, runtime, folder, repeats, rounds, alone, cache)
-    numbers |= {"model": model, "hooks": hooks, "sae_type": sae_type, "trials": trials, "ratio": ratio, "batch": batch}
+    numbers |= {"model": model, "hooks": hooks, "sae_type": sae_type, "trials": trials, "seeds": seeds}
+    numbers |= {"ratio": ratio, "batch": batch}
     numbers |= {"context": context, "accumulation": accumulation, "device": str(runtime.device)}
     numbers["threads"] = torch.get_num_threads()
     show(numbers)
@@ -274,7 +277,12 @@ def one_round(
     if runtime.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     found["share_of_limit"] = found["pack"] / found["limit"]
-    found["sae_tokens_per_s"] = found["pack"] * len(configs) * len(config.saes.sae_positions)
+    found["sae_tokens_per_s"] = found["pack"] * sum(c.seeds * len(c.saes.sae_positions) for c in configs.values())
+    if config.seeds > 1:
+        one = {name: other.model_copy(update={"seeds": 1}) for name, other in configs.items()}
+        found["one_seed"] = pipeline(one, runtime, folder / "one_seed")
+        found["language_model_share_of_one_seed"] = found["one_seed"] / found["language_model"]
+        found["cost_of_seeds"] = found["one_seed"] / found["pack"]  # how much longer a training takes
     if alone:
         found["one_by_one"] = pipeline(first, runtime, folder / "alone") / len(configs)
         found["pack_over_one_by_one"] = found["pack"] / found["one_by_one"]
