@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,13 +85,20 @@ def prepare(shape: str, context: int, samples: int, folder: Path) -> tuple[Path,
 
 
 class Rates(Observer):
-    """Collects the stream's tokens/s of each log step, without the first ones (warm-up)."""
+    """Collects the stream's tokens/s of each log step, and the processor's time until then, without the first ones."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
+        self.busy: list[float] = []
 
     def progress(self, samples: int, total: int, tokens_per_s: float) -> None:
         self.seen.append(tokens_per_s)
+        self.busy.append(time.process_time())
+
+    def processor_seconds(self) -> float:
+        """Between two log steps, over all threads: what else a machine does changes this less than the wall's time."""
+        kept = self.busy[len(self.busy) // 3 :]
+        return statistics.median(after - before for before, after in pairwise(kept))
 
     def median(self) -> float:
         """Tokens per second of the stream."""
@@ -156,9 +163,9 @@ def step_alone(configs: dict[str, RunConfig], runtime: Runtime, repeats: int) ->
         stream.close()
 
 
-def pipeline(configs: dict[str, RunConfig], runtime: Runtime, folder: Path) -> float:
+def pipeline(configs: dict[str, RunConfig], runtime: Runtime, folder: Path, rates: Rates | None = None) -> float:
     """Tokens/s of the stream while the configs train as one pack."""
-    rates = Rates()
+    rates = rates or Rates()
     names = "-".join(configs)[:40]
     plans = [TrialPlan(name, config, folder / names / name) for name, config in configs.items()]
     train_pack(plans, runtime, rates)
@@ -273,16 +280,18 @@ def one_round(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     found["limit"] = 1 / (1 / found["language_model"] + 1 / found["step"])
-    found["pack"] = pipeline(configs, runtime, folder / "pack")
+    pack, single = Rates(), Rates()
+    found["pack"] = pipeline(configs, runtime, folder / "pack", pack)
     if runtime.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     found["share_of_limit"] = found["pack"] / found["limit"]
     found["sae_tokens_per_s"] = found["pack"] * sum(c.seeds * len(c.saes.sae_positions) for c in configs.values())
     if config.seeds > 1:
         one = {name: other.model_copy(update={"seeds": 1}) for name, other in configs.items()}
-        found["one_seed"] = pipeline(one, runtime, folder / "one_seed")
+        found["one_seed"] = pipeline(one, runtime, folder / "one_seed", single)
         found["language_model_share_of_one_seed"] = found["one_seed"] / found["language_model"]
         found["cost_of_seeds"] = found["one_seed"] / found["pack"]  # how much longer a training takes
+        found["cost_of_seeds_in_processor_time"] = pack.processor_seconds() / single.processor_seconds()
     if alone:
         found["one_by_one"] = pipeline(first, runtime, folder / "alone") / len(configs)
         found["pack_over_one_by_one"] = found["pack"] / found["one_by_one"]

@@ -13,6 +13,7 @@ import optuna
 from sqlalchemy import Engine
 
 from saeopt.search.pareto import Point
+from saeopt.spread import STD
 from saeopt.trials.internals import queries
 from saeopt.views.importance import HookImportances, explained
 from saeopt.views.plots import COLOURS
@@ -46,6 +47,7 @@ def front_figure(points: Sequence[Point]) -> go.Figure:
                     x=[p["l0"] for p in here], y=[1 - p["fvu"] for p in here], text=[p.label for p in here],
                     mode="markers", name=name(group, hook),
                     marker={"color": COLOURS[i % len(COLOURS)], "symbol": _SYMBOLS[j % len(_SYMBOLS)]},
+                    error_y=_spread(here),
                 )  # fmt: skip
     for hook, front in fronts(points).items():
         x, y = [p["l0"] for p in front], [1 - p["fvu"] for p in front]
@@ -54,6 +56,12 @@ def front_figure(points: Sequence[Point]) -> go.Figure:
     plot.update_layout(title="Sparsity against fidelity", xaxis={"type": "log", "title": "L0"})
     plot.update_layout(yaxis={"title": "explained variance"}, template=None)  # the template alone has 7,000 characters
     return plot
+
+
+def _spread(points: Sequence[Point]) -> dict[str, object] | None:
+    """The standard deviation over seeds, where there are several."""
+    found = [p["fvu" + STD] for p in points]
+    return {"array": [float(f"{std:.2g}") for std in found]} if all(map(math.isfinite, found)) else None
 
 
 def curves_figure(engine: Engine, study_id: int, name: str) -> go.Figure:

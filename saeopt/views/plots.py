@@ -13,6 +13,7 @@ from saeopt.files import atomic_write, read_metrics, read_sections
 from saeopt.metrics import METRICS, axis_title, measured_in_training
 from saeopt.runs.names import CURVES, DENSITY, EVALUATION, METRICS_FILE
 from saeopt.search.pareto import Point, pareto_front
+from saeopt.spread import STD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +58,15 @@ def _series(rows: Iterable[Mapping[str, Any]], hook: str, metric: str) -> tuple[
     return [float(s) for s, _ in found], [float(v) for _, v in found]
 
 
+def _band(axis: Axes, rows: Iterable[Mapping[str, Any]], hook: str, metric: str, colour: str) -> None:
+    """The mean ± its standard deviation, where several seeds were trained; never below 0 (scales are logarithmic)."""
+    spread = metric + STD
+    here = [r for r in rows if r["hook_point"] == hook and _drawable(r.get(metric)) and _drawable(r.get(spread))]
+    x, low = [float(r["samples"]) for r in here], [max(r[metric] - r[spread], r[metric] / 10) for r in here]
+    if here:
+        axis.fill_between(x, low, [r[metric] + r[spread] for r in here], color=colour, alpha=0.2, linewidth=0)
+
+
 def _drawable(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -81,7 +91,10 @@ def _log_scale(axis: Axes) -> None:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
-    """A panel per metric, a line per hook point; held-out values (`eval_…`) are marked points on a dashed line."""
+    """A panel per metric, a line per hook point; held-out values (`eval_…`) are marked points on a dashed line.
+
+    Of several seeds the line is their mean, with a band of one standard deviation.
+    """
     present = {key for row in rows for key, value in row.items() if _drawable(value)}
     panels = [m for m in METRICS.values() if m.panel and {m.name, f"eval_{m.name}"} & present] or [METRICS["loss"]]
     hooks = list(dict.fromkeys(str(row["hook_point"]) for row in rows))
@@ -92,6 +105,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: str | Path) -> Path
             colour = COLOURS[i % len(COLOURS)]
             held_out = _series(rows, hook, f"eval_{metric.name}")
             axis.plot(*_series(rows, hook, metric.name), color=colour, label=hook, linewidth=1.3)
+            _band(axis, rows, hook, metric.name, colour)
             axis.plot(*held_out, color=colour, marker="o", markersize=4, linestyle="--")
         axis.set_title(metric.axis + ("" if measured_in_training(metric.name) else " (held out)"), fontsize=10)
         axis.set_xlabel("samples")
@@ -141,6 +155,9 @@ def pareto_plot(
             members = [p for p in here if p.group == group]
             colour = COLOURS[j % len(COLOURS)]
             axis.scatter([p[x] for p in members], [p[metric] for p in members], s=22, color=colour, label=group or None)
+            for p in members:
+                if math.isfinite(p[metric + STD]):
+                    axis.errorbar(p[x], p[metric], p[metric + STD], color=colour, linewidth=1)
         front = pareto_front(here, x, metric)
         axis.plot([p[x] for p in front], [p[metric] for p in front], color="#666666", linewidth=1, zorder=0)
         for point in front:

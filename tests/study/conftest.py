@@ -74,14 +74,14 @@ def cli(
 
 @pytest.fixture
 def finish(store_url: str) -> Callable[..., None]:
-    """Claim the next trial of a study and end it: `finish("six", (l0, fvu))`, or with a failure's text."""
+    """Claim the next trial of a study and end it: `finish("six", (l0, fvu))`, or an evaluation, or a failure's text."""
     from saeopt.search.objectives import objective_values
     from saeopt.trials import claims, endings
     from saeopt.trials.attributes import evaluation_attributes
     from saeopt.trials.storage import Store
     from saeopt.views.monitoring import on_trial_end, on_trial_start
 
-    def end(name: str, outcome: tuple[float, float] | str) -> None:
+    def end(name: str, outcome: tuple[float, float] | dict[str, Any] | str) -> None:
         store = Store.open(store_url)
         spec, study_id = store.spec(name), store.study_id(name)
         claim = claims.claim(store, study_id, 1, {"worker": "test"})[0]
@@ -99,7 +99,7 @@ def finish(store_url: str) -> Callable[..., None]:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for i, row in enumerate(rows):
             claims.report(store, claim, row["samples"] + i, row["fvu"])
-        found = evaluation(*outcome)
+        found = outcome if isinstance(outcome, dict) else evaluation(*outcome)
         on_trial_end(store, study_id, claim.trial_id, spec, evaluation=found)
         attrs = evaluation_attributes(found)
         assert endings.finish(store, claim, "COMPLETE", objective_values(spec, found), attrs=attrs)

@@ -30,6 +30,12 @@ def test_architectures_have_colours_and_each_hook_point_its_front_as_a_line() ->
     assert list(traces["topk · a"].text) == ["#3"]  # the collapsed one is left out
 
 
+def test_several_seeds_have_bars_of_their_spread() -> None:
+    several = Point("#1", {"l0": 9.0, "fvu": 0.2, "fvu_std": 0.0123, "n_seeds": 3}, "a", "relu")
+    assert list(front_figure([several]).data[0].error_y.array) == [0.012]
+    assert front_figure([*POINTS[:2]]).data[0].error_y.array is None
+
+
 def test_one_hook_point_is_not_named_in_every_entry() -> None:
     assert {t.name for t in front_figure([p for p in POINTS if p.hook_point == "a"]).data} == {"relu", "topk", "front"}
 
