@@ -62,6 +62,10 @@ def _check_seeds(spec: StudySpec, seeds: int, varied: set[str], source: str) -> 
             f"{source}: 'space.seed' beside 'seeds: {seeds}': a trial trains the seeds that follow its own, so that"
             " some would be trained twice; leave one of them out"
         )
+    if seeds > 1 and spec.start_from is not None and spec.start_from.from_weights:
+        raise UserError(
+            f"{source}: 'start_from.from_weights' beside 'seeds: {seeds}': all would start from the same weights"
+        )
     wanting = [o.metric for o in spec.objectives if METRICS[o.metric].seeds]
     if wanting and seeds == 1:
         raise UserError(f"{source}: objectives: '{wanting[0]}' is measured between seeds: it needs 'seeds: 2' or more")

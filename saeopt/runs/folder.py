@@ -190,8 +190,9 @@ class RunFolder:
         """Delete all weights and states: the run is not gone on with, and nobody looks at it again."""
         for samples in self.states():
             remove(self.state_path(samples))
-        for samples in self.weights():
-            remove(self.weights_path(samples))
+        for folder in (self, *map(self.seed, self.seeds())):
+            for samples in folder.weights():
+                remove(folder.weights_path(samples))
 
     def rewind(self, samples: int) -> None:
         """Make ready to go on from `samples`: what comes later is written again, half-written files go.

@@ -25,6 +25,12 @@ BASE: dict[str, Any] = {
 }
 
 
+WARM = {
+    "space": {"lr": {"low": 1e-4, "high": 1e-2}}, "sampler": "tpe", "max_trials": 9,
+    "start_from": {"study": "x", "top": 3, "from_weights": True},
+}  # fmt: skip
+
+
 def spec(**fields: Any) -> StudySpec:
     return study_spec({"name": "s", "base": BASE, **fields}, "s.yaml")
 
@@ -63,6 +69,7 @@ def test_values_pass_through_the_type_of_their_field() -> None:
         ({"seeds": 2, "base": {**BASE, "seeds": 3}}, "'seeds' is 2, 'base.seeds' 3"),
         ({"seeds": 2, "space": {"seed": [1, 2]}}, "'space.seed' beside 'seeds: 2'"),
         ({"space": {"seeds": [1, 2]}}, "'space.seeds'"),
+        ({**WARM, "seeds": 2}, "'start_from.from_weights' beside 'seeds: 2'"),
         ({"objectives": ["found_again"]}, "needs 'seeds: 2'"),
         ({"space": {"lr": ["fast"]}}, "'lr'"),
         ({"space": {"lr": []}}, "empty"),

@@ -136,6 +136,8 @@ def test_old_weights_of_all_seeds_are_removed_together(make_config, runtime, tmp
     folder = RunFolder(tmp_path / "a")
     assert folder.weights() == folder.seed(1).weights() == [256, 192]  # those of the states that are kept
     assert folder.seeds() == [1]
+    folder.drop_checkpoints()
+    assert folder.weights() == folder.seed(1).weights() == folder.states() == []
 
 
 def test_each_seed_is_a_run_folder_that_is_loaded_and_evaluated(make_config, runtime, tmp_path):
