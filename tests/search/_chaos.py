@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from saeopt.config.study import StudySpec
 
@@ -36,6 +37,32 @@ def run_worker(address: str, study: str, log: Path) -> None:
         stop_on_signals(),
         multiprocessing.get_context("fork"),
     )
+
+
+def run_worker_slow_at_rungs(address: str, study: str, log: Path) -> None:
+    """The same, with long pauses between what a rung stores: who is killed there is killed in the middle of it."""
+    import time
+    from functools import wraps
+
+    from saeopt.trials import endings
+    from saeopt.trials.rungs import Rung
+
+    judge, pause = Rung.judge, endings.pause
+
+    @wraps(judge)
+    def slow_judge(self: Rung, *args: Any) -> dict[int, str]:
+        time.sleep(0.4)
+        found = judge(self, *args)
+        time.sleep(0.2)
+        return found
+
+    @wraps(pause)
+    def slow_pause(*args: Any, **kwargs: Any) -> bool:
+        time.sleep(0.2)
+        return pause(*args, **kwargs)
+
+    Rung.judge, endings.pause = slow_judge, slow_pause  # type: ignore[method-assign]
+    run_worker(address, study, log)
 
 
 def run_alone(spec_text: str, numbers: list[int], folder: Path, log: Path) -> None:

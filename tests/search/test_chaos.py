@@ -8,7 +8,7 @@ import random
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ def undisturbed(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
 class Chaos:
     """Keeps four workers going while it kills them."""
 
+    work: Callable[[str, str, Path], None] = staticmethod(run_worker)
+
     def __init__(self, address: str, store: Store, study_id: int, folder: Path) -> None:
         self.address, self.store, self.study_id, self.folder = address, store, study_id, folder
         self.alive: list[Any] = []
@@ -86,7 +88,7 @@ class Chaos:
         self.alive = [p for p in self.alive if p.is_alive()]
         while len(self.alive) < WORKERS:
             log = self.folder / f"worker{self.started}.log"
-            process = forks.Process(target=run_worker, args=(self.address, "chaos", log))  # it has a child of its own
+            process = forks.Process(target=self.work, args=(self.address, "chaos", log))  # it has a child of its own
             process.start()
             self.alive.append(process)
             self.started += 1
@@ -144,9 +146,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
     yield new_database(server, f"chaos_{os.getpid()}"), lambda: server.restart(2.0)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    """Every tensor of the last checkpoint as bytes."""
-    with safe_open(folder / f"samples_{SAMPLES}.safetensors", "pt") as file:
+def weights(folder: Path, samples: int = SAMPLES) -> dict[str, bytes]:
+    """Every tensor of a checkpoint as bytes."""
+    with safe_open(folder / f"samples_{samples}.safetensors", "pt") as file:
         return {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
 
 
