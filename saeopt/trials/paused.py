@@ -12,6 +12,7 @@ from saeopt.runs.folder import RunFolder
 from saeopt.trials import budget, states
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import PAUSED_AT, REASON
+from saeopt.trials.rungs import Rung
 from saeopt.trials.states import PAUSED, PRUNED, RUNNING, WAITING, State
 from saeopt.trials.storage import Store, check_identity
 from saeopt.trials.waiting import PROMOTED
@@ -73,11 +74,16 @@ class Ending:
     def __init__(self, store: Store, study_id: int, spec: StudySpec, identity: str | None) -> None:
         self.store, self.study_id, self.spec, self.identity = store, study_id, spec, identity
 
-    def step(self) -> bool:
-        """Where nothing runs and nothing is begun any more, end what is paused; whether there was something to end."""
+    def step(self, most: int) -> bool:
+        """Where nothing runs and nothing may be begun: what is left of the budget goes to the best paused trials, up to
+        `most` of them; without a budget, what is paused ends. Whether there was something to do."""
         rule = self.spec.early_stopping
         if rule.type != "halving":
             return False
+        if best := self._best(most):
+            promoted = promote(self.store, self.study_id, best, by_hand=False)
+            log.info("study %s: trials %s go on, the budget allows it", self.spec.name, ", ".join(map(str, promoted)))
+            return bool(promoted)
         ended = finish(self.store, self.study_id, self.identity, keep=rule.keep_paused, spec=self.spec)
         for number in ended if not rule.keep_paused else ():
             RunFolder(self.spec.run_dir(number)).drop_checkpoints()
@@ -85,21 +91,34 @@ class Ending:
             log.info("study %s: %d paused trials ended at their rungs", self.spec.name, len(ended))
         return bool(ended)
 
+    def _best(self, most: int) -> list[int]:
+        """The paused trials that go on next: of the highest rung, the best first; none where no budget is left."""
+        with self.store.read() as connection:
+            check_identity(connection, self.study_id, self.identity)
+            there = paused(connection, self.study_id) if budget.is_left(connection, self.study_id, self.spec) else []
+        if not there:
+            return []
+        highest = max(trial.samples for trial in there)
+        wanted = {trial.number for trial in there if trial.samples == highest}
+        rung = Rung(self.store, self.study_id, self.spec)
+        ranked = [number for number in rung.ranking.order(rung.standings(highest)) if number in wanted]
+        return (ranked or sorted(wanted))[:most]
+
 
 def finish(
     store: Store, study_id: int, identity: str | None, *, keep: bool = True, spec: StudySpec | None = None
 ) -> list[int]:
-    """Where nothing waits and nothing runs, end what is paused; returns the numbers of the trials that ended so.
+    """Where nothing runs and nothing waits, end what is paused; returns the numbers of the trials that ended so.
 
-    What waits counts for nothing where the study with this `spec` has ended by itself (`budget.why_over`).
-    With `keep` they may be promoted later. In one transaction: whoever ends the study, each of them ends once.
+    What waits in vain, since the budget of `spec` is used up, keeps nothing from ending. With `keep` they may be
+    promoted later. In one transaction: whoever ends the study, each of them ends once.
     """
     with store.write() as connection:
         check_identity(connection, study_id, identity)
         there = {trial.trial_id: trial for trial in paused(connection, study_id)}
         now = db.counts(connection, study_id)
         over = spec is not None and budget.why_over(connection, study_id, spec) is not None
-        if not there or now[RUNNING.name] + (0 if over else now[WAITING.name]) > 0:
+        if not there or now[RUNNING.name] > 0 or (now[WAITING.name] > 0 and not over):
             return []
         moved = states.move(connection, there, PRUNED, of=PAUSED)
         for trial in (there[trial_id] for trial_id in moved):

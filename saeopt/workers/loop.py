@@ -158,7 +158,7 @@ class Worker:
                 continue
             if self._others_work():
                 idle_since = None
-            elif not self.heart.study_stopped.is_set() and persistently(self._ending.step, "ending the study"):
+            elif not self.heart.study_stopped.is_set() and persistently(partial(self._ending.step, room), "the end"):
                 continue  # what has ended now may be followed by a refinement
             else:
                 idle_since = idle_since or time.monotonic()

@@ -149,3 +149,19 @@ def test_what_training_does_not_measure_is_evaluated_at_the_rungs(
     assert all("cosine" in t.user_attrs["reason"] for t in hopeless)
     assert spy.packs == [([str(n) for n in range(8)], 0)], "nobody else comes: the others go on where they are"
     store.close()
+
+
+def test_what_is_left_of_a_budget_goes_to_the_best_paused_trials(
+    training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    rule = {"rungs": [0.3, 0.6], "keep": 0.25}
+    samples = SAMPLES + 3 * 80 + 2 * (SAMPLES - 80)  # one to its end, three to the rung, and two of them to their ends
+    lrs = {"lr": [1e-2, 3e-3, 1e-3, 1e-6]}
+    spec = make_spec(tiny_model_dir, tiny_text, tmp_path / "out", rule, space=lrs, budget={"tokens": 16 * samples})
+    store, spy = Store.open(f"sqlite:///{tmp_path}/store.db"), Spy(training)
+    work(store, spec, spy, pack=1)
+    states = {t.number: t.state.name for t in store.study("s").trials}
+    assert states == {0: "COMPLETE", 1: "COMPLETE", 2: "COMPLETE", 3: "PRUNED"}
+    begun = [names[0] for names, start in spy.packs if start >= 80]
+    assert list(dict.fromkeys(begun)) == ["1", "2"], "the best of those that were paused first"
+    store.close()
