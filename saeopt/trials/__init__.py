@@ -18,6 +18,34 @@ Claims
 Order
     The lowest number first; trials that had trouble come after the untouched ones and never join them.
     test_trials_that_had_trouble_come_after_the_untouched_and_never_join_them
+    In a study with rungs: full packs of survivors of the highest rung, what nobody has begun, parts of a pack of the
+    highest rung; proposals of a sampler that learns after these, and trials that had trouble last.
+    test_survivors_of_several_packs_wait_for_a_full_one_which_then_comes_first,
+    test_the_highest_rung_comes_first_and_a_part_of_a_pack_after_what_nobody_has_begun,
+    test_a_sampler_that_learns_gets_results_before_it_is_asked_again,
+    test_trouble_and_loneliness_come_last_and_join_nobody
+Rungs
+    What all trials of a pack came to at a rung is stored before one of them is judged among everybody who came there.
+    Who is killed before it was judged is judged by whoever claims it, and is trained no further if it is behind; who
+    was judged and goes on is not judged there again.
+    test_who_was_killed_before_its_verdict_is_judged_when_it_is_claimed
+    A paused trial keeps its number and its checkpoint; nobody claims it, no sampler hears of it, until it is promoted
+    or the study ends.
+    test_a_paused_trial_is_claimed_by_nobody_until_it_is_promoted,
+    test_no_sampler_sees_a_paused_trial_before_the_study_ends,
+    test_only_a_claim_that_holds_pauses_its_trial
+    At the end, where nothing runs and nothing may be begun, what is left of a budget goes to the best paused trials;
+    then what is paused has been pruned, each once, and may be promoted by hand later.
+    test_what_is_left_of_a_budget_goes_to_the_best_paused_trials,
+    test_at_the_end_what_is_paused_has_been_pruned_and_may_still_be_promoted,
+    test_without_their_checkpoints_trials_are_not_promoted_after_the_end
+    Survivors of several packs that merge get the bits (on a CPU) of a pack that nobody disturbed, and so does what is
+    promoted; kills and a lost database within rungs change nothing of that.
+    test_survivors_merge_into_a_full_pack_and_get_the_bits_of_an_undisturbed_one,
+    test_promoted_trials_go_on_to_the_bits_of_an_undisturbed_pack,
+    test_kills_and_a_lost_database_within_rungs_change_nothing
+    Older versions refuse a study with rungs in one line.
+    test_older_versions_refuse_a_study_with_rungs_and_read_all_others
 Fencing
     Whoever has lost a claim can no longer report, give back, fail or end the trial, also when the study was deleted and
     another one has its key. A trial keeps its number and its run folder for life.

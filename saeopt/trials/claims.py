@@ -28,9 +28,9 @@ def claim(
 ) -> list[Claim]:
     """Up to `limit` waiting trials that can be trained together, the first of the queue among them.
 
-    Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim. With
-    `merging` (a study with rungs) the order is that of `waiting.merged`. With a `spec`: no more than its budget has
-    room for.
+    Together: equal stream and equal last checkpoint. `owner` (worker, host, device, …) is stored with the claim. A
+    study with rungs is claimed with `merging`, in the order of `waiting.merged`. With a `spec`: no more than its budget
+    has room for.
 
     Raises:
         StudyGone: the study under this key is not the one with that `identity`.

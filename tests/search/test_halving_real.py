@@ -14,12 +14,14 @@ from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
 from saeopt.training import train_pack
 from saeopt.training.plan import Observer, TrialPlan, TrialResult
-from saeopt.trials import paused
+from saeopt.trials import claims, paused
 from saeopt.trials.create import create_study, planned_cells
+from saeopt.trials.rungs import Rung
 from saeopt.trials.storage import Store
 from saeopt.views import monitoring
 from saeopt.workers.local import LocalTraining
 from saeopt.workers.loop import Options, Worker
+from saeopt.workers.training import ChildTraining
 
 HOOK = "blocks.1.hook_resid_pre"
 SAMPLES = 256
@@ -55,7 +57,7 @@ def make_spec(model: Path, text: Path, folder: Path, rule: dict[str, Any], **fie
 class Spy:
     """Trains for real, and remembers which trials were trained together from where."""
 
-    def __init__(self, training: LocalTraining) -> None:
+    def __init__(self, training: LocalTraining | ChildTraining) -> None:
         self.training = training
         self.packs: list[tuple[list[str], int]] = []
 
@@ -122,6 +124,22 @@ def test_promoted_trials_go_on_to_the_bits_of_an_undisturbed_pack(
     fresh.close()
 
 
+@pytest.mark.slow  # a training process of its own
+def test_survivors_leave_their_training_process_at_the_rung_itself(
+    tiny_model_dir: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    spec = make_spec(tiny_model_dir, tiny_text, tmp_path / "out", {"rungs": [0.3], "keep": 0.5})
+    store, child = Store.open(f"sqlite:///{tmp_path}/store.db"), ChildTraining("cpu")
+    try:
+        spy = Spy(child)
+        work(store, spec, spy)
+    finally:
+        child.close()
+    assert [start for _, start in spy.packs] == [0, 0, 80]
+    assert claims.counts(store, store.study_id("s"))["COMPLETE"] == 4
+    store.close()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_checkpoints_of_what_is_paused_stay_as_the_study_says(
     keep: bool, training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path
@@ -164,4 +182,30 @@ def test_what_is_left_of_a_budget_goes_to_the_best_paused_trials(
     assert states == {0: "COMPLETE", 1: "COMPLETE", 2: "COMPLETE", 3: "PRUNED"}
     begun = [names[0] for names, start in spy.packs if start >= 80]
     assert list(dict.fromkeys(begun)) == ["1", "2"], "the best of those that were paused first"
+    store.close()
+
+
+def test_who_was_killed_before_its_verdict_is_judged_when_it_is_claimed(
+    training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = {"rungs": [0.3], "keep": 0.5}
+    spec = make_spec(tiny_model_dir, tiny_text, tmp_path / "out", rule, space={"lr": [1e-2, 1e-6]})
+    store, spy = Store.open(f"sqlite:///{tmp_path}/store.db"), Spy(training)
+    with monkeypatch.context() as killed:  # stored and checkpointed, but nobody was judged
+        killed.setattr(Rung, "judge", lambda *args: {})
+        killed.setattr(Rung, "others_come", lambda *args: True)
+        create_study(store, spec)
+        ended = threading.Event()
+
+        def once(plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+            results = spy(plans, observer)
+            ended.set()
+            return results
+
+        Worker(store, "s", Options(poll=0.05), once, lambda space: 2, ended).run()
+    work(store, spec, spy)
+    assert spy.packs == [(["0", "1"], 0), (["0"], 80)], "who is behind is not trained again"
+    found = store.study("s").trials
+    assert [t.state.name for t in found] == ["COMPLETE", "PRUNED"]
+    assert found[1].user_attrs["reason"].startswith("paused by halving at 80 of 256 samples: place 2 of 2")
     store.close()
