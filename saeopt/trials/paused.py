@@ -95,7 +95,9 @@ class Ending:
         """The paused trials that go on next: of the highest rung, the best first; none where no budget is left."""
         with self.store.read() as connection:
             check_identity(connection, self.study_id, self.identity)
-            there = paused(connection, self.study_id) if budget.is_left(connection, self.study_id, self.spec) else []
+            where = (connection, self.study_id, self.spec)
+            goes_on = budget.is_left(*where) and budget.why_over(*where) is None
+            there = paused(connection, self.study_id) if goes_on else []
         if not there:
             return []
         highest = max(trial.samples for trial in there)

@@ -10,7 +10,7 @@ from _stores import grid_spec
 
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
-from saeopt.search.halving import Ranking, Standing, held_out, hypervolume, rungs_in_samples
+from saeopt.search.halving import Ranking, Standing, held_out, rungs_in_samples
 from saeopt.search.stopping import stopping_text, why_never
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
@@ -69,13 +69,6 @@ def test_the_collapsed_come_last_and_are_nobodys_measure() -> None:
 def test_only_those_asked_for_are_judged_but_all_are_counted() -> None:
     ranking = Ranking(spec_of(["fvu"], keep=0.5))
     assert sorted(ranking.verdicts(standings((0.1,), (0.2,), (0.3,), (0.4,)), [1, 3])) == [3]
-
-
-def test_the_hypervolume_of_three_objectives_is_the_volume_of_the_union() -> None:
-    assert hypervolume([(0.0, 0.0, 0.0)], 1.0) == pytest.approx(1.0)
-    assert hypervolume([(0.5, 0.0, 0.0), (0.0, 0.5, 0.5)], 1.0) == pytest.approx(0.5 + 0.25 - 0.125)
-    assert hypervolume([(0.2, 0.6), (0.6, 0.2)], 1.0) == pytest.approx(0.8 * 0.4 + 0.4 * 0.8 - 0.4 * 0.4)
-    assert hypervolume([(1.0, 0.0)], 1.0) == 0.0
 
 
 def test_rungs_are_whole_windows_before_the_end() -> None:
