@@ -131,7 +131,7 @@ def on_study_progress(
         if not force and time.time() - last < PROGRESS_EVERY_S:
             return
         db.set_attrs(connection, db.study_attrs, study_id, {_DRAWN: time.time()})
-    spending.tell(store, study_id, spec, identity)
+    spending.show(store, study_id, spec, identity)
     study = store.study(spec.name)
     if (name := study.user_attrs.get(CURVE_NAME)) is not None:
         figures.save(study, figures.curves_figure(store.engine, study_id, name), "curves")

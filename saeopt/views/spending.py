@@ -46,7 +46,7 @@ def spending(store: Store, study_id: int, spec: StudySpec) -> Spending:
         return Spending(budget.account(connection, study_id, spec), budget.why_over(connection, study_id, spec))
 
 
-def tell(store: Store, study_id: int, spec: StudySpec, identity: str | None) -> None:
+def show(store: Store, study_id: int, spec: StudySpec, identity: str | None) -> None:
     """Say in the study's attributes what the dashboard shows of it."""
     found = spending(store, study_id, spec)
     told = {BUDGET: found.text, ENDED: found.over or ""}
@@ -106,4 +106,4 @@ def resume(store: Store, name: str, changes: list[str]) -> None:
         more = store.command("study", "resume", name, "--budget", f"{unit}=NUMBER")
         raise UserError(f"study {name}: {reason}; give more in all than that: {more}")
     claims.set_stopped(store, study_id, False)
-    tell(store, study_id, spec, None)
+    show(store, study_id, spec, None)
