@@ -49,6 +49,7 @@ def make_spec(model: Path, text: Path, folder: Path, rule: dict[str, Any], **fie
         "saes": {"sae_type": "topk", "sae_positions": [HOOK], "dict_size_to_input_ratio": 4, "k": 4},
     }  # fmt: skip
     base["data"] |= fields.pop("data", {})
+    base["activations"] = {"cache": fields.pop("cache", "off")}
     space = fields.pop("space", {"seed": [0, 1, 2, 3], "lr": [1e-2, 1e-6]})
     raw = {"name": "s", "base": base, "space": space, "objectives": ["fvu"], "output_dir": str(folder)}
     return study_spec(raw | {"early_stopping": {"type": "halving", "collapse": None, **rule}, **fields}, "s.yaml")
@@ -80,12 +81,13 @@ def weights(folder: Path, samples: int = SAMPLES) -> dict[str, bytes]:
         return {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("shuffle", [0, 256], ids=["in order", "shuffle buffer"])
+@pytest.mark.parametrize("how", ["in order", "shuffle buffer", "cache"])
 def test_survivors_merge_into_a_full_pack_and_get_the_bits_of_an_undisturbed_one(
-    shuffle: int, training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path
+    how: str, training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    data = {"shuffle_buffer_tokens": shuffle} if shuffle else {}
-    spec = make_spec(tiny_model_dir, tiny_text, tmp_path / "out", {"rungs": [0.3], "keep": 0.5}, data=data)
+    data: dict[str, Any] = {"shuffle_buffer_tokens": 256} if how == "shuffle buffer" else {}
+    cache = str(tmp_path / "cache") if how == "cache" else "off"
+    spec = make_spec(tiny_model_dir, tiny_text, tmp_path / "out", {"rungs": [0.3], "keep": 0.5}, data=data, cache=cache)
     store, spy = Store.open(f"sqlite:///{tmp_path}/store.db"), Spy(training)
     work(store, spec, spy)
     good = [t.number for t in store.study("s").trials if t.params["lr"] > 1e-4]
