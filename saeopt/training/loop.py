@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from saeopt.activations.stream import ActivationStream
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.evaluation.conditions import Seen, conditions, with_conditions
-from saeopt.evaluation.evaluate import evaluate
 from saeopt.files import LostRun, is_evaluation, write_json
 from saeopt.host.pulse import pulse
 from saeopt.runs.folder import RunFolder
@@ -23,6 +21,7 @@ from saeopt.runs.owner import Owner
 from saeopt.training import checkpoint
 from saeopt.training.environment import with_precision
 from saeopt.training.loggers import open_sinks
+from saeopt.training.measuring import measure
 from saeopt.training.pack import Member, Pack
 from saeopt.training.plan import Metrics, Observer, TrialPlan, TrialResult
 from saeopt.training.runtime import Runtime
@@ -37,7 +36,7 @@ from saeopt.training.setup import (
     total_samples,
 )
 from saeopt.training.thresholds import set_thresholds
-from saeopt.training.trial import Trial, by_hook_point, named, saes_of, scalars
+from saeopt.training.trial import Trial, by_hook_point, named, scalars
 
 _INTERRUPT_POLL = 10  # several ranks agree on an interrupt only every so many windows: agreeing synchronises …
 _POLL_SECONDS = 1.0  # … but after so long in any case: a signal leaves ten seconds, however slow the windows are
@@ -276,7 +275,7 @@ class _Loop:
 
     def _evaluate(self) -> None:
         running = [t for t in self.trials if t.result is None]
-        found = self._measure(running)
+        found = self._measure(running, aims=False)
         for trial in running:
             metrics = found.get(trial.plan.name, {})
             self._write(trial, named(metrics))
@@ -293,10 +292,6 @@ class _Loop:
         found = {t.plan.name: by_hook_point((m, v) for m, v in measured if m.trial == t.plan.name) for t in running}
         if self.rungs.held_out:
             found = self._measure(running, self.rungs.held_out)
-            for trial in running:
-                aimed = by_hook_point((m, self.pack.aimed(m, self.samples)) for m in trial.active)
-                for hook, row in found.get(trial.plan.name, {}).items():
-                    row.update(aimed.get(hook, {}))
         behind = self.ranks.agree(self.observer.on_rung(self.samples, found)) if running else {}
         self._save()
         for trial in running:
@@ -304,22 +299,11 @@ class _Loop:
                 self._drop(trial.active, reason)
                 self._close(trial, TrialResult("paused", self.samples, reason, found.get(trial.plan.name, {})))
 
-    def _measure(self, trials: Sequence[Trial], at_most: int | None = None) -> dict[str, Metrics]:
-        """Held-out metrics of trials, of the first samples only: one language-model pass for all of them."""
-        if not self._evaluates or not trials:
-            return {}
-        data, ablation = self.config.data, self.config.ce_ablation
-        saes, axis = saes_of(trials), self.ranks.data
-        last = None if at_most is None else -(-at_most // data.eval_batch_size)
-        batches = islice(self.tokens.eval_batches(data.eval_batch_size), axis.rank, last, axis.size)
-        reduce = axis.reduce if axis.size > 1 else None
-        rows = evaluate(
-            saes, self.model, batches, data=data, cross_entropy=self.model.predicts, ce_ablation=ablation,
-            device=self.runtime.device, reduce=reduce,
-        )  # fmt: skip
-        found: dict[str, Metrics] = {}
-        for (name, hook), row in rows.items():
-            found.setdefault(name, {})[hook] = row
+    def _measure(self, trials: Sequence[Trial], at_most: int | None = None, aims: bool = True) -> dict[str, Metrics]:
+        found = measure(trials, self.model, self.tokens, self.runtime, at_most) if self._evaluates else {}
+        for trial in trials if aims else ():
+            for hook, row in by_hook_point((m, self.pack.aimed(m, self.samples)) for m in trial.active).items():
+                found.get(trial.plan.name, {}).get(hook, {}).update(row)
         return found
 
     # ---- writing
@@ -383,8 +367,6 @@ class _Loop:
         seen = Seen.all_of(self.tokens.eval_batches(self.config.data.eval_batch_size) if found else ())
         for other in together:
             metrics = found.get(other.plan.name, {})
-            for hook, row in by_hook_point((m, self.pack.aimed(m, self.samples)) for m in other.active).items():
-                metrics.get(hook, {}).update(row)
             if self.ranks.is_first and metrics:
                 told = conditions(other.plan.config, self.model, seen, self.model.predicts)
                 with self._writing(other):
