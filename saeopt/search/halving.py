@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from saeopt.config.study import EarlyStopping, StudySpec
 from saeopt.search.objectives import expanded, hook_points, objective_names
+from saeopt.search.ranking import hypervolume
 from saeopt.search.stopping import unmeasured
 
 Array = npt.NDArray[np.float64]
@@ -146,9 +147,6 @@ def _ordered(costs: Array, beats: npt.NDArray[np.bool_], numbers: Sequence[int])
 
 def _gains(points: Array) -> list[float]:
     """What each point of a front adds to the volume that they dominate, below 1.1 in every coordinate."""
-    from optuna._hypervolume import compute_hypervolume
-
-    reference, several = np.full(points.shape[1], 1.1), len(points) > 1
-    whole = compute_hypervolume(points, reference, assume_pareto=True)
-    without = (np.delete(points, i, axis=0) for i in range(len(points)))
-    return [whole - compute_hypervolume(rest, reference, assume_pareto=True) if several else whole for rest in without]
+    reference = [1.1] * points.shape[1]
+    whole = hypervolume(points.tolist(), reference)
+    return [whole - hypervolume(np.delete(points, i, axis=0).tolist(), reference) for i in range(len(points))]

@@ -8,6 +8,7 @@ from statistics import median
 
 from saeopt.config.study import StudySpec
 from saeopt.console import log
+from saeopt.search import ranking
 from saeopt.search.objectives import expanded
 from saeopt.trials import internals as db
 from saeopt.trials.budget import ENDED, FROM
@@ -48,7 +49,7 @@ def gains(spec: StudySpec, rows: Sequence[Row], over: int) -> dict[str, float] |
 
 
 def _gain(before: list[list[float]], now: list[list[float]]) -> float:
-    front = [now[i] for i in db.non_dominated(now)]
+    front = [now[i] for i in ranking.non_dominated(now)]
     reference = []
     for column, everyone in zip(zip(*front, strict=True), zip(*now, strict=True), strict=True):
         worst, length = max(column), max(column) - min(column)
@@ -59,7 +60,7 @@ def _gain(before: list[list[float]], now: list[list[float]]) -> float:
             worst + 1.0,
         ]  # the last: all are equal in it
         reference.append(next(limit for limit in apart if limit > worst))
-    old, new = db.hypervolume(before, reference), db.hypervolume(now, reference)
+    old, new = ranking.hypervolume(before, reference), ranking.hypervolume(now, reference)
     if old > 0:
         return new / old - 1
     return math.inf if new > 0 else 0.0

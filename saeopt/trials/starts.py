@@ -13,12 +13,12 @@ from saeopt.config.study import TARGET, StudySpec
 from saeopt.errors import HostError, UserError
 from saeopt.files import digest
 from saeopt.runs.weights import list_checkpoints
+from saeopt.search import ranking
 from saeopt.search.collapse import rule_of, why_collapsed
 from saeopt.search.objectives import directions
 from saeopt.search.pareto import Point, pareto_front
 from saeopt.search.space import Parameter, Space, key_of
 from saeopt.search.starts import Known, Translation, numbers
-from saeopt.trials import internals as db
 from saeopt.trials.attributes import RUN_DIR, evaluation_of, mean_metric
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
@@ -101,7 +101,7 @@ def _chosen(asked: StartFrom, other: StudySpec, rows: Sequence[TrialRow]) -> lis
         wanted = {point.label for point in points if not point.collapsed}
     rows = [row for i, row in enumerate(rows) if str(i) in wanted and len(row.values) == len(signs)]
     values = [[sign * value for sign, value in zip(signs, row.values, strict=True)] for row in rows]
-    return [rows[i] for i in db.ranked(values, asked.top or len(rows))]
+    return [rows[i] for i in ranking.ranked(values, asked.top or len(rows))]
 
 
 def _translated(spec: StudySpec, other: StudySpec, rows: Sequence[TrialRow]) -> tuple[list[Found], Translation]:

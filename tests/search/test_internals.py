@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import optuna
 import pytest
 import sqlalchemy as sa
@@ -23,13 +22,6 @@ def store(tmp_path: Path) -> Store:
 
 def test_optuna_is_the_version_whose_inside_we_know() -> None:
     assert optuna.__version__.startswith(db.SUPPORTED + ".")
-
-
-def test_optuna_computes_hypervolumes_as_halving_asks_it_to() -> None:
-    from optuna._hypervolume import compute_hypervolume
-
-    points, reference = np.array([[0.0, 1.0], [0.5, 0.5]]), np.array([1.1, 1.1])
-    assert compute_hypervolume(points, reference, assume_pareto=True) == pytest.approx(1.1 * 0.1 + 0.6 * 0.5)
 
 
 def test_the_tables_have_the_columns_that_we_write() -> None:

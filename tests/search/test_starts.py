@@ -12,12 +12,12 @@ from _stores import grid_spec
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.search.objectives import objective_values
+from saeopt.search.ranking import ranked
 from saeopt.search.rounds import n_proposed
 from saeopt.search.space import Space
 from saeopt.trials import claims, endings
 from saeopt.trials.attributes import evaluation_attributes
 from saeopt.trials.create import create_study, planned_cells
-from saeopt.trials.internals import ranked
 from saeopt.trials.starts import with_starts
 from saeopt.trials.storage import Store
 

@@ -160,7 +160,9 @@ def test_tables_and_private_names_of_optuna_are_known_in_one_place() -> None:
         r"\bsa\.(select|update|insert|delete)\(|\bFROM (trials|studies|trial_|study_)"
     )
     assert {
-        name: found[0] for name, text in sources("trials/internals/").items() if (found := private.search(text))
+        name: found[0]
+        for name, text in sources("trials/internals/", "search/ranking").items()
+        if (found := private.search(text))
     } == {}
 
 

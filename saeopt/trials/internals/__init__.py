@@ -32,7 +32,6 @@ from saeopt.trials.internals.queue import (
     waiting_after,
     with_params,
 )
-from saeopt.trials.internals.ranking import hypervolume, non_dominated, ranked
 from saeopt.trials.internals.tables import (
     SUPPORTED,
     QueueBlindStorage,
@@ -75,10 +74,10 @@ from saeopt.trials.internals.values import (
 __all__ = [
     "PAUSED", "SUPPORTED", "Connection", "Engine", "QueueBlindStorage", "Table", "TrialToCome", "attrs_of", "beats",
     "change_state", "clear_params", "constraint_attrs", "counts", "db_now", "db_time", "drop_attrs", "first_beats",
-    "first_trial", "forget_result", "frozen_trial", "get_attrs", "heartbeats", "hypervolume", "in_order_of_end",
+    "first_trial", "forget_result", "frozen_trial", "get_attrs", "heartbeats", "in_order_of_end",
     "in_state", "infeasible", "insert_missing", "insert_trials", "live_trial", "lock_first_waiting", "lock_study",
-    "lock_waiting", "make_storage", "n_waiting_with_params", "next_number", "non_dominated", "note_keys",
-    "numbers_in_state", "other_params", "params_of", "ranked", "reporters", "reports_of", "running",
+    "lock_waiting", "make_storage", "n_waiting_with_params", "next_number", "note_keys",
+    "numbers_in_state", "other_params", "params_of", "reporters", "reports_of", "running",
     "schema_is_there", "set_attrs", "set_report", "set_values", "study_attrs", "study_id_of", "study_keys",
     "study_user_attrs", "told_in_study", "trial_attrs", "trial_params", "trial_reports", "trial_user_attrs",
     "trial_values", "trials", "upsert", "values_of", "waiting_after", "with_params",
