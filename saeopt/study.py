@@ -72,10 +72,12 @@ def create(
     """
     from saeopt.config.given_study import given_spec, with_base
     from saeopt.config.study import AUTO, TARGET
+    from saeopt.search.stopping import with_default_rule
 
     spec = given_spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
         spec = with_base(spec, overrides, file or base_config)
+    spec = with_default_rule(spec)
     if any(d.values == [AUTO] for d in spec.space.get(TARGET, [])):
         from saeopt.reach import with_first_targets
 
@@ -143,8 +145,10 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
         with suppress(OSError):  # workers that start elsewhere on this host find the run folders here
             spec.runs.mkdir(parents=True, exist_ok=True)
         on_study_created(store, made.study_id, spec)
-        if spec.older:
+        if any(one.base != spec.base for one in spec.older):
             log.info(recipe_notice("the base config"))
+    else:
+        spec = store.spec(spec.name)  # as it was made then
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
     for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits_text(spec))):

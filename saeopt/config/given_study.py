@@ -38,6 +38,7 @@ def given_spec(
 def with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> StudySpec:
     """The study with a changed base config."""
     raw = spec.model_dump(mode="json", by_alias=True)
+    raw["early_stopping"] = spec.early_stopping.model_dump(mode="json", exclude_unset=True)
     if spec.older:
         del raw["base"]["recipe"]  # the file names none
     raw["base"] = changed(raw["base"], overrides)

@@ -262,7 +262,8 @@ class StudySpec(StrictModel):
     )
     """What a trial is judged by: metrics by name, or sections as below. Two or more give a Pareto front."""
     early_stopping: EarlyStopping = Field(default_factory=EarlyStopping)
-    """A name (`median`) or a section: see below."""
+    """A name (`median`) or a section: see below. Left out, a new study that samples several objectives has `halving`
+    (unless it could stop no trial), others `none`."""
     seeds: Annotated[Int, Field(gt=0, le=1000)] | None = Field(None, exclude=True)
     """Short for `seeds` of the base config: every trial is trained with so many seeds (`seed`, `seed + 1`, …) in one
     pack, its values are means over them, and what differs by less than they do is called noise."""

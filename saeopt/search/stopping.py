@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from saeopt.config.study import StudySpec
+from saeopt.config.study import FORMAT, EarlyStopping, StudySpec
 from saeopt.metrics import METRICS
 from saeopt.search.objectives import expanded, objective_names
 from saeopt.search.pruning import Curve, at, dominated
@@ -154,6 +154,23 @@ def bracket(name: str, first: int, total: int, factor: int) -> int:
         if drawn < 0:
             return i
     raise AssertionError("unreachable")
+
+
+def with_default_rule(spec: StudySpec) -> StudySpec:
+    """A new study: `halving` where several objectives are sampled and nobody chose a rule, unless it could stop no trial.
+
+    The same study without it is one of its `older`: whoever made it before is told that it is there.
+    """
+    given = spec.early_stopping
+    sampled = spec.sampler.type != "grid" and (len(spec.objectives) > 1 or spec.objectives[0].hook_points == "all")
+    if not sampled or "type" in given.model_fields_set:
+        return spec
+    rule = EarlyStopping.model_validate({**given.model_dump(exclude_unset=True), "type": "halving"})
+    found = [one.model_copy(update={"early_stopping": rule, "format": FORMAT}) for one in (spec, *spec.older)]
+    if why_never(found[0], spec.max_trials or 0):
+        return spec
+    found[0].set_older(*found[1:], spec, *spec.older)
+    return found[0]
 
 
 def unmeasured(spec: StudySpec) -> list[str]:
