@@ -157,7 +157,7 @@ def bracket(name: str, first: int, total: int, factor: int) -> int:
 
 
 def with_default_rule(spec: StudySpec) -> StudySpec:
-    """A new study: `halving` where several objectives are sampled and nobody chose a rule, unless it could stop no trial.
+    """A new study: `halving` where several objectives are sampled and nobody chose a rule, if it could stop a trial.
 
     The same study without it is one of its `older`: whoever made it before is told that it is there.
     """
