@@ -6,7 +6,7 @@ from pathlib import Path
 
 from saeopt.config.io import changed, read_yaml, validate_run
 from saeopt.config.study import StudySpec
-from saeopt.config.study_file import study_spec, without_auto
+from saeopt.config.study_file import study_spec, with_open_k, without_auto
 from saeopt.config.sweep import sweep_spec
 from saeopt.errors import UserError
 
@@ -42,5 +42,5 @@ def with_base(spec: StudySpec, overrides: list[str], source: Path | None) -> Stu
     if spec.older:
         del raw["base"]["recipe"]  # the file names none
     raw["base"] = changed(raw["base"], overrides)
-    validate_run(without_auto(raw["base"])[0], f"{source}: base", overrides)
+    validate_run(with_open_k(without_auto(raw["base"])[0], raw["space"]), f"{source}: base", overrides)
     return study_spec(raw, str(source))

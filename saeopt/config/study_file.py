@@ -29,6 +29,8 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
     if asked:
         space = raw.get("space") or {}
         raw = {**raw, "base": fixed, "space": {TARGET: AUTO, **space} if isinstance(space, dict) else space}
+    if "base" in raw:
+        raw = {**raw, "base": with_open_k(raw["base"], raw.get("space"))}
     try:
         spec = StudySpec.model_validate(raw)
     except ValidationError as error:
@@ -46,6 +48,14 @@ def without_auto(base: object) -> tuple[Any, bool]:
     if not isinstance(base, dict) or not isinstance(saes, dict) or saes.get("target_l0") != AUTO:
         return base, False
     return {**base, "saes": {key: value for key, value in saes.items() if key != "target_l0"}}, True
+
+
+def with_open_k(base: object, space: object) -> Any:
+    """A base config without its `k: null`, where the space's `saes.target_l0` sets k."""
+    saes = base.get("saes") if isinstance(base, dict) else None
+    if not isinstance(base, dict) or not isinstance(saes, dict) or not isinstance(space, dict) or TARGET not in space:
+        return base
+    return {**base, "saes": {key: value for key, value in saes.items() if key != "k" or value is not None}}
 
 
 def load_study_spec(path: str | Path) -> StudySpec:

@@ -149,7 +149,7 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
             raise UserError(f"{store.shown} has a study '{spec.name}' that saeopt did not make; choose another name")
         return None
     known = [spec, *spec.older]
-    if _comparable(_today(text)) not in [_comparable(one.to_json()) for one in known]:
+    if _comparable(_today(text, spec)) not in [_comparable(one.to_json()) for one in known]:
         raise UserError(
             f"{store.shown} has a study '{spec.name}' with a different {_difference(text, spec)};"
             f" choose another --name, or delete the old one with '{store.command('study', 'delete', spec.name)}'"
@@ -157,14 +157,18 @@ def _existing(store: Store, spec: StudySpec) -> Created | None:
     return Created(study_id, n_trials, False)
 
 
-def _today(text: str) -> str:
-    """A stored spec with what its base config lacks: fields that are newer, in their old meaning."""
-    spec = StudySpec.from_json(text)
+def _today(text: str, spec: StudySpec) -> str:
+    """A stored spec with what its base config lacks: fields that are newer, in their old meaning. What `spec` leaves
+    open too (k beside a varied `saes.target_l0`, what each of several architectures has its own default for) stays so.
+    """
+    found = StudySpec.from_json(text)
     try:
-        base = validate_run(spec.base, spec.name).model_dump(mode="json")
+        base = validate_run(found.base, found.name).model_dump(mode="json")
     except UserError:  # it names something that is not here any more: certainly another study
         return text
-    return spec.model_copy(update={"base": base}).to_json()
+    for name in base["saes"].keys() - found.base["saes"].keys() - spec.base["saes"].keys():
+        del base["saes"][name]
+    return found.model_copy(update={"base": base}).to_json()
 
 
 def _comparable(text: str) -> dict[str, Any]:

@@ -91,3 +91,23 @@ def test_weights_need_this_host(
     finish("six", (10.0, 0.4))
     path = next_study(start_from={"study": "six", "top": 1, "from_weights": True})
     assert "has no weights of trial 0 on this host" in cli("create", path, code=2).stderr
+
+
+@pytest.mark.parametrize("k", [{}, {"k": None}, {"k": 8}])
+def test_a_study_whose_target_sets_k_is_the_same_study_again(
+    k: dict[str, Any], cli: Any, tmp_path: Path, base_config: dict[str, Any]
+) -> None:
+    """k, and what several architectures have defaults of their own for, is nobody's choice: it is left open."""
+    saes = {"sae_type": "topk", "sae_positions": base_config["saes"]["sae_positions"], **k}
+    for name, space in (("one", {}), ("two", {"sae_type": ["topk", "batch_topk"]})):
+        raw = {"base": {**base_config, "saes": saes}, "space": {"saes.target_l0": [8, 16], **space}}
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**raw, "output_dir": str(tmp_path / "out")}))
+        words = ["create", path, "--elsewhere"]
+        if k.get("k"):  # 8 is a choice, which 16 contradicts: what the line says helps
+            assert "'k: null' leaves it to 'target_l0'" in cli(*words, code=2).stderr
+            words += ["--set", "saes.k=null"]
+        assert "created with" in cli(*words).stdout
+        assert "is there already" in cli(*words).stdout
+        changed = cli(*words, "--set", "lr=0.5", code=2).stderr
+        assert "with a different 'base.lr'" in changed
