@@ -68,7 +68,13 @@ def arguments() -> argparse.Namespace:
     add(
         "--lrs", default="2.5e-3,5e-3,1e-2,2e-2,4e-2", help="for everybody; one library's own: --lrs sae-lens=1e-3,3e-3"
     )
-    add("--sparsity", action="append", default=[], metavar="[SYSTEM:]TYPE=A,B", help="sparsities, in saeopt's units")
+    add(
+        "--sparsity",
+        action="append",
+        default=[],
+        metavar="[SYSTEM:]TYPE=A,B",
+        help="sparsities, in saeopt's units; a system's own before those of all",
+    )
     add("--ablate", action="append", default=[], metavar="NAME[@TYPE+TYPE]:KEY=VALUE,…", help="saeopt, changed")
     add("--device", default="cpu")
     add("--jobs", default="1", help="trainers of peers at a time, on --device; or per device: cuda=6,cpu=9")
@@ -83,11 +89,11 @@ def arguments() -> argparse.Namespace:
 
 def jobs_of(options: argparse.Namespace, system: str, sae_type: str) -> list[Job]:
     """The same search for everybody, unless told otherwise; the seed stays open."""
-    sparsities = SPARSITIES.get(f"{system}:{sae_type}") or SPARSITIES.get(sae_type, ())
+    own, given = f"{system}:{sae_type}", dict(SPARSITIES)
     for text in options.sparsity:
         name, _, values = text.partition("=")
-        if name in (sae_type, f"{system}:{sae_type}"):
-            sparsities = tuple(map(float, values.split(",")))
+        given[name] = tuple(map(float, values.split(",")))
+    sparsities = given.get(own) or given.get(sae_type, ())
     lrs = ""
     for text in options.lrs.split(";"):
         name, sign, values = text.rpartition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,6 @@ def test_dictionary_learning_is_asked_for_an_l0_and_others_for_a_coefficient(com
     }
     assert min(wanted["dictionary-learning"]) > max(wanted[OWN])
     assert wanted[OWN] == wanted["sae-lens"]
+    given = Namespace(**{**vars(comparison.options), "sparsity": ["sae-lens:jumprelu=3", "jumprelu=1,2"]})
+    found = {s: [job.sparsity for job in compare_peers.jobs_of(given, s, "jumprelu")] for s in (OWN, "sae-lens")}
+    assert {s: sorted(set(values)) for s, values in found.items()} == {OWN: [1.0, 2.0], "sae-lens": [3.0]}

@@ -13,6 +13,7 @@ from saeopt.activations.stored import StoredRows
 from saeopt.config import stream_key
 from saeopt.errors import UserError
 from saeopt.runs.weights import load_run
+from saeopt.saes.batch_topk import running_mean
 from saeopt.training import Observer, TrialPlan, train_pack
 from saeopt.training.runtime import Runtime
 from saeopt.training.thresholds import Rank
@@ -178,3 +179,11 @@ def test_on_a_gpu_the_stacks_threshold_is_the_one_that_is_saved(make_config, tmp
     assert train(running, Runtime("cuda"), tmp_path / "b").status == "finished"
     (other,) = json.loads((tmp_path / "b" / "evaluation.json").read_text()).values()
     assert row["l0"] != other["l0"]
+
+
+def test_the_running_threshold_follows_one_that_falls() -> None:
+    mean, windows = torch.tensor(0.0), torch.tensor(0.0)
+    for n in range(400):  # a third lower at the end, as in a short run
+        latest = 1 - n / 1200
+        mean, windows = running_mean(mean, windows, torch.tensor(latest), torch.tensor(1.0))
+    assert latest < float(mean) < 1.03 * latest
