@@ -148,9 +148,9 @@ def test_what_is_paused_ends_with_a_study_that_has_ended(store_address: str, tmp
     first, second = (claims.claim(store, study, 1, {})[0] for _ in range(2))
     assert endings.pause(store, second, 16, "behind others")
     ending = Ending(store, study, spec, None)
-    assert not ending.step()
+    assert not ending.step(4)
     endings.finish(store, first, "COMPLETE", [20.0, 0.8])
-    assert ending.step()
+    assert ending.step(4)
     assert states(store)[:2] == ["COMPLETE", "PRUNED"]
     with store.read() as connection:
         assert budget.account(connection, study, spec).spent["trials"] == 1
