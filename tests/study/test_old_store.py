@@ -37,7 +37,7 @@ def old(tmp_path: Path, store_url: str) -> Store:
 
 def test_status_counts_what_an_older_version_stored(old: Store, cli: Cli) -> None:
     found = json.loads(cli("status", "old", "--json").stdout)
-    counts = {"waiting": 3, "running": 1, "complete": 5, "pruned": 2, "failed": 1, "all": 12}
+    counts = {"waiting": 3, "running": 1, "complete": 5, "pruned": 2, "failed": 1, "paused": 0, "all": 12}
     assert found["trials"] == counts
     assert found["failed"] == [{"trial": 7, "reason": "ValueError: the loss is not a number"}]
     assert [p["trial"] for p in found["front"][HOOK]] == [1, 6, 3]
