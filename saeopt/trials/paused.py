@@ -96,7 +96,9 @@ class Ending:
         with self.store.read() as connection:
             check_identity(connection, self.study_id, self.identity)
             where = (connection, self.study_id, self.spec)
-            goes_on = budget.is_left(*where) and budget.why_over(*where) is None
+            now = db.counts(connection, self.study_id)
+            idle = now[WAITING.name] + now[RUNNING.name] == 0  # asked again: another worker may have promoted some
+            goes_on = idle and budget.is_left(*where) and budget.why_over(*where) is None
             there = paused(connection, self.study_id) if goes_on else []
         if not there:
             return []
