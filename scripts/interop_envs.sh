@@ -3,7 +3,7 @@
 # TransformerLens than saeopt does.
 #
 #   scripts/interop_envs.sh                          both, in .interop/sae-lens and .interop/dictionary-learning
-#   scripts/interop_envs.sh sae-lens                 one of them
+#   scripts/interop_envs.sh sae-lens                 one of them (syne-tune, for compare_search.py, only so)
 #   INTEROP_DIR=PATH scripts/interop_envs.sh         elsewhere
 #   TORCH_INDEX=URL scripts/interop_envs.sh          torch from another index (PyTorch's own has small CPU builds)
 set -euo pipefail
@@ -15,6 +15,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 declare -A PACKAGES=(
   [sae-lens]="sae-lens==6.54.12 transformer-lens>=3.9,<4"
   [dictionary-learning]="dictionary-learning==0.1.0"
+  [syne-tune]="syne-tune==0.16.0"
 )
 [ $# -gt 0 ] || set -- sae-lens dictionary-learning
 for name in "$@"; do

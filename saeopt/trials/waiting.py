@@ -75,19 +75,19 @@ class Merging:
 
 
 def merged(connection: db.Connection, study_id: int, limit: int, how: Merging) -> list[Waiting]:
-    """The trials of the next pack of a study with rungs, locked: see :func:`_packs`."""
+    """The trials of the next pack of a study with rungs, locked: see :func:`packs`."""
     ready = everyone(connection, study_id)
     known = (
         db.with_params(connection, [w.trial_id for w in ready]) if how.results_first else {w.trial_id for w in ready}
     )
-    for pack, size in _packs(ready, known, limit, how.most):
+    for pack, size in packs(ready, known, limit, how.most):
         locked = db.lock_waiting(connection, [w.trial_id for w in pack[:size]])
         if found := [w for w in pack[:size] if w.trial_id in locked]:
             return found
     return []
 
 
-def _packs(ready: Sequence[Waiting], known: set[int], limit: int, most: int) -> Iterator[tuple[list[Waiting], int]]:
+def packs(ready: Sequence[Waiting], known: set[int], limit: int, most: int) -> Iterator[tuple[list[Waiting], int]]:
     """Packs and how many of each may be taken, the most wanted first.
 
     A full pack of the highest rung; trials that stand at no rung, in the order of their numbers; what stands at the
