@@ -134,6 +134,7 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
     from saeopt.search.rounds import proposals_text
     from saeopt.search.stopping import stopping_text
     from saeopt.trials.create import create_study
+    from saeopt.views.disk import disk_text
     from saeopt.views.monitoring import on_study_created
     from saeopt.views.spending import limits_text, spending
 
@@ -151,7 +152,8 @@ def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequenc
         spec = store.spec(spec.name)  # as it was made then
     what = "created with" if made.is_new else "is there already, with"
     _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits_text(spec))):
+    limits = [*limits_text(spec), *(disk_text(spec, *planned) if planned and not elsewhere else ())]
+    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits)):
         _say(f"  {about}")
     for line in () if made.is_new else spending(store, made.study_id, spec).lines(store.command, spec.name):
         _say(f"  {line}")
@@ -402,6 +404,28 @@ def resume(
 
     spending.resume(_open(storage), name, budget or [])
     _say(f"study {name} goes on: its trials can be claimed again")
+
+
+@app.command()
+def clean(
+    name: StudyName,
+    keep: Annotated[
+        str | None, typer.Option(metavar="front", help="Also remove weights, but those of the front and of the best.")
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="KIND", help="Also checkpoints of paused, waiting or failed trials.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it; without it nothing is removed.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Remove files that nobody needs any more from the run folders.
+
+    Without options that is what only resuming needs, of trials that have ended. Trials that run lose nothing.
+    """
+    from saeopt.views import disk
+
+    for line in disk.clean(_open(storage), name, keep, also or [], yes):
+        _say(line)
 
 
 @app.command()

@@ -243,3 +243,19 @@ def _numbers(folder: Path, pattern: re.Pattern[str]) -> list[int]:
     except OSError as error:
         raise read_error(folder, error) from error
     return sorted((int(m[1]) for name in found if (m := pattern.fullmatch(name))), reverse=True)
+
+
+def bytes_of(folder: Path) -> int:
+    """What the files of a folder and its subfolders hold; those that go meanwhile count nothing."""
+    total, left = 0, [folder]
+    while left:
+        try:
+            with os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        except OSError:
+            continue
+    return total

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saeopt.config.limits import UNITS, Budget
@@ -24,6 +24,8 @@ SPENT = "saeopt:spent:"
 """Study: what one worker has spent since its start."""
 LIMITS = "saeopt:budget"
 """Study: the budget that a person has given after its creation; it replaces the spec's."""
+DISK = "saeopt:disk"
+"""Trial: bytes of its run folder, at its last checkpoint or after `study clean`."""
 ENDED, FROM = "saeopt:ended", "saeopt:ended_from"
 """Study: that it has ended by itself, and why; how many trials had ended when a person let it go on after that."""
 AT_ONCE = ("gpu_hours", "tokens")
@@ -37,6 +39,8 @@ class Account:
     limits: Mapping[str, float]
     """Unit → what may be spent; empty without a budget."""
     spent: Mapping[str, float]
+    next_trial: Mapping[str, float] = field(default_factory=dict)
+    """Unit → what one more trial may need at once."""
 
     @property
     def left(self) -> dict[str, float]:
@@ -45,8 +49,8 @@ class Account:
 
     @property
     def used_up(self) -> list[str]:
-        """The units of which nothing is left."""
-        return [unit for unit, rest in self.left.items() if rest <= 0]
+        """The units of which nothing is left, or too little for one more trial."""
+        return [unit for unit, rest in self.left.items() if rest <= 0 or rest < self.next_trial.get(unit, 0.0)]
 
     @property
     def why_over(self) -> str | None:
@@ -84,7 +88,15 @@ def account(connection: db.Connection, study_id: int, spec: StudySpec) -> Accoun
     if workers:
         spent["gpu_hours"] = sum(w["seconds"] for w in workers) / 3600
         spent["tokens"] = sum(w["tokens"] for w in workers)
-    return Account({} if budget is None else budget.limits, spent)
+    sizes = [size for _, _, size in db.told_in_study(connection, study_id, DISK).values()]
+    if sizes:
+        spent["disk_gb"] = sum(sizes) / 1e9
+    return Account({} if budget is None else budget.limits, spent, {"disk_gb": max(sizes, default=0) / 1e9})
+
+
+def has_budget(connection: db.Connection, study_id: int, spec: StudySpec) -> bool:
+    """Whether the study has one, from its creation or given later."""
+    return spec.budget is not None or LIMITS in db.get_attrs(connection, db.study_attrs, study_id, LIMITS)
 
 
 def left(connection: db.Connection, study_id: int, spec: StudySpec) -> dict[str, float]:
@@ -128,16 +140,18 @@ def room(connection: db.Connection, study_id: int, spec: StudySpec, most: int) -
 
     Who asks this first begins first: the study is locked until then.
     """
-    if spec.budget is None and spec.stop_when is None:
-        known = db.get_attrs(connection, db.study_attrs, study_id, LIMITS)
-        if LIMITS not in known:
-            return most
+    if spec.stop_when is None and not has_budget(connection, study_id, spec):
+        return most
     db.lock_study(connection, study_id)
     if why_over(connection, study_id, spec) is not None:
         return 0
     found = account(connection, study_id, spec)
     if "trials" in found.limits:
         most = min(most, int(found.left["trials"]) - db.counts(connection, study_id)["RUNNING"])
+    if "disk_gb" in found.limits and (each := found.next_trial["disk_gb"]) > 0:
+        sized = db.told_in_study(connection, study_id, DISK)
+        begun = [trial_id for trial_id in db.running(connection, study_id) if trial_id not in sized]
+        most = min(most, int(found.left["disk_gb"] / each) - len(begun))
     return max(0, most)
 
 

@@ -95,12 +95,16 @@ def describe(store: Store, claim: Claim, stream: str, attrs: Mapping[str, Any]) 
     return True
 
 
-def checkpointed(store: Store, claim: Claim, samples: int) -> bool:
-    """Record that the trial can go on from here; losses and deaths after it are counted from the beginning."""
+def checkpointed(store: Store, claim: Claim, samples: int, size: int | None = None) -> bool:
+    """Record that the trial can go on from here; losses and deaths after it are counted from the beginning.
+
+    `size`: bytes of its run folder.
+    """
+    sized = {} if size is None else {budget.DISK: size}
     with store.write() as connection:
         if not still_ours(connection, [claim]):
             return False
-        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {CHECKPOINT: samples})
+        db.set_attrs(connection, db.trial_attrs, claim.trial_id, {CHECKPOINT: samples, **sized})
     return True
 
 

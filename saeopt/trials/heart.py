@@ -131,7 +131,8 @@ class Heart(threading.Thread):
                 self.study_stopped.set()
             else:
                 self.study_stopped.clear()
-            spent = budget.account(connection, self.study_id, self.spec)
+            has_budget = budget.has_budget(connection, self.study_id, self.spec)
+            spent = budget.account(connection, self.study_id, self.spec) if has_budget else budget.Account({}, {})
             alive = db.running(connection, self.study_id)
         self._over(spent)
         self._reap({t: beat for t, beat in alive.items() if t not in ours})

@@ -17,6 +17,7 @@ from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.files import is_evaluation, read_metrics
 from saeopt.metrics import value_of
+from saeopt.runs.folder import bytes_of
 from saeopt.runs.names import METRICS_FILE
 from saeopt.search import pruning
 from saeopt.search.collapse import why_all_collapsed
@@ -144,7 +145,7 @@ class Reports(threading.Thread):
     def checkpointed(self, claim: Claim, samples: int) -> None:
         """The trial can go on from here."""
         self.book()
-        self._queue.put(lambda: _drop_result(claims.checkpointed(self.store, claim, samples)))
+        self._queue.put(lambda: self._checkpointed(claim, samples))
 
     def book(self) -> None:
         """Store what this worker has spent so far, before what comes of it is stored."""
@@ -156,6 +157,10 @@ class Reports(threading.Thread):
         assert self.meter is not None
         with self.store.write() as connection:
             self.meter.book(connection, self.study_id)
+
+    def _checkpointed(self, claim: Claim, samples: int) -> None:
+        """A refused report means a lost claim, which the heart notices."""
+        claims.checkpointed(self.store, claim, samples, bytes_of(self.spec.run_dir(claim.number)))
 
     def _send(self, progress: Progress, samples: int, shown: float, values: list[float] | None) -> None:
         if values is not None:
@@ -204,7 +209,3 @@ def earlier_reports(run_dir: Path, samples: int) -> Iterator[tuple[int, bool, Ev
             found.setdefault((row["samples"], is_evaluation(row)), {})[row["hook_point"]] = values
     for (then, evaluated), metrics in found.items():
         yield then, evaluated, metrics
-
-
-def _drop_result(_done: bool) -> None:
-    """A refused report means a lost claim, which the heart notices."""

@@ -19,6 +19,7 @@ from saeopt.search.rounds import proposals_text
 from saeopt.search.space import Cell, Space
 from saeopt.search.stopping import stopping_text
 from saeopt.trials.create import planned_cells
+from saeopt.views.disk import disk_text
 from saeopt.views.notes import dimension_text
 from saeopt.views.spending import limits_text
 from saeopt.views.status import duration
@@ -55,6 +56,8 @@ def print_preview(spec: StudySpec) -> None:
         console.print(f"memory and time: unknown ({' '.join(str(error).split())[:200]})", markup=False)
         return
     console.print(_packs_table(packs, costs))
+    for about in disk_text(spec, cells, proposed, hub=True):
+        console.print(about, markup=False)
     trials = len(cells) + proposed
     if any(pack[0].config.data.n_train_samples is None for pack in packs):
         console.print(f"{trials} trials, time: unknown (one pass over the data: 'data.n_train_samples' is not given)")

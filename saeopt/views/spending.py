@@ -34,10 +34,15 @@ class Spending:
         """For `status`."""
         if self.text:
             yield f"budget: {self.text}"
+        size = self.account.spent.get("disk_gb")
+        if size is not None and "disk_gb" not in self.account.limits:
+            yield f"run folders: {size:.3g} GB"
         if self.over:
             unit = next(iter(self.account.used_up), None)
             words = [] if unit is None else ["--budget", f"{unit}=NUMBER"]
             yield f"ended: {self.over}; go on: {command('study', 'resume', name, *words)}"
+            if unit == "disk_gb":
+                yield f"make room: {command('study', 'clean', name)}"
 
 
 def spending(store: Store, study_id: int, spec: StudySpec) -> Spending:
