@@ -185,6 +185,9 @@ def _check_metrics(spec: StudySpec, config: RunConfig) -> None:
     for objective in spec.objectives:
         if config.data.activations is not None and objective.metric in ("kl", *CROSS_ENTROPIES):
             raise UserError(f"'objectives': '{objective.metric}' needs a language model, not 'data.activations'")
+    for name in spec.constraints:
+        if config.data.activations is not None and name in ("kl", *CROSS_ENTROPIES):
+            raise UserError(f"'constraints': '{name}' needs a language model, not 'data.activations'")
 
 
 def _check_collapse(spec: StudySpec, members: Sequence[MemberShape]) -> None:

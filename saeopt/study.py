@@ -236,6 +236,9 @@ def best(
     importances: Annotated[
         bool, typer.Option("--importances", help="Also which parameters mattered, per hook point and objective.")
     ] = False,
+    infeasible: Annotated[
+        bool, typer.Option("--infeasible", help="Also those that violate a constraint of the study.")
+    ] = False,
     copy: Annotated[Path | None, result("Also copy their weights and configs to DIR/NAME-TRIAL/.", "DIR")] = None,
     as_json: AsJson = False,
     storage: Storage = None,
@@ -249,7 +252,7 @@ def best(
     from saeopt.views import recommended as auto
 
     store = _open(storage)
-    points, trials = views.load_points(store, name)
+    points, trials = views.load_points(store, name, infeasible)
     advice = auto.read(store, name, hook)
     points = views.chosen(points, hook)
     found = views.find_best(points, by)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
+from dataclasses import dataclass
 from typing import Annotated, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from saeopt.config.base import Amount, Float, Int, StrictModel
+from saeopt.config.base import Amount, Float, Int, StrictModel, nearest
+from saeopt.metrics import METRICS
 
 UNITS = ("gpu_hours", "tokens", "trials", "disk_gb")
 """What a budget is counted in."""
@@ -59,3 +63,49 @@ class StopWhen(StrictModel):
     its logarithm."""
     over: Annotated[Int, BeforeValidator(_trials), Field(gt=0, le=10**6)] = 20
     """How many of the last ended trials (`20` or `20 trials`); failed and paused ones do not count."""
+
+
+COSTS = ("parameters", "memory_gib")
+"""What a constraint may be about besides metrics: of a trial as a whole."""
+_BOUND = re.compile(r"\s*(<=|>=)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A constraint."""
+
+    name: str
+    at_most: bool
+    limit: float
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Bound:
+        """From `<= 0.1` or `>= 0.5`.
+
+        Raises:
+            ValueError: it is something else, or about something that no evaluation measures.
+        """
+        known = [*(metric.name for metric in METRICS.values() if metric.evaluation), *COSTS]
+        if name not in known:
+            raise ValueError(f"unknown metric '{name}'{nearest(name, known)} (known: {', '.join(known)})")
+        found = _BOUND.fullmatch(text)
+        try:
+            limit = float(found[2].replace("_", "")) if found else math.nan
+        except ValueError:
+            limit = math.nan
+        if found is None or not math.isfinite(limit):
+            raise ValueError(f"'{name}' must be '<= NUMBER' or '>= NUMBER' (got {text!r})")
+        return cls(name, found[1] == "<=", limit)
+
+
+def _parsed(constraints: dict[str, str]) -> dict[str, str]:
+    for name, text in constraints.items():
+        Bound.parse(name, text)
+    return constraints
+
+
+def _texts(value: object) -> object:
+    return {k: v if isinstance(v, str) else str(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+Constraints = Annotated[dict[str, str], BeforeValidator(_texts), AfterValidator(_parsed)]

@@ -19,12 +19,12 @@ from pydantic import (
 
 from saeopt.config.base import Float, Int, Seed, StrictModel, explain, nearest, printable
 from saeopt.config.io import apply_overrides, stored, validate_run
-from saeopt.config.limits import Budget, StopWhen
+from saeopt.config.limits import Budget, Constraints, StopWhen
 from saeopt.config.places import first_made
 from saeopt.config.run import RunConfig
 from saeopt.config.starts import StartFrom
 from saeopt.errors import UserError
-from saeopt.metrics import more_is_better, objective_metrics
+from saeopt.metrics import METRICS, more_is_better, objective_metrics
 
 CPU_PACK, LARGEST_PACK, MEMORY_SHARE = 8, 64, 0.8
 """`pack: auto`: trials of a pack on the CPU, at most on a GPU, and how much of a GPU's free memory a pack may take."""
@@ -276,6 +276,10 @@ class StudySpec(StrictModel):
     """Grid: only the first cells, up to this number. Otherwise: the number of trials."""
     budget: Budget | None = None
     """What all workers may spend together: see below."""
+    constraints: Constraints = Field(default_factory=dict)
+    """`{fraction_dead: "<= 0.1", memory_gib: "<= 8"}`: what each SAE of a trial must keep. Any metric of an evaluation,
+    and of the trial as a whole `parameters` (of one seed) and `memory_gib` (estimated, of its training alone). What
+    violates one is infeasible for the sampler, marked in status, and on no front unless it is asked for."""
     stop_when: StopWhen | None = None
     """The study ends by itself when its front no longer grows: see below."""
     pack: Positive | Literal["auto"] = "auto"
@@ -321,7 +325,7 @@ class StudySpec(StrictModel):
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         dumped: dict[str, Any] = handler(self)
-        for name in ("enqueue", "start_from", "budget", "stop_when"):  # unknown to older versions
+        for name in ("enqueue", "start_from", "budget", "constraints", "stop_when"):  # unknown to older versions
             if not dumped.get(name):
                 dumped.pop(name, None)
         return dumped
@@ -341,6 +345,9 @@ class StudySpec(StrictModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for name in self.constraints:
+            if name in METRICS and METRICS[name].seeds and self.n_seeds == 1:
+                raise ValueError(f"'constraints': '{name}' is measured between seeds: give 'seeds', two or more")
         if self.sampler.type == "grid" and (self.enqueue or self.start_from):
             name = "enqueue" if self.enqueue else "start_from"
             raise ValueError(

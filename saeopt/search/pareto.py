@@ -23,6 +23,13 @@ class Point:
     """Points of one group share a colour (an architecture, a study)."""
     collapsed: bool = False
     """By its study's rule: no candidate for any front."""
+    infeasible: bool = False
+    """It violates a constraint of its study: no candidate either."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is a candidate for a front."""
+        return not (self.collapsed or self.infeasible)
 
     def __getitem__(self, metric: str) -> float:
         value = value_of(self.metrics, metric)
@@ -36,10 +43,10 @@ def _cost(point: Point, metric: str) -> float:
 def pareto_front(points: Iterable[Point], x: str = "l0", y: str = "fvu") -> list[Point]:
     """The points that no other point beats in both metrics, by ascending cost in x.
 
-    Collapsed points and those with a missing, NaN or infinite value are left out; of points equal in both, the first
-    stays.
+    Collapsed points, those that violate a constraint and those with a missing, NaN or infinite value are left out; of
+    points equal in both, the first stays.
     """
-    usable = [p for p in points if not p.collapsed and math.isfinite(p[x]) and math.isfinite(p[y])]
+    usable = [p for p in points if p.usable and math.isfinite(p[x]) and math.isfinite(p[y])]
     front: list[Point] = []
     for point in sorted(usable, key=lambda p: (_cost(p, x), _cost(p, y))):
         if not front or _cost(point, y) < _cost(front[-1], y):

@@ -19,6 +19,7 @@ from saeopt.host.pulse import pulse
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.owner import Owner
 from saeopt.training import checkpoint
+from saeopt.training.cost import cost_of
 from saeopt.training.environment import with_precision
 from saeopt.training.loggers import open_sinks
 from saeopt.training.measuring import measure
@@ -380,6 +381,8 @@ class _Loop:
         """The trial's last word, unless it has had one (its folder is another's)."""
         weights = trial.folder.weights_path(self.samples)
         result.checkpoint = weights if weights.exists() else None
+        if result.status == "finished":
+            result.cost = cost_of(trial.plan.config, self.model, self.runtime.device)
         if self.ranks.is_first and trial.result is None:
             with self._writing(trial):
                 news = trial.folder.write_status(result.status, result.samples, result.reason)

@@ -41,6 +41,8 @@ class TrialResult:
     reason: str | None = None
     evaluation: Metrics = field(default_factory=dict)
     checkpoint: Path | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+    """Of a finished one: see `saeopt.training.cost`."""
 
 
 @dataclass(frozen=True)

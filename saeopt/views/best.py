@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,25 @@ class HookBest:
     """Where trials had several seeds: what the best of a range cannot be told apart from."""
     unbeaten: list[Point] = field(default_factory=list)
     """Likewise: not on the front, but no SAE of at most their L0 is really better."""
+    collapsed: int = 0
+    infeasible: int = 0
+    """SAEs that have not collapsed and violate a constraint."""
+
+    @property
+    def left_out(self) -> str:
+        """`2 collapsed, 1 infeasible`."""
+        return f"{self.collapsed} collapsed" + (f", {self.infeasible} infeasible" if self.infeasible else "")
 
 
-def load_points(store: Store, name: str) -> tuple[list[Point], dict[str, Trained]]:
-    """All evaluated SAEs of a study, and the trials by label (`#7`)."""
+def load_points(store: Store, name: str, infeasible: bool = False) -> tuple[list[Point], dict[str, Trained]]:
+    """All evaluated SAEs of a study, and the trials by label (`#7`). With `infeasible` no constraint counts."""
     spec, study_id = store.spec(name), store.study_id(name)
     rows = list(filter(was_evaluated, queries.trial_rows(store.engine, study_id)))
     queries.add_params(store.engine, rows, study_id)
     found: list[Point] = []
     trials = {}
     for row in rows:
-        found += points_of(spec, row)
+        found += [replace(p, infeasible=False) if infeasible else p for p in points_of(spec, row)]
         here = spec.run_dir(row.number)  # as seen from here, else as its worker saw it
         trials[f"#{row.number}"] = Trained(
             row.params, here if here.is_dir() else Path(row.attributes.get(RUN_DIR, here))
@@ -116,8 +124,12 @@ def find_best(points: list[Point], by: str = "fvu") -> list[HookBest]:
     for hook in dict.fromkeys(p.hook_point for p in points):
         here = [p for p in usable if p.hook_point == hook]
         ranges = [(span, p) for span, p, _ in best_in_ranges(here, limits, by) if p is not None]
-        n, front = sum(p.hook_point == hook for p in points), best.get(hook, [])
-        found.append(HookBest(hook, n, len(here), front, ranges, *_unsure(here, front, ranges, by)))
+        everyone, front = [p for p in points if p.hook_point == hook], best.get(hook, [])
+        collapsed = sum(p.collapsed for p in everyone)
+        counts = (collapsed, len(everyone) - collapsed - len(here))
+        found.append(
+            HookBest(hook, len(everyone), len(here), front, ranges, *_unsure(here, front, ranges, by), *counts)
+        )
     return found
 
 
@@ -148,7 +160,7 @@ def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: st
     """Two tables per hook point, then the parameters and the weights of every trial in them."""
     parts: list[RenderableType] = []
     for best in found:
-        title = f"{best.hook_point}: Pareto front of {best.n} SAEs ({best.n - best.usable} collapsed)"
+        title = f"{best.hook_point}: Pareto front of {best.n} SAEs ({best.left_out})"
         parts.append(_table(title, ["trial"], [[p.label] for p in best.front], best.front))
         if best.unbeaten:
             parts.append(unbroken(f"beaten within the noise alone: {_labels(best.unbeaten)}"))
@@ -191,7 +203,8 @@ def as_json(
     return {
         best.hook_point: {
             "saes": best.n,
-            "collapsed": best.n - best.usable,
+            "collapsed": best.collapsed,
+            "infeasible": best.infeasible,
             "front": [sae(p) for p in best.front],
             "ranges": [
                 {"l0": [low, high if math.isfinite(high) else None], **sae(p), **_open(best.close.get((low, high)))}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import Engine
 
+from saeopt.config.limits import COSTS
 from saeopt.config.study import StudySpec
 from saeopt.search.collapse import COLLAPSED, rule_of, why_collapsed
+from saeopt.search.constraints import why_infeasible
 from saeopt.search.pareto import Point, pareto_front
 from saeopt.trials.attributes import REASON, evaluation_of
 from saeopt.trials.internals import queries
@@ -22,21 +24,27 @@ def was_evaluated(row: TrialRow) -> bool:
 
 
 def points_of(spec: StudySpec, row: TrialRow) -> list[Point]:
-    """A point per hook point of a trial, collapsed SAEs too; the architecture is its group, where it is known."""
+    """A point per hook point of a trial, collapsed and infeasible SAEs too; the architecture is its group, where it is
+    known."""
     rule, group = rule_of(spec), str(row.params.get("saes.sae_type", spec.base_sae_type))
+    cost = {name: row.attributes[name] for name in COSTS if name in row.attributes}
+
+    def out(metrics: Mapping[str, float]) -> tuple[bool, bool]:
+        return why_collapsed(rule, metrics) is not None, why_infeasible(spec, metrics, cost) is not None
+
     return [
-        Point(f"#{row.number}", metrics, hook, group, why_collapsed(rule, metrics) is not None)
+        Point(f"#{row.number}", metrics, hook, group, *out(metrics))
         for hook, metrics in evaluation_of(row.attributes).items()
     ]
 
 
 def candidates(points: Iterable[Point]) -> list[Point]:
-    """The points that are no collapsed SAEs."""
-    return [point for point in points if not point.collapsed]
+    """The points that are no collapsed SAEs and violate no constraint."""
+    return [point for point in points if point.usable]
 
 
 def fronts(points: Iterable[Point], x: str = "l0", y: str = "fvu") -> dict[str, list[Point]]:
-    """Hook point → its front without collapsed SAEs."""
+    """Hook point → its front of candidates."""
     groups: dict[str, list[Point]] = {}
     for point in candidates(points):
         groups.setdefault(point.hook_point, []).append(point)

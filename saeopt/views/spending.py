@@ -71,6 +71,8 @@ def limits_text(spec: StudySpec) -> Iterator[str]:
         at_once = " or ".join(unit for unit in budget.AT_ONCE if unit in limits)
         then = f"; when {at_once} are used up, packs checkpoint and go back to the queue" if at_once else ""
         yield f"budget of all workers: {said}{then}"
+    if spec.constraints:
+        yield "constraints: " + ", ".join(f"{name} {text}" for name, text in spec.constraints.items())
     if (rule := spec.stop_when) is not None:
         yield f"ends by itself when {rule.over} trials have not made its front {rule.hypervolume_gain:.3g} larger"
 

@@ -22,7 +22,7 @@ from saeopt.search.pareto import Point
 from saeopt.search.rounds import n_proposed, round_size
 from saeopt.spread import STD
 from saeopt.trials import claims, presence
-from saeopt.trials.attributes import REASON, evaluation_of
+from saeopt.trials.attributes import INFEASIBLE, REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
@@ -197,7 +197,8 @@ def _best(status: Status) -> RenderableType | None:
         return None
     table = _table()
     table.add_column("hook point", overflow="fold")
-    for name in ("SAEs", "collapsed"):
+    limited = bool(status.spec.constraints)
+    for name in ("SAEs", "collapsed", *(["infeasible"] if limited else [])):
         table.add_column(name, justify="right")
     table.add_column("front")
     best = fronts(points)
@@ -206,7 +207,9 @@ def _best(status: Status) -> RenderableType | None:
         front = best.get(hook, [])
         shown = front if len(front) <= 6 else [front[round(i * (len(front) - 1) / 5)] for i in range(6)]
         items = [Text(f"{p.label} {p['l0']:.3g} → {_fvu(p)}", no_wrap=True) for p in shown]
-        table.add_row(hook, str(len(here)), str(sum(p.collapsed for p in here)), Columns(items or ["–"]))
+        numbers = [len(here), sum(p.collapsed for p in here)]
+        numbers += [sum(p.infeasible and not p.collapsed for p in here)] if limited else []
+        table.add_row(hook, *map(str, numbers), Columns(items or ["–"]))
     seeds = f" ± over {status.spec.n_seeds} seeds" if status.spec.n_seeds > 1 else ""
     parts: list[RenderableType] = [titled(f"\nbest so far: front as trial, L0 → FVU{seeds}", table)]
     if found := best_value(status.spec, done):
@@ -224,12 +227,13 @@ def _fvu(point: Point) -> str:
 
 
 def best_value(spec: StudySpec, done: list[TrialRow]) -> tuple[str, float, int] | None:
-    """(objective, value, trial) of the best trial of a study with one objective, which has not collapsed."""
+    """(objective, value, trial) of the best feasible trial of a study with one objective; collapsed ones are not."""
     (name, objective), *others = expanded(spec)
     found = [
         (values[0], row.number)
         for row in done
         if (evaluation := evaluation_of(row.attributes))
+        and INFEASIBLE not in row.attributes
         and why_all_collapsed(rule_of(spec), evaluation) is None
         and (values := objective_values(spec, evaluation)) is not None
     ]
@@ -305,6 +309,10 @@ def _reasons(status: Status) -> RenderableType | None:
     if paused:
         lines += ["\npaused trials (the newest); they keep their checkpoints", *_why(paused[-5:])]
         lines += [f"  go on: {status.command('study', 'promote', name, paused[-1].number)}"]
+    rows = [row for row in status.rows if row.state == "COMPLETE" and INFEASIBLE in row.attributes]
+    if rows:
+        lines += ["\ntrials that violate a constraint (the newest)"]
+        lines += [f"  trial {row.number}: {row.attributes[INFEASIBLE][:200]}" for row in rows[-5:]]
     rows = [row for row in status.rows if row.state == "FAIL"]
     if rows:
         lines += ["\nfailed trials", *_why(rows[:5])]
@@ -342,6 +350,11 @@ def as_json(status: Status) -> dict[str, Any]:
         ],
         "paused": [why(row).as_json() for row in status.rows if row.state == "PAUSED"],
         "ended_early": [why(row).as_json() for row in status.rows if row.state == "PRUNED"],
+        "infeasible": [
+            {"trial": row.number, "reason": row.attributes[INFEASIBLE]}
+            for row in status.rows
+            if row.state == "COMPLETE" and INFEASIBLE in row.attributes
+        ],
         "best": top and dict(zip(("objective", "value", "trial"), top, strict=True)),
         "front": {
             hook: [{"trial": int(p.label[1:]), "l0": p["l0"], "fvu": p["fvu"], **_spreads(p)} for p in front]

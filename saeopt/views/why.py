@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saeopt.trials.attributes import REASON
+from saeopt.trials.attributes import INFEASIBLE, REASON
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.storage import Store
@@ -37,7 +37,10 @@ class Why:
 
 def why(row: TrialRow) -> Why:
     """What is known of a trial."""
-    return Why(row.number, row.state, row.attributes.get(REASON), row.attributes.get("samples"))
+    violated = row.attributes.get(INFEASIBLE)
+    reasons = [row.attributes.get(REASON), f"violates a constraint: {violated}" if violated else None]
+    reason = "; ".join(filter(None, reasons)) or None
+    return Why(row.number, row.state, reason, row.attributes.get("samples"))
 
 
 def explained(store: Store, name: str, trial: int | None = None) -> list[Why]:

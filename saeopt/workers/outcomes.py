@@ -9,11 +9,13 @@ from typing import Any, Literal
 from saeopt.config.study import StudySpec
 from saeopt.console import log
 from saeopt.errors import WorkerFault
+from saeopt.search import constraints
 from saeopt.search.collapse import COLLAPSED, rule_of, violations, why_all_collapsed
+from saeopt.search.constraints import why_trial_infeasible
 from saeopt.search.objectives import objective_names, objective_values
 from saeopt.training.plan import TrialResult
 from saeopt.trials import endings
-from saeopt.trials.attributes import REASON, evaluation_attributes
+from saeopt.trials.attributes import INFEASIBLE, REASON, evaluation_attributes
 from saeopt.trials.heart import Heart
 from saeopt.trials.packing import Assignment, owner_of
 from saeopt.trials.reports import Progress
@@ -115,12 +117,16 @@ class Outcomes:
             self.pause(assignment, result, objective_values(spec, result.evaluation), seconds)
             return
         values, reason = self._judged(result)
-        attrs: dict[str, Any] = {**evaluation_attributes(result.evaluation), "samples": result.samples}
+        attrs: dict[str, Any] = {**evaluation_attributes(result.evaluation), "samples": result.samples, **result.cost}
+        violated = None if values is None else why_trial_infeasible(spec, result.evaluation, result.cost)
+        if violated:
+            attrs[INFEASIBLE] = violated
         if reason:
             attrs[REASON] = reason
         limits = self._constraints(result, reason, pruned=values is None)
         how = "complete" if values is not None else "no candidate" if result.status == "finished" else "stopped early"
         outcome = reason if reason and reason.startswith(how) else f"{how}{': ' + reason if reason else ''}"
+        outcome += f"; violates a constraint: {violated}" if violated else ""
         monitoring.on_trial_end(
             self.store, self.study_id, claim.trial_id, spec, outcome, claim=claim, evaluation=result.evaluation
         )
@@ -183,9 +189,11 @@ class Outcomes:
         """What the sampler learns about a trial that collapsed or was given up: it is infeasible, by so much."""
         rule = self.spec.early_stopping.collapse
         found: dict[str, float] = {}
+        ended = result.status == "finished"
         if rule is not None and rule.constraint:
-            ended = result.status == "finished"
             found = violations(rule, result.evaluation) if ended else {"min_l0": 0.0, "max_fvu": 0.0}
+        limits = constraints.violations(self.spec, result.evaluation, result.cost)
+        found |= limits if ended else dict.fromkeys(limits, 0.0)  # nobody knows what it would have come to
         if not pruned:
             return found
         hopeless = result.status == "diverged" or (reason or "").startswith(COLLAPSED)
