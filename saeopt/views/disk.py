@@ -63,8 +63,9 @@ def disk_text(spec: StudySpec, cells: Sequence[Cell], proposed: int, hub: bool =
 
 
 def gigabytes(size: float) -> str:
-    """`1.2 GB`, `34 MB`."""
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    """`1.2 GB`, `34 MB`, `5.6 kB`."""
+    unit, of = next((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= n or u == "kB")
+    return f"{size / of:.3g} {unit}"
 
 
 def on_front(store: Store, name: str) -> set[int]:

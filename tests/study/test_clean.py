@@ -58,7 +58,7 @@ ALL = dict.fromkeys(range(5), (2, 2))
 
 def test_nothing_goes_before_somebody_says_yes(study: Store, cli: Cli) -> None:
     shown = cli("clean", "six").stdout
-    assert "2 ended trials: what only resuming needs, 4 files, 0.00032 MB" in shown
+    assert "2 ended trials: what only resuming needs, 4 files, 0.32 kB" in shown
     assert f"{4 * STATE} bytes" in shown
     assert "nothing has; do it: " in shown
     assert "study clean six --yes" in shown
@@ -66,7 +66,7 @@ def test_nothing_goes_before_somebody_says_yes(study: Store, cli: Cli) -> None:
 
 
 def test_ended_trials_lose_what_only_resuming_needs(study: Store, cli: Cli) -> None:
-    assert "0.00032 MB removed from " in cli("clean", "six", "--yes").stdout
+    assert "0.32 kB removed from " in cli("clean", "six", "--yes").stdout
     assert held(study) == ALL | {0: (2, 0), 1: (2, 0)}
     assert "nothing to remove" in cli("clean", "six", "--yes").stdout
 
