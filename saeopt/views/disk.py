@@ -9,6 +9,7 @@ from saeopt.config.run import RunConfig
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
 from saeopt.runs.folder import STATES_KEPT
+from saeopt.search import ranking
 from saeopt.search.objectives import directions
 from saeopt.trials import cleaning
 from saeopt.trials import internals as db
@@ -79,7 +80,7 @@ def on_front(store: Store, name: str) -> set[int]:
     rows = [trial_id for trial_id in numbers if trial_id in values and trial_id not in out]
     signs = [-1.0 if direction == "maximize" else 1.0 for direction in directions(spec)]
     costs = [[v * sign for v, sign in zip(values[trial_id], signs, strict=True)] for trial_id in rows]
-    return found | {numbers[rows[i]] for i in db.non_dominated(costs)}
+    return found | {numbers[rows[i]] for i in ranking.non_dominated(costs)}
 
 
 def clean(store: Store, name: str, keep: str | None, also: Sequence[str], yes: bool) -> Iterator[str]:
