@@ -143,14 +143,15 @@ def room(connection: db.Connection, study_id: int, spec: StudySpec, most: int) -
     if spec.stop_when is None and not has_budget(connection, study_id, spec):
         return most
     db.lock_study(connection, study_id)
+    running = db.running(connection, study_id)  # first: what ends from here on counts twice, not never
     if why_over(connection, study_id, spec) is not None:
         return 0
     found = account(connection, study_id, spec)
     if "trials" in found.limits:
-        most = min(most, int(found.left["trials"]) - db.counts(connection, study_id)["RUNNING"])
+        most = min(most, int(found.left["trials"]) - len(running))
     if "disk_gb" in found.limits and (each := found.next_trial["disk_gb"]) > 0:
         sized = db.told_in_study(connection, study_id, DISK)
-        begun = [trial_id for trial_id in db.running(connection, study_id) if trial_id not in sized]
+        begun = [trial_id for trial_id in running if trial_id not in sized]
         most = min(most, int(found.left["disk_gb"] / each) - len(begun))
     return max(0, most)
 
