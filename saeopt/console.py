@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -10,6 +11,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -83,3 +85,13 @@ def program() -> str:
     if own.exists():
         return shlex.quote(str(own))
     return f"{shlex.quote(sys.executable)} -m saeopt"
+
+
+def say(text: str) -> None:
+    """A result for a person, without passwords."""
+    console.print(redact(text), markup=False, soft_wrap=True)
+
+
+def say_json(value: Any) -> None:
+    """A result for programs."""
+    say(json.dumps(value, indent=2, ensure_ascii=False))

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeopt.console import console, log
+from saeopt.console import console, log, say, say_json
 from saeopt.errors import UserError
 from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result, run_cli
 from saeopt.runs.names import METRICS_FILE
 
 if TYPE_CHECKING:
-    from saeopt.config.study import StudySpec
-    from saeopt.search.space import Cell
     from saeopt.trials.storage import Store
 
 app = new_app(no_args_is_help=True, help="Create, watch, mend and export studies.")
@@ -32,16 +28,6 @@ def _open(storage: str | None, *, create: bool = False) -> Store:
 
     set_up_logging()
     return Store.open(storage, create=create, patience=PATIENCE_S)
-
-
-def _say(text: str) -> None:
-    from saeopt.config.settings import redact
-
-    console.print(redact(text), markup=False, soft_wrap=True)
-
-
-def _say_json(value: Any) -> None:
-    _say(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -71,105 +57,39 @@ def create(
     Two configs are --base-config and --sweep-config. The same command again makes no new cells.
     """
     from saeopt.config.given_study import given_spec, with_base
-    from saeopt.config.study import AUTO, TARGET
+    from saeopt.creation import created, looked_up, planned_trials
     from saeopt.search.stopping import with_default_rule
+
+    def is_there(name: str) -> bool:
+        with suppress(UserError):
+            return name in _open(storage).study_names()
+        return False
 
     spec = given_spec(file, name, base_config, sweep_config, output_dir, max_trials or limit)
     if overrides:
         spec = with_base(spec, overrides, file or base_config)
     spec = with_default_rule(spec)
-    if any(d.values == [AUTO] for d in spec.space.get(TARGET, [])):
-        from saeopt.reach import with_first_targets
-
-        spec = with_first_targets(spec, elsewhere=elsewhere)
-    said: list[str] = []
-    if spec.start_from and (dry_run or not _is_there(spec.name, storage)):
-        from saeopt.reach import with_fitting_weights
-        from saeopt.trials.starts import with_starts
-
-        spec, said = with_starts(spec, storage)
-        spec, more = with_fitting_weights(spec, elsewhere=elsewhere)
-        said += more
+    spec, said = looked_up(spec, dry_run, elsewhere, is_there, storage)
     if dry_run:
         from saeopt.views.preview import print_preview
 
         print_preview(spec)
-        _planned(spec, elsewhere, storage)
+        planned_trials(spec, elsewhere, is_there)
         for about in said:
-            _say(about)
+            say(about)
     else:
-        _create(spec, elsewhere, storage, said)
-
-
-def _planned(spec: StudySpec, elsewhere: bool, storage: str | None) -> tuple[list[Cell], int]:
-    """The cells and the number of proposals; what cannot be trained, or never stopped by its rule, is refused.
-
-    A study that is there already keeps its rule: containers say `create` at each start.
-    """
-    from saeopt.search.space import Space
-    from saeopt.search.stopping import why_never
-    from saeopt.training.loggers import check_sinks
-    from saeopt.trials.create import planned_cells
-
-    planned = planned_cells(spec)
-    if not elsewhere:
-        from saeopt.reach import check_reach
-
-        check_reach(spec, planned[0] or [Space(spec).middle()])
-    for cell in planned[0]:
-        check_sinks(cell.config)
-    if (reason := why_never(spec, len(planned[0]) + planned[1])) and not _is_there(spec.name, storage):
-        raise UserError(reason)
-    return planned
-
-
-def _is_there(name: str, storage: str | None) -> bool:
-    with suppress(UserError):
-        return name in _open(storage).study_names()
-    return False
-
-
-def _create(spec: StudySpec, elsewhere: bool, storage: str | None, said: Sequence[str]) -> None:
-    from saeopt.config import recipe_notice
-    from saeopt.search.rounds import proposals_text
-    from saeopt.search.stopping import stopping_text
-    from saeopt.trials.create import create_study
-    from saeopt.views.disk import disk_text
-    from saeopt.views.monitoring import on_study_created
-    from saeopt.views.spending import limits_text, spending
-
-    waits = spec.start_from is not None and spec.start_from.found is None  # the study is there, as it was found then
-    planned = None if waits else _planned(spec, elsewhere, storage)  # refused before there is a store
-    store = _open(storage, create=True)
-    made = create_study(store, spec, planned)
-    if made.is_new:
-        with suppress(OSError):  # workers that start elsewhere on this host find the run folders here
-            spec.runs.mkdir(parents=True, exist_ok=True)
-        on_study_created(store, made.study_id, spec)
-        if any(one.base != spec.base for one in spec.older):
-            log.info(recipe_notice("the base config"))
-    else:
-        spec = store.spec(spec.name)  # as it was made then
-    what = "created with" if made.is_new else "is there already, with"
-    _say(f"study {spec.name} {what} {made.n_trials} trials in {store.shown}")
-    limits = [*limits_text(spec), *(disk_text(spec, *planned) if planned and not elsewhere else ())]
-    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits)):
-        _say(f"  {about}")
-    for line in () if made.is_new else spending(store, made.study_id, spec).lines(store.command, spec.name):
-        _say(f"  {line}")
-    _say(f"  work:      {store.command('worker', spec.name)}")
-    _say(f"  watch:     {store.command('study', 'status', spec.name, '--watch')}")
-    _say(f"  dashboard: {store.command('dashboard')}")
+        for line in created(spec, elsewhere, is_there, lambda: _open(storage, create=True), said):
+            say(line)
 
 
 @app.command("list")
 def list_studies(as_json: AsJson = False, storage: Storage = None) -> None:
     """All studies of a store."""
-    from saeopt.views.status import list_rows, list_table
+    from saeopt.views.studies import list_rows, list_table
 
     store = _open(storage)
     if as_json:
-        _say_json(list_rows(store))
+        say_json(list_rows(store))
     else:
         console.print(list_table(store), crop=False)
 
@@ -185,11 +105,11 @@ def show(name: StudyName, as_json: AsJson = False, storage: Storage = None) -> N
     spec = store.spec(name)
     if as_json:
         where = {"storage": store.shown, "run_folders": str(spec.runs), "artifacts": str(artifact_dir(spec))}
-        _say_json({**json.loads(spec.to_json()), **where})
+        say_json({**spec.model_dump(mode="json", by_alias=True), **where})
         return
-    _say(yaml.safe_dump(json.loads(spec.to_json()), sort_keys=False, allow_unicode=True).rstrip())
-    _say(f"# storage: {store.shown}\n# run folders: {spec.runs}\n# artifacts: {artifact_dir(spec)}")
-    _say(f"# dashboard: {store.command('dashboard')}")
+    say(yaml.safe_dump(spec.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True).rstrip())
+    say(f"# storage: {store.shown}\n# run folders: {spec.runs}\n# artifacts: {artifact_dir(spec)}")
+    say(f"# dashboard: {store.command('dashboard')}")
 
 
 @app.command()
@@ -208,7 +128,7 @@ def status(
 
     store = _open(storage)
     if as_json:
-        _say_json(views.as_json(gather(store, name)))
+        say_json(views.as_json(gather(store, name)))
         return
     if not watch:
         console.print(render(gather(store, name)), crop=False)
@@ -261,14 +181,14 @@ def best(
         told = views.as_json(found, trials, advice)
         for hook_point, objectives in shares.as_json(mattered).items():
             told[hook_point]["importances"] = objectives
-        _say_json(told)
+        say_json(told)
     else:
         console.print(views.best_tables(found, trials, by), crop=False)
         if (table := auto.recommended_table(advice)) is not None:
             console.print(table, crop=False)
         if mattered:
             console.print(shares.importance_tables(mattered), crop=False)
-    tell = log.info if as_json else _say
+    tell = log.info if as_json else say
     if png is not None:
         from saeopt.views.plots import pareto_plot
 
@@ -293,17 +213,17 @@ def export(
         raise UserError("export needs --configs DIR, --csv FILE, --parquet FILE or --wandb-sweep FILE")
     store = _open(storage)
     if configs is not None:
-        _say(f"{len(files.export_configs(store, name, configs))} configs in {configs}")
+        say(f"{len(files.export_configs(store, name, configs))} configs in {configs}")
     if csv is not None:
-        _say(f"{files.export_csv(store, name, csv)} rows in {csv}")
+        say(f"{files.export_csv(store, name, csv)} rows in {csv}")
     if parquet is not None:
-        _say(f"{files.export_parquet(store, name, parquet)} rows in {parquet}")
+        say(f"{files.export_parquet(store, name, parquet)} rows in {parquet}")
     if wandb_sweep is not None:
         from saeopt.views.wandb_sweep import export_wandb_sweep
 
         (*sweeps, base), notices = export_wandb_sweep(store.spec(name), wandb_sweep)
         for sweep in sweeps:
-            _say(f"W&B sweep in {sweep}, its base config in {base}; start it with: wandb sweep {sweep}")
+            say(f"W&B sweep in {sweep}, its base config in {base}; start it with: wandb sweep {sweep}")
         for notice in notices:
             log.info(notice)
 
@@ -320,12 +240,12 @@ def why(
 
     rows = views.explained(_open(storage), name, trial)
     if as_json:
-        _say_json([row.as_json() for row in rows])
+        say_json([row.as_json() for row in rows])
         return
     for row in rows:
-        _say(row.text)
+        say(row.text)
     if not rows:
-        _say(f"no trial of study {name} was stopped, collapsed or failed")
+        say(f"no trial of study {name} was stopped, collapsed or failed")
 
 
 @app.command()
@@ -350,7 +270,7 @@ def retry(
             more = go_on if row.state == "PAUSED" else ""
             raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}{more}")
     done = endings.retry(store, study_id, trials or None)
-    _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+    say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
 
 
 @app.command()
@@ -376,8 +296,8 @@ def promote(
             paused_ones = f" (paused are {', '.join(map(str, sorted(known)))})" if known else " (none is)"
             raise UserError(f"trial {number} of study '{name}' is not paused: it is {row.state}{paused_ones}")
     done = paused.promote(store, study_id, trials)
-    _say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
-    _say(f"  work: {store.command('worker', name)}")
+    say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+    say(f"  work: {store.command('worker', name)}")
 
 
 @app.command()
@@ -388,7 +308,7 @@ def stop(name: StudyName, storage: Storage = None) -> None:
     store = _open(storage)
     claims.set_stopped(store, store.study_id(name), True)
     go_on = store.command("study", "resume", name)
-    _say(f"study {name} is stopped: workers checkpoint and release; they go on after {go_on}")
+    say(f"study {name} is stopped: workers checkpoint and release; they go on after {go_on}")
 
 
 @app.command()
@@ -406,7 +326,7 @@ def resume(
     from saeopt.views import spending
 
     spending.resume(_open(storage), name, budget or [])
-    _say(f"study {name} goes on: its trials can be claimed again")
+    say(f"study {name} goes on: its trials can be claimed again")
 
 
 @app.command()
@@ -428,7 +348,7 @@ def clean(
     from saeopt.views import disk
 
     for line in disk.clean(_open(storage), name, keep, also or [], yes):
-        _say(line)
+        say(line)
 
 
 @app.command()
@@ -450,7 +370,7 @@ def delete(
         question = f"Delete study {name} with {len(found.rows)} trials from {store.shown}? (run folders stay)"
         typer.confirm(question, abort=True)
     optuna.delete_study(study_name=name, storage=store.optuna)
-    _say(f"study {name} deleted; its run folders are still in {found.spec.runs}")
+    say(f"study {name} deleted; its run folders are still in {found.spec.runs}")
 
 
 @app.command()
@@ -461,20 +381,15 @@ def logs(
     storage: Storage = None,
 ) -> None:
     """How a trial stands, why it ended, and its metrics."""
-    from saeopt.trials.storage import persistently
-    from saeopt.views.logs import find_trial, head, lines, log_lines
+    from saeopt.views.logs import find_trial, has_ended, head, lines, log_lines
 
     store = _open(storage)
     row, run_dir = find_trial(store, name, trial)
     for text in [*head(row, run_dir), *log_lines(run_dir)]:
-        _say(text)
+        say(text)
 
-    def ended() -> bool:
-        now = persistently(lambda: find_trial(store, name, trial)[0], "logs")
-        return now.state not in ("RUNNING", "WAITING")
-
-    for text in lines(run_dir / METRICS_FILE, ended if follow else None):
-        _say(text)
+    for text in lines(run_dir / METRICS_FILE, (lambda: has_ended(store, name, trial)) if follow else None):
+        say(text)
 
 
 def main() -> None:

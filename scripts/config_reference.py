@@ -16,7 +16,8 @@ from saeopt.config.marks import role
 from saeopt.config.roles import sections
 from saeopt.config.saes import SAEConfig
 from saeopt.config.starts import StartFrom
-from saeopt.config.study import Collapse, Dimension, EarlyStopping, Objective, Sampler, StudySpec
+from saeopt.config.stopping import Collapse, EarlyStopping
+from saeopt.config.study import Dimension, Objective, Sampler, StudySpec
 from saeopt.metrics import objective_metrics
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from saeopt.config.study import Collapse, StudySpec
+from saeopt.config.stopping import Collapse
+from saeopt.config.study import StudySpec
 from saeopt.metrics import value_of
 from saeopt.search.objectives import Evaluation
 from saeopt.spread import N_SEEDS, worst

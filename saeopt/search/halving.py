@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from saeopt.config.study import EarlyStopping, StudySpec
+from saeopt.config.stopping import EarlyStopping
+from saeopt.config.study import StudySpec
 from saeopt.search.objectives import expanded, hook_points, objective_names
 from saeopt.search.ranking import hypervolume
 from saeopt.search.stopping import unmeasured

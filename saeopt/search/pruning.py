@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 
 from saeopt.config.run import RunConfig
-from saeopt.config.study import EarlyStopping
+from saeopt.config.stopping import EarlyStopping
 
 MAX_REPORTS = 50
 Curve = dict[int, list[float]]

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from saeopt.config.study import FORMAT, EarlyStopping, StudySpec
+from saeopt.config.stopping import EarlyStopping
+from saeopt.config.study import FORMAT, StudySpec
 from saeopt.metrics import METRICS
 from saeopt.search.objectives import expanded, objective_names
 from saeopt.search.pruning import Curve, at, dominated

@@ -101,9 +101,9 @@ class _Loop:
     # ---- start
     def _restore(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Weights from checkpoints or from calibration; the samples at which the whole pack starts."""
-        restored = {}
+        restored, size = {}, self.ranks.data.size
         for trial in self.trials:
-            if trial.plan.resume and (found := self._restored(trial)):
+            if trial.plan.resume and (found := checkpoint.restore(trial.folder, trial.members, size, self.identity)):
                 restored[trial.plan.name] = found
         starts = {found.samples for found in restored.values()}
         fresh = [t for t in self.trials if t.plan.name not in restored]
@@ -125,9 +125,6 @@ class _Loop:
     @property
     def _evaluates(self) -> bool:
         return self.config.eval_every_n_samples is not None and self.config.data.n_eval_samples > 0
-
-    def _restored(self, trial: Trial) -> checkpoint.Restored | None:
-        return checkpoint.restore(trial.folder, trial.members, self.ranks.data.size, self.identity)
 
     def run(self) -> dict[str, TrialResult]:
         if self.samples < self.total and self.pack.groups:
@@ -216,7 +213,7 @@ class _Loop:
         log.warning("%s: %s", trial.plan.name, reason)
         trial.result = TrialResult("lost", self.samples, reason)
         self._drop(trial.active, reason)
-        self._finish_sinks(trial, "interrupted")
+        trial.finish_sinks("interrupted")
         self.observer.on_end(trial.plan.name, trial.result)
 
     @contextmanager
@@ -390,19 +387,14 @@ class _Loop:
                     self.observer.draw(trial.plan.name, trial.folder.path)
         if trial.result is None:
             trial.result = result
-            self._finish_sinks(trial, result.status)
+            trial.finish_sinks(result.status)
             self.observer.on_end(trial.plan.name, result)
-
-    def _finish_sinks(self, trial: Trial, status: str) -> None:
-        for sink in trial.sinks:
-            sink.finish(status)
-        trial.sinks = []
 
     def close(self) -> None:
         """Stop background work, also after an error."""
         if self.stream is not None:
             self.stream.close()
         for trial in self.trials:
-            self._finish_sinks(trial, "failed")
+            trial.finish_sinks("failed")
             if trial.owner is not None:
                 trial.owner.leave(trial.folder.path)

@@ -45,6 +45,12 @@ class Trial:
         if begun := {m.key: m.begun_from for m in self.members if m.begun_from}:
             write_json(self.folder.path / BEGUN_FROM, begun)
 
+    def finish_sinks(self, status: str) -> None:
+        """No more rows come."""
+        for sink in self.sinks:
+            sink.finish(status)
+        self.sinks = []
+
     def ended_before(self, found: Restored, total: int, evaluates: bool) -> TrialResult | None:
         """How a trial ended at this very checkpoint, all its files written; None where something is left to do."""
         status = self.folder.status()

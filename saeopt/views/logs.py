@@ -12,7 +12,13 @@ from saeopt.metrics import in_order
 from saeopt.trials.attributes import REASON, RUN_DIR, TRACEBACK, not_found
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
-from saeopt.trials.storage import Store
+from saeopt.trials.storage import Store, persistently
+
+
+def has_ended(store: Store, name: str, trial: str) -> bool:
+    """Whether a trial neither waits nor runs; a store that does not answer is waited for."""
+    now = persistently(lambda: find_trial(store, name, trial)[0], "logs")
+    return now.state not in ("RUNNING", "WAITING")
 
 
 def find_trial(store: Store, name: str, number: str) -> tuple[TrialRow, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,19 +26,19 @@ from saeopt.trials.attributes import INFEASIBLE, REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
-from saeopt.trials.refine import REFINED, Recommendation, rows_of
-from saeopt.trials.storage import SPEC_KEY, Store
+from saeopt.trials.refine import REFINED, Recommendation
+from saeopt.trials.storage import Store
 from saeopt.views import recommended as auto
 from saeopt.views.eta import seconds_left
 from saeopt.views.points import fronts, points_of, was_evaluated
 from saeopt.views.spending import Spending, spending
 from saeopt.views.why import why
 
-_NAMES = {
+NAMES = {
     "WAITING": "waiting", "RUNNING": "running", "PAUSED": "paused", "COMPLETE": "complete", "PRUNED": "pruned",
     "FAIL": "failed",
 }  # fmt: skip
-STATES = tuple(_NAMES)
+STATES = tuple(NAMES)
 _RECENT = 50
 _ROWS = 12
 
@@ -162,7 +162,7 @@ def _states(status: Status) -> RenderableType:
     table = _table()
     shown = [s for s in STATES if s != "PAUSED" or status.pauses]
     for state in shown:
-        table.add_column(_NAMES[state], justify="right")
+        table.add_column(NAMES[state], justify="right")
     table.add_column("all", justify="right")
     table.add_row(*[str(status.count(state)) for state in shown], str(len(status.rows)))
     parts: list[RenderableType] = [unbroken(f"study {status.spec.name}: trials"), table]
@@ -336,7 +336,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "seeds": status.spec.n_seeds,
         "ended": status.spending.over,
         "spent": status.spending.account.as_json(),
-        "trials": {_NAMES[state]: status.count(state) for state in STATES} | {"all": len(status.rows)},
+        "trials": {NAMES[state]: status.count(state) for state in STATES} | {"all": len(status.rows)},
         "trials_per_hour": status.trials_per_hour,
         "seconds_left": status.eta_s,
         "workers": [asdict(worker) for worker in status.alive],
@@ -362,44 +362,3 @@ def as_json(status: Status) -> dict[str, Any]:
         },
         "recommended_l0": auto.as_json(status.recommended),
     }
-
-
-def list_rows(store: Store) -> list[dict[str, Any]]:
-    """All studies of a store: name, trials by state, workers alive, and whether it is open, stopped, ended or done."""
-    counts, now = queries.state_counts(store.engine), store.now().replace(tzinfo=dt.UTC).timestamp()
-    rows = []
-    for name, study_id in queries.study_ids(store.engine).items():
-        known = queries.attributes(store.engine, study_id, "saeopt:")
-        trials = {_NAMES[state]: counts.get(study_id, {}).get(state, 0) for state in STATES}
-        open_now = "open" if trials["waiting"] + trials["running"] or _refines(store, study_id, known) else "done"
-        if open_now == "open" and _has_ended(store, study_id, known):
-            open_now = "ended"
-        state = "stopped" if known.get(claims.STOPPED) else open_now
-        alive = sum(worker.alive for worker in presence.workers(known, now))
-        rows.append({"study": name, **trials, "workers": alive, "state": state})
-    return rows
-
-
-def _has_ended(store: Store, study_id: int, known: Mapping[str, Any]) -> bool:
-    """Whether what waits in a study is not begun any more."""
-    return (text := known.get(SPEC_KEY)) is not None and bool(spending(store, study_id, StudySpec.from_json(text)).over)
-
-
-def _refines(store: Store, study_id: int, known: Mapping[str, Any]) -> bool:
-    """Whether a worker will add trials to a study whose trials have all ended."""
-    spec = StudySpec.from_json(text) if '"refine": true' in (text := known.get(SPEC_KEY) or "") else None
-    return spec is not None and auto.awaited(spec, rows_of(store, study_id), known.get(REFINED) or [])
-
-
-def list_table(store: Store) -> RenderableType:
-    """All studies of a store."""
-    rows = list_rows(store)
-    hidden = [] if any(row["paused"] for row in rows) else ["paused"]
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold cyan")
-    table.add_column("study", overflow="fold")
-    for name in (*_NAMES.values(), "workers", "state"):
-        if name not in hidden:
-            table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(str(value) for name, value in row.items() if name not in hidden))
-    return Group(unbroken(f"studies in {store.shown}"), table)

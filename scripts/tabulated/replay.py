@@ -12,7 +12,8 @@ from typing import Any
 import optuna
 from rich.table import Table
 
-from saeopt.config.study import EarlyStopping, StudySpec
+from saeopt.config.stopping import EarlyStopping
+from saeopt.config.study import StudySpec
 from saeopt.console import console, log
 from tabulated.curves import Log, Tabulated
 from tabulated.others import Moasha, optuna_asha

@@ -7,7 +7,7 @@ import math
 import pytest
 from _stores import grid_spec
 
-from saeopt.config.study import Collapse
+from saeopt.config.stopping import Collapse
 from saeopt.errors import UserError
 from saeopt.search.collapse import rule_of, violations, why_all_collapsed, why_collapsed
 from saeopt.search.objectives import directions, objective_names, objective_values

@@ -11,7 +11,7 @@ import pytest
 from _stores import grid_spec
 from _worker_kit import HOOK, Trainer, start
 
-from saeopt.config.study import Collapse
+from saeopt.config.stopping import Collapse
 from saeopt.search.collapse import violations, why_all_collapsed, why_collapsed
 from saeopt.search.noise import pooled
 from saeopt.search.pareto import Point
