@@ -13,9 +13,8 @@ from safetensors import safe_open
 from test_loop import plan, weights
 from test_processes import ENVIRONMENT, JOB, free_port, write_job
 
-import saeopt.training.loop as loop
 from saeopt.runs.folder import RunFolder, resume_point
-from saeopt.training import Observer, train_pack
+from saeopt.training import Observer, measuring, train_pack
 from saeopt.training.plan import Rungs
 from saeopt.training.runtime import Runtime
 
@@ -123,13 +122,13 @@ def test_the_rung_tells_what_training_measures_of_everybody(make_config, runtime
 
 def test_held_out_samples_are_evaluated_in_one_pass_for_all(make_config, runtime, tmp_path, monkeypatch):
     configs = kinds(make_config)
-    passes, evaluate = [], loop.evaluate
+    passes, evaluate = [], measuring.evaluate
 
     def counted(saes, *args, **kwargs):
         passes.append(sorted(saes))
         return evaluate(saes, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "evaluate", counted)
+    monkeypatch.setattr(measuring, "evaluate", counted)
     observer = Halving("a", held_out=7)
     results = train_pack([plan(c, tmp_path, name) for name, c in configs.items()], runtime, observer)
     members = [(name, hook) for name, c in configs.items() for hook in c.saes.sae_positions]
