@@ -12,6 +12,8 @@ Count = Annotated[Int, Field(ge=0, le=10**9)]
 Positive = Annotated[Int, Field(gt=0, le=10**9)]
 Factor = Annotated[Float, Field(ge=0, le=1e9)]
 Share = Annotated[Float, Field(gt=0, lt=1)]
+RUNGS = (0.1, 0.3)
+"""Of `halving`, where a study says nothing."""
 _HALVING = {"rungs", "min_share", "keep", "rung_eval_samples", "keep_paused"}
 
 
@@ -48,8 +50,8 @@ class EarlyStopping(StrictModel):
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """asha and hyperband: at every rung one trial of this number goes on. halving: see `min_share`."""
     rungs: Annotated[list[Share], Field(min_length=1, max_length=20)] | None = None
-    """halving: where all are compared, as shares of a trial's samples; null: [0.1, 0.3], or with `min_share` its
-    multiples by `reduction_factor`."""
+    """halving: where all are compared, as shares of a trial's samples; null: [0.1, 0.3] (docs/search.md), or with
+    `min_share` its multiples by `reduction_factor`."""
     min_share: Share | None = None
     """halving: the first rung; the others are `reduction_factor` times later each. Instead of `rungs`."""
     keep: Annotated[Float, Field(gt=0, le=1)] = 0.33
@@ -81,6 +83,8 @@ class EarlyStopping(StrictModel):
             raise ValueError("give 'rungs' or 'min_share', not both")
         elif self.rungs is not None and sorted(set(self.rungs)) != self.rungs:
             raise ValueError("'rungs' must rise, as in [0.1, 0.3]")
+        elif self.min_share is None and self.rungs is None:
+            self.__dict__["rungs"] = list(RUNGS)  # stored with the study, which another default must not change
         return self
 
     @property
@@ -92,7 +96,7 @@ class EarlyStopping(StrictModel):
     def shares(self) -> list[float]:
         """The rungs of `halving`."""
         if self.min_share is None:
-            return self.rungs or [0.1, 0.3]
+            return list(self.rungs or RUNGS)
         found = [self.min_share]
         while found[-1] * self.reduction_factor < 1:
             found.append(found[-1] * self.reduction_factor)
