@@ -140,14 +140,20 @@ def _ordered(costs: Array, beats: npt.NDArray[np.bool_], numbers: Sequence[int])
     left, found = np.ones(len(costs), dtype=bool), list[int]()
     while left.any():
         front = np.flatnonzero(left & ~beats[left].any(0)).tolist()
-        gains = _gains(scaled[front])
-        found += [i for _, _, i in sorted((-gain, numbers[i], i) for gain, i in zip(gains, front, strict=True))]
+        added = gains(scaled[front])
+        found += [i for _, _, i in sorted((-gain, numbers[i], i) for gain, i in zip(added, front, strict=True))]
         left[front] = False
     return found
 
 
-def _gains(points: Array) -> list[float]:
+def gains(points: Array) -> list[float]:
     """What each point of a front adds to the volume that they dominate, below 1.1 in every coordinate."""
+    if points.shape[1] == 2:  # a box between its neighbours; a study's front may have thousands of points
+        order = np.lexsort(points.T[::-1])
+        x, y = points[order].T
+        boxes = np.empty(len(points))
+        boxes[order] = (np.append(x[1:], 1.1) - x) * (np.insert(y[:-1], 0, 1.1) - y)
+        return [float(box) for box in boxes]
     reference = [1.1] * points.shape[1]
     whole = hypervolume(points.tolist(), reference)
     return [whole - hypervolume(np.delete(points, i, axis=0).tolist(), reference) for i in range(len(points))]

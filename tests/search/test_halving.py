@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from _stores import grid_spec
 
 from saeopt.config.study import StudySpec
 from saeopt.errors import UserError
-from saeopt.search.halving import Ranking, Standing, held_out, rungs_in_samples
+from saeopt.search.halving import Ranking, Standing, gains, held_out, rungs_in_samples
+from saeopt.search.ranking import hypervolume
 from saeopt.search.stopping import stopping_text, why_never
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
@@ -125,3 +127,10 @@ def test_older_versions_refuse_a_study_with_rungs_and_read_all_others() -> None:
     assert (again.early_stopping.rungs, again.to_json()) == ([0.5], rungs)
     with pytest.raises(UserError, match="the study's format is 3, this version knows 2: use a newer one"):
         StudySpec.from_json(rungs.replace('"format": 2', '"format": 3'))
+
+
+def test_what_a_point_adds_to_a_front_is_the_volume_that_it_alone_dominates() -> None:
+    front = np.array([[0.0, 1.0], [0.2, 0.7], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])[[3, 0, 4, 1, 2]]
+    whole = hypervolume(front.tolist(), [1.1, 1.1])
+    expected = [whole - hypervolume(np.delete(front, i, axis=0).tolist(), [1.1, 1.1]) for i in range(len(front))]
+    assert gains(front) == pytest.approx(expected)
