@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -106,6 +107,7 @@ def explain(
     if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return UserError(f"{source}: '{field}' must be a section of 'key: value' pairs")
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = re.sub(r"^\w+ should have (.+) after validation, not", r"must have \1, not", message)
     shown = got(first.get("input"))
     if first["type"] == "value_error" and not location:
         return UserError(f"{source}: {message}")

@@ -15,6 +15,8 @@ Share = Annotated[Float, Field(gt=0, lt=1)]
 RUNGS = (0.1, 0.3)
 """Of `halving`, where a study says nothing."""
 _HALVING = {"rungs", "min_share", "keep", "rung_eval_samples", "keep_paused"}
+_NOT_HALVING = {"warmup": "rungs", "n_startup_trials": "rungs", "margin": "keep"}
+"""What `halving` does not read, and what it has instead."""
 
 
 class Collapse(StrictModel):
@@ -79,6 +81,10 @@ class EarlyStopping(StrictModel):
         if self.type != "halving":
             if given := sorted(self.model_fields_set & _HALVING):
                 raise ValueError(f"'{given[0]}' belongs to 'type: halving' (this is '{self.type}')")
+        elif unread := next((n for n in _NOT_HALVING if getattr(self, n) != type(self).model_fields[n].default), None):
+            raise ValueError(f"'{unread}' does not belong to 'type: halving', which has '{_NOT_HALVING[unread]}'")
+        elif self.min_share is None and self.reduction_factor != type(self).model_fields["reduction_factor"].default:
+            raise ValueError("'reduction_factor' needs 'min_share' under 'type: halving'")
         elif self.rungs is not None and self.min_share is not None:
             raise ValueError("give 'rungs' or 'min_share', not both")
         elif self.rungs is not None and sorted(set(self.rungs)) != self.rungs:

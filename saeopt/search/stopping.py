@@ -206,9 +206,11 @@ def stopping_text(spec: StudySpec) -> str | None:
 
 def _rungs_text(spec: StudySpec) -> str:
     rule, missing = spec.early_stopping, unmeasured(spec)
-    total, asked = spec.base["data"].get("n_train_samples"), ", ".join(dict.fromkeys(o.metric for o in spec.objectives))
-    where = [f"{share:.0%}" + (f" ({share * total:,.0f} samples)" if total else "") for share in rule.shares]
-    how = f"on {rule.rung_samples} held-out samples there" if missing else "as training measures it"
+    data, asked = spec.base["data"], ", ".join(dict.fromkeys(o.metric for o in spec.objectives))
+    total, there = data.get("n_train_samples"), min(rule.rung_samples, data.get("n_eval_samples") or rule.rung_samples)
+    samples = [f" ({math.ceil(share * total):,} samples)" if total else "" for share in rule.shares]
+    where = [f"{100 * share:.3g}%{said}" for share, said in zip(rule.shares, samples, strict=True)]
+    how = f"on {there} held-out samples there" if missing else "as training measures it"
     return (
         f"halving compares {asked} at {' and '.join(where)}, {how}; whom nobody dominates and the best"
         f" {rule.keep:.0%} go on, the others are paused"

@@ -86,7 +86,11 @@ def test_create_says_what_is_compared_where() -> None:
     assert text is not None
     assert text.startswith("halving compares fvu at 25% (16 samples), as training measures it;")
     measured = spec_of(["fvu", "cosine"], rung_eval_samples=24)
-    assert "on 24 held-out samples there" in (stopping_text(measured) or "")
+    held = measured.base["data"]["n_eval_samples"]
+    assert f"on {min(24, held)} held-out samples there" in (stopping_text(measured) or "")
+    more = spec_of(["fvu", "cosine"], rung_eval_samples=held + 1)
+    assert f"on {held} held-out samples there" in (stopping_text(more) or ""), "no more than there are"
+    assert "at 0.1% (1 samples)" in (stopping_text(spec_of(["fvu"], rungs=[0.001])) or ""), "not 0% (0 samples)"
     assert (held_out(measured), held_out(spec_of(["fvu"]))) == (24, 0)
 
 
@@ -110,6 +114,11 @@ def test_what_can_never_pause_anybody_is_refused(fields: dict[str, Any], n_trial
         ({"type": "halving", "rungs": [0.3], "min_share": 0.1}, "'rungs' or 'min_share', not both"),
         ({"type": "pareto", "keep": 0.5}, "'keep' belongs to 'type: halving'"),
         ({"type": "halving", "rungs": [1.0]}, "rungs"),
+        ({"type": "halving", "rungs": []}, "'early_stopping.rungs': must have at least 1 item, not 0"),
+        ({"type": "halving", "warmup": 0.3}, "'warmup' does not belong to 'type: halving', which has 'rungs'"),
+        ({"type": "halving", "n_startup_trials": 2}, "'n_startup_trials' does not belong to 'type: halving'"),
+        ({"type": "halving", "margin": 0.3}, "'margin' does not belong to 'type: halving', which has 'keep'"),
+        ({"type": "halving", "reduction_factor": 4}, "'reduction_factor' needs 'min_share'"),
     ],
 )
 def test_a_rule_that_contradicts_itself_is_refused(rule: dict[str, Any], said: str) -> None:
