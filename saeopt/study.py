@@ -325,8 +325,8 @@ def resume(
     """
     from saeopt.views import spending
 
-    spending.resume(_open(storage), name, budget or [])
-    say(f"study {name} goes on: its trials can be claimed again")
+    for line in spending.resume(_open(storage), name, budget or []):
+        say(line)
 
 
 @app.command()

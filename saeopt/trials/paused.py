@@ -88,7 +88,9 @@ class Ending:
         for number in ended if not rule.keep_paused else ():
             RunFolder(self.spec.run_dir(number)).drop_checkpoints()
         if ended:
-            log.info("study %s: %d paused trials ended at their rungs", self.spec.name, len(ended))
+            go_on = self.store.command("study", "promote", self.spec.name, "TRIAL")
+            more = f"; to let one go on: {go_on}" if rule.keep_paused else ""
+            log.info("study %s: %d paused trials ended at their rungs%s", self.spec.name, len(ended), more)
         return bool(ended)
 
     def _best(self, most: int) -> list[int]:

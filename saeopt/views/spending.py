@@ -97,13 +97,13 @@ def given_budget(changes: list[str]) -> Budget | None:
         raise explain(error, "--budget", {(): list(Budget.model_fields)}) from None
 
 
-def resume(store: Store, name: str, changes: list[str]) -> None:
-    """Let a study go on that was stopped or has ended by itself.
+def resume(store: Store, name: str, changes: list[str]) -> list[str]:
+    """Let a study go on that was stopped or has ended by itself; the lines that a person is told.
 
     Raises:
         UserError: its budget is used up, and nothing more or no more than was spent is given.
     """
-    from saeopt.trials import claims
+    from saeopt.trials import claims, paused
 
     study_id, spec, given = store.study_id(name), store.spec(name), given_budget(changes)
     with store.write() as connection:
@@ -114,3 +114,10 @@ def resume(store: Store, name: str, changes: list[str]) -> None:
         raise UserError(f"study {name}: {reason}; give more in all than that: {more}")
     claims.set_stopped(store, study_id, False)
     show(store, study_id, spec, None)
+    with store.read() as connection:
+        waits = any(db.counts(connection, study_id)[state] for state in ("WAITING", "RUNNING"))
+        ended = [trial.number for trial in paused.paused(connection, study_id, ended=True)]
+    if waits or not ended:
+        return [f"study {name} goes on: its trials can be claimed again"]
+    promote = store.command("study", "promote", name, *ended[:3]) + (" …" if len(ended) > 3 else "")
+    return [f"study {name}: no trial waits; {len(ended)} ended while they were paused, and go on with", f"  {promote}"]

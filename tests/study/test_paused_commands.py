@@ -74,6 +74,7 @@ def test_what_was_paused_when_the_study_ended_can_still_be_promoted(cli: Cli, st
     assert paused.finish(store, study_id, None) == [1, 2]
     store.close()
     assert f"trial 1 (pruned): {REASON}" in cli("why", study).stdout
+    assert "study promote six 1 2" in cli("resume", study).stdout, "nothing else waits"
     assert "1 trials of study six wait again: 2" in cli("promote", study, 2).stdout
     assert json.loads(cli("status", study, "--json").stdout)["trials"]["pruned"] == 1
 
