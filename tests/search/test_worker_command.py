@@ -107,7 +107,7 @@ def test_an_unknown_study_is_named_with_its_neighbours(start: Start, address: st
     assert "did you mean 'mine'?" in errors
 
 
-@pytest.mark.parametrize(("change", "line"), [({"format": 2}, "format is 2"), ({"new_option": 1}, "'new_option'")])
+@pytest.mark.parametrize(("change", "line"), [({"format": 3}, "format is 3"), ({"new_option": 1}, "'new_option'")])
 def test_a_study_of_a_newer_version_is_a_fault_of_the_worker_and_of_no_trial(
     start: Start, address: str, change: dict[str, Any], line: str
 ) -> None:
