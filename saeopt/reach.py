@@ -98,8 +98,6 @@ def with_fitting_weights(spec: StudySpec, *, elsewhere: bool = False) -> tuple[S
     if asked is None or not any(one.weights for one in asked.found or []):
         return spec, []
     where = f"study {spec.name}: 'start_from.from_weights'"
-    if spec.n_seeds > 1:
-        raise UserError(f"{where}: excludes several 'seeds', which would all begin with the same weights")
     if elsewhere:
         raise UserError(f"{where}: needs model and weights on this host, which --elsewhere says are not here")
     space = Space(spec)

@@ -319,7 +319,7 @@ def resume(
     ] = None,
     storage: Storage = None,
 ) -> None:
-    """Let workers go on with a study that was stopped, or has ended by itself.
+    """Let a study go on that was stopped or has ended by itself.
 
     What its trials may spend in all (gpu_hours, tokens, trials, disk_gb) is changed by --budget.
     """

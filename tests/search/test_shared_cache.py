@@ -20,7 +20,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spec(**fields: Any) -> Any:
     sampler = SimpleNamespace(type="random")
-    return SimpleNamespace(**{"runs": Path("out/s"), "max_trials": None, "sampler": sampler, "space": {}} | fields)
+    given = {"runs": Path("out/s"), "max_trials": None, "sampler": sampler, "space": {}, "start_from": None}
+    return SimpleNamespace(**given | fields)
 
 
 def test_more_trials_than_a_pack_holds_share_a_cache_below_the_study() -> None:

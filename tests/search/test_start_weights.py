@@ -106,7 +106,7 @@ def test_trials_begin_with_the_weights_where_they_fit(
     assert "topk is not relu" in with_fitting_weights(relu)[1][0]
     with pytest.raises(UserError, match="--elsewhere"):
         with_fitting_weights(with_starts(spec("there", space=space, **more), address)[0], elsewhere=True)
-    with pytest.raises(UserError, match="excludes several 'seeds'"):
+    with pytest.raises(UserError, match="beside 'seeds: 2': all would start"):
         with_fitting_weights(with_starts(spec("seeds", space=space, seeds=2, **more), address)[0])
 
     file = Path(found(new)[0].weights.file)
