@@ -8,6 +8,7 @@ import random
 import signal
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
         yield f"sqlite:///{path}", lock
         return
     server: Server = request.getfixturevalue("server")
-    yield new_database(server, f"chaos_{os.getpid()}"), lambda: server.restart(2.0)
+    yield new_database(server, f"chaos_{uuid.uuid4().hex[:12]}"), lambda: server.restart(2.0)
 
 
 def weights(folder: Path, samples: int = SAMPLES) -> dict[str, bytes]:
