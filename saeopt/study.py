@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeopt.console import console, log, say, say_json
+from saeopt.console import console, log, say, say_json, set_up_logging
 from saeopt.errors import UserError
 from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result, run_cli
 from saeopt.runs.names import METRICS_FILE
@@ -23,7 +23,6 @@ PATIENCE_S = 10.0
 
 
 def _open(storage: str | None, *, create: bool = False) -> Store:
-    from saeopt.console import set_up_logging
     from saeopt.trials.storage import Store
 
     set_up_logging()

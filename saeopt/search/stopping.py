@@ -211,9 +211,11 @@ def _rungs_text(spec: StudySpec) -> str:
     samples = [f" ({math.ceil(share * total):,} samples)" if total else "" for share in rule.shares]
     where = [f"{100 * share:.3g}%{said}" for share, said in zip(rule.shares, samples, strict=True)]
     how = f"on {there} held-out samples there" if missing else "as training measures it"
+    warmup = spec.base.get("warmup_samples") or 0
+    early = f" (the learning rate still rises at the first: 'warmup_samples' is {warmup:,})" if total else ""
     return (
-        f"halving compares {asked} at {' and '.join(where)}, {how}; whom nobody dominates and the best"
-        f" {rule.keep:.0%} go on, the others are paused"
+        f"halving compares {asked} at {' and '.join(where)}, {how}{early * (rule.shares[0] * (total or 0) < warmup)};"
+        f" whom nobody dominates and the best {rule.keep:.0%} go on, the others are paused"
     )
 
 

@@ -379,7 +379,7 @@ class _Loop:
         weights = trial.folder.weights_path(self.samples)
         result.checkpoint = weights if weights.exists() else None
         if result.status == "finished":
-            result.cost = cost_of(trial.plan.config, self.model, self.runtime.device)
+            result.cost = cost_of(trial.plan.config, self.model, self.runtime)
         if self.ranks.is_first and trial.result is None:
             with self._writing(trial):
                 news = trial.folder.write_status(result.status, result.samples, result.reason)

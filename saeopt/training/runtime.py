@@ -13,6 +13,7 @@ from saeopt.config.run import RunConfig
 from saeopt.errors import UserError
 from saeopt.host.launcher import launched
 from saeopt.training.environment import check_environment, check_gpus, check_joined, precision
+from saeopt.training.memory import ModelShape
 from saeopt.training.ranks import Axis, Ranks
 
 _DTYPES: dict[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,6 +67,13 @@ class Runtime:
         tokens = (data.context_length, data.tokenizer_name, data.is_tokenized, data.separator)
         key = (config.model, config.lm_dtype, config.lm_processing, *tokens)
         return self._keep("model", key, lambda: open_source(config, self.device))
+
+    def model_shape(self, config: RunConfig) -> ModelShape:
+        """What the memory of the config's language model depends on."""
+        from saeopt.training.dry_run import weightless
+
+        key = (config.model, str(config.data.activations))
+        return self._keep("shape", key, lambda: weightless(config)[1])
 
     def token_data(self, config: RunConfig, model: Source) -> Samples:
         """The config's token data, tokenised for `model`."""

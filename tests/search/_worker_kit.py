@@ -105,3 +105,13 @@ def spec_in(folder: Path, n: int = 6, **fields: Any) -> StudySpec:
 
 def states(store: Store) -> list[str]:
     return [t.state.name for t in store.study("s").trials]
+
+
+def run_together(workers: Sequence[Worker]) -> None:
+    """All of them at once, each in a thread, until they have ended."""
+    threads = [threading.Thread(target=worker.run) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)

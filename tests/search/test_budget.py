@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _worker_kit import TOTAL, Trainer, spec_in, start, states
+from _worker_kit import TOTAL, Trainer, run_together, spec_in, start, states
 from pydantic import ValidationError
 
 from saeopt.config.limits import Budget
@@ -44,12 +44,7 @@ def test_a_study_without_a_budget_is_stored_as_before(tmp_path: Path) -> None:
 def test_trials_are_begun_only_while_the_budget_has_room_for_them(store_address: str, tmp_path: Path) -> None:
     store, spec = Store.open(store_address), spec_in(tmp_path, 12, budget={"trials": 5})
     workers = [start(Store.open(store_address), spec, Trainer(), pack=3) for _ in range(3)]
-    threads = [threading.Thread(target=worker.run) for worker in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    run_together(workers)
     assert states(store).count("COMPLETE") == 5
     assert states(store).count("WAITING") == 7
     assert account_of(store, spec).why_over == "the budget is used up: 5 of 5 trials"

@@ -56,14 +56,12 @@ def material(tiny_model_dir: Path, tiny_text: Path) -> tuple[Path, Path]:
     return tiny_model_dir, tiny_text
 
 
-@pytest.fixture(scope="module")
-def undisturbed(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folders of all cells, trained one by one without any disturbance; shared by both stores."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    text = make_spec(*material, folder).to_json()
+def trained_alone(spec: StudySpec, folder: Path) -> Path:
+    """The run folders of all cells, trained one by one to their ends without any disturbance."""
     halves = [list(range(i, CELLS, 2)) for i in range(2)]
     started = [
-        forks.Process(target=run_alone, args=(text, half, folder, folder / f"log{i}")) for i, half in enumerate(halves)
+        forks.Process(target=run_alone, args=(spec.to_json(), half, folder, folder / f"log{i}"))
+        for i, half in enumerate(halves)
     ]
     for process in started:
         process.start()
@@ -71,6 +69,13 @@ def undisturbed(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
         process.join(timeout=240)
         assert process.exitcode == 0, (folder / f"log{i}").read_text()[-3000:]
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both stores' results are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return trained_alone(make_spec(*material, folder), folder)
 
 
 class Chaos:
@@ -122,8 +127,37 @@ class Chaos:
         self.hits.append((number, n_reports, how))
         return True
 
-    def complete(self) -> int:
-        return claims.counts(self.store, self.study_id)["COMPLETE"]
+    def due(self, now: dict[str, int]) -> bool:
+        """Whether the next blow may fall: by progress, since machines differ in speed."""
+        return 2 * len(self.hits) <= now["COMPLETE"]
+
+    def may_vanish(self) -> bool:
+        """Whether the store may vanish now, half of the blows having fallen."""
+        return True
+
+    def run(self, kills: int, vanish: Callable[[], None], pause: tuple[float, float] = (0.3, 1.5)) -> None:
+        """Until nothing waits, runs or is paused: so many kills, and in the middle a store that is lost for a while."""
+        vanished, next_strike, deadline = False, 0.0, time.monotonic() + 300
+        try:
+            while True:
+                now = claims.counts(self.store, self.study_id)
+                if now["WAITING"] + now["RUNNING"] + now["PAUSED"] == 0:
+                    break
+                assert time.monotonic() < deadline, f"{now}\n{self.logs()}"
+                self.keep_four()
+                if not vanished and len(self.hits) == kills // 2 and self.may_vanish():
+                    vanished = True
+                    vanish()
+                elif len(self.hits) < kills and time.monotonic() > next_strike and self.due(now) and self.strike():
+                    next_strike = time.monotonic() + self.rng.uniform(*pause)
+                time.sleep(0.02)
+            for process in self.alive:
+                process.join(timeout=30)
+        finally:
+            for process in self.alive:
+                process.kill()
+        assert len(self.hits) == kills
+        assert vanished
 
     def logs(self) -> str:
         return "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(self.folder.glob("worker*.log")))
@@ -162,27 +196,7 @@ def test_kills_and_a_lost_database_change_nothing(
     spec = make_spec(*material, tmp_path / "out")
     store = Store.open(address)
     study_id = create_study(store, spec).study_id
-    chaos = Chaos(address, store, study_id, tmp_path)
-    vanished, next_strike = False, 0.0
-    deadline = time.monotonic() + 300
-    try:
-        while (complete := chaos.complete()) < CELLS:
-            assert time.monotonic() < deadline, f"{claims.counts(store, study_id)}\n{chaos.logs()}"
-            chaos.keep_four()
-            due = len(chaos.hits) < KILLS and 2 * len(chaos.hits) <= complete  # by progress: machines differ in speed
-            if due and time.monotonic() > next_strike and chaos.strike():
-                next_strike = time.monotonic() + chaos.rng.uniform(0.3, 1.5)
-            if not vanished and len(chaos.hits) == KILLS // 2:
-                vanished = True
-                vanish()
-            time.sleep(0.05)
-        for process in chaos.alive:
-            process.join(timeout=30)
-    finally:
-        for process in chaos.alive:
-            process.kill()
-    assert len(chaos.hits) == KILLS
-    assert vanished
+    Chaos(address, store, study_id, tmp_path).run(KILLS, vanish)
     trials = store.study("chaos").trials
     assert [t.number for t in trials] == list(range(CELLS))
     assert {t.state.name for t in trials} == {"COMPLETE"}

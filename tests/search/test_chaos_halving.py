@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _chaos import run_alone, run_worker_slow_at_rungs
+from _chaos import run_worker_slow_at_rungs
 from optuna.trial import TrialState
-from test_chaos import CELLS, SAMPLES, Chaos, forks, make_spec, material, place, weights  # noqa: F401  (fixtures)
+from test_chaos import CELLS, SAMPLES, Chaos, make_spec, material, place, trained_alone, weights  # noqa: F401  (fixtures)
 
 from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
-from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
 from saeopt.trials.rungs import RUNGS
@@ -32,19 +30,9 @@ def halving(model: Path, text: Path, output: Path) -> StudySpec:
 
 @pytest.fixture(scope="module")
 def alone(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """The run folders of all cells, trained one by one to their ends without any disturbance."""
+    """What both stores' results are compared with."""
     folder = tmp_path_factory.mktemp("alone")
-    text = halving(*material, folder).to_json()
-    started = [
-        forks.Process(target=run_alone, args=(text, list(range(i, CELLS, 2)), folder, folder / f"log{i}"))
-        for i in range(2)
-    ]
-    for process in started:
-        process.start()
-    for i, process in enumerate(started):
-        process.join(timeout=240)
-        assert process.exitcode == 0, (folder / f"log{i}").read_text()[-3000:]
-    return folder
+    return trained_alone(halving(*material, folder), folder)
 
 
 class AtRungs(Chaos):
@@ -67,6 +55,14 @@ class AtRungs(Chaos):
                 found.append((int(owner["pid"]), number, last))
         return [v for v in found if v[0] in pids]
 
+    def due(self, now: dict[str, int]) -> bool:
+        """At any time: whoever stands at a rung is struck."""
+        return True
+
+    def may_vanish(self) -> bool:
+        """In the middle of a rung."""
+        return bool(self.victims())
+
 
 @pytest.mark.slow  # real training in four processes under fire
 @pytest.mark.timeout(400)
@@ -80,28 +76,7 @@ def test_kills_and_a_lost_database_within_rungs_change_nothing(
     spec = halving(*material, tmp_path / "out")
     store = Store.open(address)
     study_id = create_study(store, spec).study_id
-    chaos = AtRungs(address, store, study_id, tmp_path)
-    vanished, next_strike, deadline = False, 0.0, time.monotonic() + 300
-    try:
-        while True:
-            now = claims.counts(store, study_id)
-            if now["WAITING"] + now["RUNNING"] + now["PAUSED"] == 0:
-                break
-            assert time.monotonic() < deadline, f"{now}\n{chaos.logs()}"
-            chaos.keep_four()
-            if not vanished and len(chaos.hits) == KILLS // 2 and chaos.victims():
-                vanished = True
-                vanish()
-            elif len(chaos.hits) < KILLS and time.monotonic() > next_strike and chaos.strike():
-                next_strike = time.monotonic() + chaos.rng.uniform(0.5, 1.5)
-            time.sleep(0.02)
-        for process in chaos.alive:
-            process.join(timeout=30)
-    finally:
-        for process in chaos.alive:
-            process.kill()
-    assert len(chaos.hits) == KILLS
-    assert vanished
+    AtRungs(address, store, study_id, tmp_path).run(KILLS, vanish, (0.5, 1.5))
     trials = store.study("chaos").trials
     assert [t.number for t in trials] == list(range(CELLS))
     states = [t.state.name for t in trials]

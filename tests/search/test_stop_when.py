@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 from pathlib import Path
 
 import pytest
-from _worker_kit import HOOK, Trainer, good, spec_in, start, states
+from _worker_kit import HOOK, Trainer, good, run_together, spec_in, start, states
 
 from saeopt.config.limits import StopWhen
 from saeopt.errors import UserError
@@ -76,12 +75,7 @@ def test_fronts_are_those_of_hook_points_where_objectives_are(tmp_path: Path) ->
 def test_a_study_ends_once_its_front_no_longer_grows_and_goes_on_when_asked(store_address: str, tmp_path: Path) -> None:
     store, spec = Store.open(store_address), spec_in(tmp_path, 20, stop_when=RULE)
     workers = [start(Store.open(store_address), spec, Trainer(), pack=1) for _ in range(2)]
-    threads = [threading.Thread(target=worker.run) for worker in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads)
+    run_together(workers)
     study = store.study_id("s")
     ended = states(store).count("COMPLETE")
     assert 5 <= ended <= 7  # one before, the four of the rule, and what the other worker had begun
