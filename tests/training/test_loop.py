@@ -13,7 +13,7 @@ from saeopt.errors import UserError
 from saeopt.runs.folder import RunFolder, resume_point
 from saeopt.runs.weights import load_checkpoint, load_run, load_weights
 from saeopt.saes.registry import get_sae
-from saeopt.training import Observer, TrialPlan, loop, setup, train_pack
+from saeopt.training import Observer, TrialPlan, dry_run, loop, setup, train_pack
 from saeopt.training.pack import Member, Pack
 from saeopt.training.runtime import Runtime
 
@@ -67,6 +67,37 @@ def test_a_run_leaves_config_weights_state_metrics_evaluation_and_says_when_to_d
     assert rows[-1]["eval_fvu"] == pytest.approx(evaluation["fvu"])
     assert not any(p.suffix == ".png" for p in folder.path.iterdir())  # pictures are the commands'
     assert resume_point(folder.path) == 256
+
+
+def test_finished_trials_tell_their_parameters_and_memory_and_the_model_is_read_once(
+    make_config, tmp_path, monkeypatch
+):
+    runtime, read, weightless = Runtime("cpu"), [], dry_run.weightless
+    monkeypatch.setattr(dry_run, "weightless", lambda config: read.append(1) or weightless(config))
+    configs = {
+        "one": make_config(),
+        "two": make_config(seeds=2),
+        "wide": make_config(**{"saes.dict_size_to_input_ratio": 8}),
+    }
+    results = train_pack([plan(config, tmp_path, name) for name, config in configs.items()], runtime)
+    for name in ("one", "wide"):
+        assert results[name].cost["parameters"] == sum(tensor.numel() for tensor in trained(tmp_path / name)), name
+    costs = {name: result.cost for name, result in results.items()}
+    assert costs["two"]["parameters"] == costs["one"]["parameters"], "of one seed"
+    assert 0 < costs["one"]["memory_gib"] < costs["two"]["memory_gib"]
+    assert len(read) == 1
+    stopped = train_pack([plan(configs["one"], tmp_path, "c")], runtime, Stopping())["c"]
+    assert (stopped.status, stopped.cost) == ("stopped", {})
+
+
+class Stopping(Observer):
+    def on_log(self, name, samples, metrics):
+        return "enough"
+
+
+def trained(run_dir):
+    _, saes = load_run(run_dir)
+    return [p for sae in saes.values() for p in sae.parameters()]
 
 
 def test_training_learns(make_config, runtime, tmp_path):
