@@ -16,6 +16,7 @@ from saeopt.trials import internals as db
 from saeopt.trials.storage import Store
 from saeopt.views.best import find_best, labels, load_points
 from saeopt.views.points import candidates
+from saeopt.views.spending import gigabytes
 
 if TYPE_CHECKING:
     from saeopt.activations.source import Source
@@ -63,12 +64,6 @@ def disk_text(spec: StudySpec, cells: Sequence[Cell], proposed: int, hub: bool =
         )
 
 
-def gigabytes(size: float) -> str:
-    """`1.2 GB`, `34 MB`, `5.6 kB`."""
-    unit, of = next((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= n or u == "kB")
-    return f"{size / of:.3g} {unit}"
-
-
 def on_front(store: Store, name: str) -> set[int]:
     """The trials whose weights stay: on the front of a hook point or of the objectives, or best in a range of L0."""
     points, _ = load_points(store, name)
@@ -100,7 +95,8 @@ def clean(store: Store, name: str, keep: str | None, also: Sequence[str], yes: b
     for kind, group in _by_kind(removals):
         size = gigabytes(sum(r.size for r in group))
         what = "all checkpoints" if kind in cleaning.ASKED else "what only resuming needs"
-        more = " and all weights" if front is not None and any(r.number not in front for r in group) else ""
+        without = [] if front is None else [r for r in group if r.number not in front]
+        more = f" and the weights of {len(without)} of them" if without else ""
         n_files = sum(len(r.files) for r in group)
         yield f"{len(group)} {kind} trials: {what}{more if kind == 'ended' else ''}, {n_files} files, {size}"
     if front is not None:

@@ -36,7 +36,7 @@ class Spending:
             yield f"budget: {self.text}"
         size = self.account.spent.get("disk_gb")
         if size is not None and "disk_gb" not in self.account.limits:
-            yield f"run folders: {size:.3g} GB"
+            yield f"run folders: {gigabytes(1e9 * size)}"
         if self.over:
             unit = next(iter(self.account.used_up), None)
             words = [] if unit is None else ["--budget", f"{unit}=NUMBER"]
@@ -95,6 +95,12 @@ def given_budget(changes: list[str]) -> Budget | None:
         return Budget.model_validate(raw)
     except ValidationError as error:
         raise explain(error, "--budget", {(): list(Budget.model_fields)}) from None
+
+
+def gigabytes(size: float) -> str:
+    """`1.2 GB`, `34 MB`, `5.6 kB`."""
+    unit, of = next((u, n) for u, n in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= n or u == "kB")
+    return f"{size / of:.3g} {unit}"
 
 
 def resume(store: Store, name: str, changes: list[str]) -> list[str]:

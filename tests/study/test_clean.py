@@ -17,6 +17,7 @@ from saeopt.trials import internals as db
 from saeopt.trials.storage import Store
 from saeopt.trials.waiting import CHECKPOINT
 from saeopt.views.disk import run_folder_bytes
+from saeopt.views.spending import gigabytes
 
 Cli = Callable[..., Any]
 WEIGHTS, STATE = 40, 80
@@ -73,6 +74,7 @@ def test_ended_trials_lose_what_only_resuming_needs(study: Store, cli: Cli) -> N
 
 def test_the_weights_of_the_front_stay_and_the_others_of_ended_trials_go(study: Store, cli: Cli) -> None:
     shown = cli("clean", "six", "--keep", "front", "--yes").stdout
+    assert "and the weights of" not in shown
     assert "kept: the weights of 2 trials on a front or best in a range of L0: 0, 1" in shown  # 1: the best of L0 16–32
     assert held(study) == ALL | {0: (2, 0), 1: (2, 0)}
 
@@ -82,7 +84,10 @@ def test_what_is_best_nowhere_loses_its_weights(study: Store, cli: Cli, finish: 
     shutil.rmtree(run.path)
     finish("six", (9.0, 0.6))  # trial 4: beaten by 0 in the same range
     fill(run, 500, 1000)
-    cli("clean", "six", "--keep", "front", "--yes")
+    assert (
+        "3 ended trials: what only resuming needs and the weights of 1 of them"
+        in cli("clean", "six", "--keep", "front", "--yes").stdout
+    )
     assert held(study) == ALL | {0: (2, 0), 1: (2, 0), 4: (0, 0)}
     assert (study.spec("six").run_dir(4) / "evaluation.json").exists()
 
@@ -127,7 +132,7 @@ def test_what_is_left_is_measured_anew_and_shown(study: Store, cli: Cli) -> None
     with study.read() as connection:
         found = budget.account(connection, study_id, spec).spent["disk_gb"]
     assert found == pytest.approx(sum(bytes_of(spec.run_dir(n)) for n in (0, 1)) / 1e9)
-    assert f"run folders: {found:.3g} GB" in cli("status", "six").stdout
+    assert f"run folders: {gigabytes(1e9 * found)}" in cli("status", "six").stdout
 
 
 def test_a_worker_begins_no_trial_that_the_disk_has_no_room_for(
