@@ -1,7 +1,6 @@
-"""What every sparse autoencoder has: parameters, initialisation, normalisation, folding.
+"""What every sparse autoencoder has: parameters, initialisation, normalisation, folding. Rows of W_dec are features.
 
-Shape suffixes: N tokens, d width read, e width written (d for an autoencoder), h dictionary width. Rows of W_dec are
-features.
+Shape suffixes: N tokens, d width read, e width written (d for an autoencoder), h dictionary width.
 :meth:`SAE.encode`, :meth:`SAE.decode` and :meth:`SAE.forward` take and give raw activations; everything else, and so
 everything that an architecture defines, works on normalised activations (:mod:`saeopt.saes.normalisation`).
 """
@@ -358,11 +357,14 @@ class SAE(Normalised):
         part of the weights, so that this form is neither trained nor saved as it is.
         """
         other = self.folded()
-        rows_hd = other.decoder_rows()
-        length_h = rows_hd.norm(dim=-1).clamp_min(1e-12)
+        length_h = other.decoder_rows().norm(dim=-1).clamp_min(1e-12)
         other.unit_lengths = length_h if self.unit_lengths is None else length_h * self.unit_lengths
-        other.W_dec.copy_(rows_hd / length_h.unsqueeze(-1))
+        other.W_dec.copy_(other.decoder_rows() / length_h.unsqueeze(-1))
         return other
+
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """The evaluation code as fields of `Portable` (:mod:`saeopt.saes.portable`), or why no other tool has it."""
+        return f"no format of other tools has the code of '{self.config.sae_type}'"
 
     # ---- pieces shared by the losses
     def centred(self, x_Nd: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -117,6 +117,10 @@ class BatchTopKSAE(TopKSAE):
         flat = acts_Nh.flatten()
         largest = flat.topk(min(len(flat), int(self.config.k * n)), sorted=False)
         return torch.zeros_like(flat).scatter(0, largest.indices, largest.values).view_as(acts_Nh)
+
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """relu(π) above θ, one number for all latents."""
+        return {"form": "jumprelu", "b_enc": self.b_enc, "threshold": self.threshold.to(self.b_enc).expand(self.h)}
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """As topk's, with tallies of the smallest activation that was kept."""

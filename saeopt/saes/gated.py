@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import field_validator
@@ -88,6 +88,12 @@ class GatedSAE(Revival):
         shared_h = shift_d @ self.W_enc
         self.b_gate.add_(shared_h)
         self.b_mag.add_(self.r_mag.exp() * shared_h)
+
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """Gate and magnitude; other tools know relu alone for the latter."""
+        if self.config.magnitude_activation != "relu":
+            return f"no format of other tools has 'magnitude_activation: {self.config.magnitude_activation}'"
+        return {"form": "gated", "b_enc": self.b_mag, "b_gate": self.b_gate, "r_mag": self.r_mag}
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse`, `sparsity` and `aux`; with `auxk_coeff` the ratio `auxk`."""

@@ -171,6 +171,10 @@ class JumpReluSAE(Revival):
         pre_Nh = self.pre_activation(x_Nd)
         return pre_Nh * (pre_Nh > self.threshold)
 
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """π above θ."""
+        return {"form": "jumprelu", "b_enc": self.b_enc, "threshold": self.threshold}
+
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`; with `penalty: tanh` also `pre_activation`."""
         pre_Nh, keep_N = self.pre_activation(x_Nd), inputs.keep_N

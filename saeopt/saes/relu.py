@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class ReluSAE(Revival, PrefixSAE):
     def code(self, x_Nd: Tensor) -> Tensor:
         """relu(π)."""
         return torch.relu(self.pre_activation(x_Nd))
+
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """relu(π)."""
+        return {"form": "relu", "b_enc": self.b_enc}
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Terms `mse` and `sparsity`; with `auxk_coeff` the ratio `auxk`."""

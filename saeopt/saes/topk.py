@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class TopKSAE(PrefixSAE):
     def select(self, acts_Nh: Tensor, keep_N: Tensor | None) -> Tensor:
         """The code of training from relu(π), 0 on masked tokens."""
         return self.masked(keep_largest(acts_Nh, self.config.k), keep_N)
+
+    def evaluation_form(self) -> dict[str, Any] | str:
+        """The k largest of relu(π)."""
+        return {"form": "topk", "b_enc": self.b_enc, "k": self.selected}
 
     def training_forward(self, x_Nd: Tensor, y_Ne: Tensor, inputs: StepInputs) -> Forward:
         """Term `mse`, ratio `aux` (where a mask of dead latents is given)."""
