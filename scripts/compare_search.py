@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""How good a search is: replayed on a study that was trained in full once, and in earnest against a grid.
+"""How good a search is: replayed on a study that was trained in full once, and for real against a grid.
 
     python scripts/compare_search.py table --out table.parquet     # train every cell once, in packs; minutes on a GPU
     python scripts/compare_search.py replay table.parquet          # 20 repetitions of each search on it
+    python scripts/compare_search.py earnest                       # TPE + halving beside the whole grid, trained
     python scripts/compare_search.py old-grid                      # TPE against the replaced system's grid, trained
 
 `COMMAND -h` lists a command's options.
@@ -43,6 +44,12 @@ def _replay(options: argparse.Namespace) -> None:
     replay.replay(options.table, options)
 
 
+def _earnest(options: argparse.Namespace) -> None:
+    from tabulated import earnest
+
+    earnest.main(options)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +76,10 @@ def main() -> None:
     replay.add_argument("--repetitions", type=int, default=20)
     replay.add_argument("--seeds", type=int, nargs="+", help="of the table; default: all, of which the mean counts")
     replay.add_argument("--ratios", type=int, nargs="+", help=f"widths of the space (default: {RATIOS})")
+    replay.add_argument(
+        "--start-ratios", type=int, nargs="+", help="also searches that start from a study at these widths"
+    )
+    replay.add_argument("--start-top", type=int, default=16, help="… or from so many of its trials, not its front")
     replay.add_argument("--pack", type=int, default=8, help="trials that train together (workers, for MOASHA)")
     replay.add_argument("--rungs", type=float, nargs="+", help="instead of early_stopping's default")
     replay.add_argument("--keep", type=float, help="instead of early_stopping's default")
@@ -81,6 +92,19 @@ def main() -> None:
     replay.add_argument("--only", nargs="+", help="these searches, by the names in the printed table")
     replay.add_argument("--syne-tune", type=Path, help="Python of an environment with syne-tune==0.16.0 (for MOASHA)")
     replay.add_argument("--json", type=Path, help="a line per search is added here")
+
+    earnest = commands.add_parser("earnest", help="the whole grid and TPE + halving, trained at the same time")
+    earnest.set_defaults(run=_earnest)
+    earnest.add_argument("--folder", type=Path, default=Path("output/earnest"), help="stores, run folders, logs")
+    earnest.add_argument("--samples", type=int, default=800, help="training samples per trial")
+    earnest.add_argument("--context", type=int, default=64, help="tokens of a sample")
+    earnest.add_argument("--held-out", type=int, default=50, help="held-out samples")
+    earnest.add_argument("--ratios", type=int, nargs="+", default=[4, 8], help="widths (h / d)")
+    earnest.add_argument("--trials", type=int, default=100, help="trials of the search")
+    earnest.add_argument("--pack", type=int, default=8, help="trials that train together")
+    earnest.add_argument("--seed", type=int, default=0, help="of the sampler")
+    earnest.add_argument("--threads", type=int, default=1, help="CPU threads of each worker")
+    earnest.add_argument("--shared", type=Path, default=shared, help="folder with models/ and data/")
 
     old = commands.add_parser("old-grid", help="TPE against the replaced system's grid, trained", add_help=False)
     old.set_defaults(run=None)

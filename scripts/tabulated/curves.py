@@ -41,6 +41,7 @@ class Tabulated:
     """One seed of a table, at some widths: the study's space, and the curve of every cell."""
 
     def __init__(self, path: Path, seed: int, ratios: list[int]) -> None:
+        self.seed = seed
         rows = pq.read_table(path, filters=[("seed", "=", seed), ("ratio", "in", [float(r) for r in ratios])])
         curves: dict[tuple[Any, ...], Curve] = {}
         columns = {name: rows.column(name).to_pylist() for name in (*CELL, "samples", "held_out", "l0", "fvu")}

@@ -19,6 +19,7 @@ from tabulated.curves import Log, Tabulated
 from tabulated.others import Moasha, optuna_asha
 from tabulated.searches import Search
 from tabulated.study import RATIOS, SEEDS
+from tabulated.warm import Narrow
 
 LEVELS = [0.9, 0.95, 0.99]
 Mode = Callable[[Tabulated, int], Log]
@@ -40,6 +41,39 @@ def search(table: Tabulated, seed: int, sampler: str, options: Any, halving: dic
     return Search(table, spec_of(table, sampler, seed, most, halving), options.pack, **more).run(options.budget)
 
 
+def warm(
+    table: Tabulated, seed: int, options: Any, halving: dict[str, Any], narrow: Narrow, *, searched: bool, **which: Any
+) -> Log:
+    """TPE + halving that starts from a study of the narrow cells: of all of them, which has cost nothing here, or with
+    `searched` of what TPE + halving trains there to its end, whose samples count too."""
+    most, before, study = min(len(table.curves), options.tpe_trials), 0, "narrow"
+    if searched:
+        of = narrow.table
+        spec = spec_of(of, "tpe", seed, min(len(of.curves), options.tpe_trials), halving)
+        first = Search(of, spec, options.pack)
+        before, study = first.run(options.budget).spent, f"narrow-{seed}"
+        narrow.study(study, [trial.params or {} for trial in first.trials if trial.ended])
+    else:
+        narrow.study(study)
+    search = Search(table, narrow.started(spec_of(table, "tpe", seed, most, halving), study, **which), options.pack)
+    search.log.spent = before
+    return search.run(options.budget)
+
+
+def warm_modes(options: Any, halving: dict[str, Any]) -> dict[str, Mode]:
+    """The same for searches that start from a study of other widths."""
+    narrow = {seed: Narrow(Tabulated(options.table, seed, options.start_ratios)) for seed in options.seeds or SEEDS}
+
+    def mode(searched: bool, **which: Any) -> Mode:
+        return lambda t, s: warm(t, s, options, halving, narrow[t.seed], searched=searched, **which)
+
+    return {
+        "warm: front": mode(False, front=True),
+        f"warm: top {options.start_top}": mode(False, top=options.start_top),
+        "both searched": mode(True, front=True),
+    }
+
+
 def modes(options: Any, halving: dict[str, Any]) -> dict[str, Mode]:
     """Name → one repetition."""
     found: dict[str, Mode] = {
@@ -49,6 +83,8 @@ def modes(options: Any, halving: dict[str, Any]) -> dict[str, Mode]:
         "TPE + halving": lambda t, s: search(t, s, "tpe", options, halving),
         "halving + promotion": lambda t, s: search(t, s, "random", options, halving, promote_after=True),
     }
+    if options.start_ratios:
+        found |= warm_modes(options, halving)
     first = EarlyStopping(type="halving", **halving).shares[0]
 
     def reports(table: Tabulated) -> int:

@@ -19,9 +19,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from tabulated import replay, study, table  # noqa: E402
 from tabulated.curves import Curve, Log, Tabulated  # noqa: E402
 from tabulated.others import Moasha, optuna_asha  # noqa: E402
+from tabulated.warm import Narrow  # noqa: E402
 
-RATIO, TOTAL, EVERY = 8, 400, 40
-OPTIONS = argparse.Namespace(pack=8, budget=1.0, tpe_trials=20)
+from saeopt.search.samplers import n_known  # noqa: E402
+from saeopt.search.space import Space, key_of  # noqa: E402
+from saeopt.search.starts import first_cells  # noqa: E402
+
+RATIO, NARROW, TOTAL, EVERY = 8, 2, 400, 40
+OPTIONS = argparse.Namespace(pack=8, budget=1.0, tpe_trials=20, start_ratios=[NARROW], start_top=5, seeds=[0])
 HALVING = {"rungs": [0.1, 0.3], "keep": 0.33}
 
 
@@ -34,9 +39,10 @@ def curve(about: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 @pytest.fixture(scope="module")
-def tabulated(tmp_path_factory: pytest.TempPathFactory) -> Tabulated:
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
-    for cell in study.cells(study.base(Path("shared"), TOTAL), RATIO):
+    base = study.base(Path("shared"), TOTAL)
+    for cell in [*study.cells(base, RATIO), *study.cells(base, NARROW)]:
         about = study.sae_of(cell.config)
         values = curve(about)
         for i, (l0, fvu) in enumerate(values, 1):
@@ -44,6 +50,11 @@ def tabulated(tmp_path_factory: pytest.TempPathFactory) -> Tabulated:
         rows.append({**about, "samples": TOTAL, "held_out": True, "l0": values[-1][0], "fvu": values[-1][1]})
     path = tmp_path_factory.mktemp("table") / "table.parquet"
     pq.write_table(pa.Table.from_pylist(rows, table.SCHEMA), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tabulated(path: Path) -> Tabulated:
     return Tabulated(path, 0, [RATIO])
 
 
@@ -88,6 +99,34 @@ def test_a_sampler_that_learns_never_trains_a_cell_twice(tabulated: Tabulated) -
     found = replay.search(tabulated, 1, "tpe", OPTIONS, None)
     assert len(found.ended) == 20
     assert found.spent == 20 * TOTAL
+
+
+def test_a_warm_start_begins_with_the_front_of_the_narrow_cells_and_counts_the_wide_ones_alone(
+    tabulated: Tabulated, path: Path
+) -> None:
+    narrow = Tabulated(path, 0, [NARROW])
+    finals = {key: (math.log(max(c.final[0], 1.0)), c.final[1]) for key, c in narrow.curves.items() if c.final}
+    front = {
+        key
+        for key, (x, y) in finals.items()
+        if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in finals.values())
+    }
+    options = argparse.Namespace(**{**vars(OPTIONS), "table": path})
+    modes = replay.warm_modes(options, HALVING)
+    assert list(modes) == ["warm: front", "warm: top 5", "both searched"]
+    begun = Narrow(narrow)
+    spec = begun.started(replay.spec_of(tabulated, "tpe", 1, 20, HALVING), begun.study("narrow"), front=True)
+    first = [cell.params for cell in first_cells(spec, Space(spec), n_known(spec))][: len(front)]
+    width = "saes.dict_size_to_input_ratio"
+    assert {key_of({**params, width: NARROW}) for params in first} == front  # λ, k and lr as they are
+    assert {params[width] for params in first} == {RATIO}
+    found = modes["warm: front"](tabulated, 1)
+    assert 0 < len(found.ended) <= 20
+    assert TOTAL * len(found.ended) <= found.spent < 20 * TOTAL
+    cold = replay.search(tabulated, 1, "tpe", OPTIONS, HALVING)
+    assert found.shares([0.99])[0] < cold.shares([0.99])[0]  # the narrow front is the wide one on this table
+    both = modes["both searched"](tabulated, 1)
+    assert min(spent for spent, _ in both.ended) > TOTAL * 5  # a whole search came before
 
 
 def test_a_level_is_reached_where_the_hypervolume_says(tabulated: Tabulated) -> None:
