@@ -1,0 +1,71 @@
+"""`safetensors`: one plain file for programs of one's own, for any architecture (docs/export.md has the format).
+
+Tensors are those of :class:`~saeopt.saes.portable.Portable`; of an SAE whose code no other tool has they are the
+architecture's own, folded. What they mean stands as JSON in the file's one metadata key, `saeopt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeopt.config.sites import Site
+from saeopt.export.formats import About, WholeFormat
+from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from saeopt.saes.base import SAE
+    from saeopt.saes.portable import Portable
+
+FILE = "sae.safetensors"
+LAYOUT = 1
+"""Of the metadata: a higher one may say what this version does not know."""
+OWN = "own"
+"""The form of a code that no other tool has."""
+
+
+class Plain(WholeFormat):
+    """Takes everything."""
+
+    name = "safetensors"
+
+    def problem(self, portable: Portable, site: Site) -> str | None:
+        return None
+
+    def write(self, portable: Portable, about: About, folder: Path) -> list[Path]:
+        from torch import Tensor
+
+        found = {f.name: getattr(portable, f.name) for f in fields(portable)}
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in found.items() if value is not None and name not in tensors}
+        return _write(folder, tensors, plain, about)
+
+    def write_whole(self, sae: SAE, about: About, folder: Path) -> list[Path]:
+        folded = sae.folded()
+        config = folded.config.model_dump(mode="json")
+        own: dict[str, Any] = {"form": OWN, "trained_as": sae.config.sae_type, "normalised_by": sae.normalisation}
+        return _write(folder, folded.state_dict(), {**own, "sae_config": config, "recipe": sae.recipe}, about)
+
+    def read(self, folder: Path) -> dict[str, tuple[Portable, ...]]:
+        """As `formats.Readable`; `folder` may be the file itself."""
+        from saeopt.saes.portable import Portable
+
+        path = folder / FILE if folder.is_dir() else folder
+        told: Any = read_metadata(path)
+        if told.get("layout") != LAYOUT or told.get("form") in (None, OWN):
+            raise CorruptCheckpoint(f"{path}: holds no SAE of layout {LAYOUT} in a form that other tools have")
+        known = {f.name for f in fields(Portable)}
+        plain = {name: value for name, value in told.items() if name in known}
+        return {told["site"]["key"]: (Portable(**read_tensors(path), **plain),)}
+
+
+def _write(folder: Path, tensors: dict[str, Any], told: dict[str, Any], about: About) -> list[Path]:
+    site = {"reads": about.site.reads, "writes": about.site.writes, "key": about.site.key}
+    known = {"model": about.model, "context_size": about.context_size, "prepend_bos": about.prepend_bos}
+    write_tensors(
+        folder / FILE,
+        tensors,
+        {"layout": LAYOUT, **told, "site": site, **known, "metrics": about.metrics, "saeopt_version": about.version},
+    )
+    return [folder / FILE]
