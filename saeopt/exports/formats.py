@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saeopt.saes.portable import Portable
 
 FORMATS = {
-    "safetensors": "saeopt.export.plain:Plain",
+    "safetensors": "saeopt.exports.plain:Plain",
 }
 """Name → `module:class`. In the order in which one is named where another one is refused; the last takes all."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config.sites import Site
-from saeopt.export.formats import About, WholeFormat
+from saeopt.exports.formats import About, WholeFormat
 from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -43,9 +43,10 @@ class Plain(WholeFormat):
 
     def write_whole(self, sae: SAE, about: About, folder: Path) -> list[Path]:
         folded = sae.folded()
-        config = folded.config.model_dump(mode="json")
-        own: dict[str, Any] = {"form": OWN, "trained_as": sae.config.sae_type, "normalised_by": sae.normalisation}
-        return _write(folder, folded.state_dict(), {**own, "sae_config": config, "recipe": sae.recipe}, about)
+        left_out = {"tokens_since_fired", *(name for name, _ in folded.normalising())}  # these do nothing any more
+        tensors = {name: tensor for name, tensor in folded.state_dict().items() if name not in left_out}
+        told = {"form": OWN, "trained_as": sae.config.sae_type, "normalised_by": sae.normalisation}
+        return _write(folder, tensors, {**told, "sae_config": sae.config.model_dump(mode="json")}, about)
 
     def read(self, folder: Path) -> dict[str, tuple[Portable, ...]]:
         """As `formats.Readable`; `folder` may be the file itself."""
@@ -56,8 +57,8 @@ class Plain(WholeFormat):
         if told.get("layout") != LAYOUT or told.get("form") in (None, OWN):
             raise CorruptCheckpoint(f"{path}: holds no SAE of layout {LAYOUT} in a form that other tools have")
         known = {f.name for f in fields(Portable)}
-        plain = {name: value for name, value in told.items() if name in known}
-        return {told["site"]["key"]: (Portable(**read_tensors(path), **plain),)}
+        values: dict[str, Any] = {name: value for name, value in told.items() if name in known} | read_tensors(path)
+        return {told["site"]["key"]: (Portable(**values),)}
 
 
 def _write(folder: Path, tensors: dict[str, Any], told: dict[str, Any], about: About) -> list[Path]:
