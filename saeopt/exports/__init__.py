@@ -1,1 +1,1 @@
-"""SAEs for other tools: one file per foreign format (`formats.FORMATS`), which says itself what it cannot say exactly."""
+"""SAEs for other tools: one file per foreign format (`formats.FORMATS`); it says what it cannot say exactly."""
