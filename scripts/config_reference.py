@@ -1,4 +1,7 @@
-"""Write docs/configuration.md and docs/study.md from the fields' descriptions: python scripts/config_reference.py"""
+"""Write docs/configuration.md, docs/study.md and the table of docs/metrics.md from the descriptions in the source.
+
+python scripts/config_reference.py
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from saeopt.config.saes import SAEConfig
 from saeopt.config.starts import StartFrom
 from saeopt.config.stopping import Collapse, EarlyStopping
 from saeopt.config.study import Dimension, Objective, Sampler, StudySpec
-from saeopt.metrics import objective_metrics
+from saeopt.metrics import METRICS, objective_metrics
 from saeopt.saes.registry import ARCHITECTURES, sae_config_class
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -145,7 +148,15 @@ def _text(model: type[BaseModel]) -> str:
     return re.sub(r"\s+", " ", (model.__doc__ or "").strip())
 
 
-PAGES = {"configuration.md": configuration, "study.md": study}
+def metrics() -> str:
+    """docs/metrics.md: its table is written anew, the text around it stays."""
+    before, rest = (DOCS / "metrics.md").read_text(encoding="utf-8").split(_TABLE, 1)
+    rows = [f"| `{metric.name}` | {_cell(metric.what)} |\n" for metric in METRICS.values() if metric.what]
+    return before + _TABLE + "".join(rows) + "\n" + rest.partition("\n\n")[2]
+
+
+_TABLE = "| metric | what it is |\n| --- | --- |\n"
+PAGES = {"configuration.md": configuration, "study.md": study, "metrics.md": metrics}
 
 
 def main() -> None:

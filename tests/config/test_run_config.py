@@ -329,7 +329,8 @@ def test_the_reference_pages_are_up_to_date() -> None:
     spec.loader.exec_module(script)
     pages = {name: (script.DOCS / name).read_text(encoding="utf-8") for name in script.PAGES}
     told = re.findall(r"## `saes` with `sae_type: (\w+)`", pages["configuration.md"])  # a newcomer may be missing yet
-    assert pages == {"configuration.md": script.configuration(told), "study.md": script.study()}, "run the script"
+    written = {"configuration.md": script.configuration(told), "study.md": script.study()}
+    assert pages == {**written, "metrics.md": script.metrics()}, "run the script"
 
 
 def test_the_reference_has_every_field_and_its_example_study_is_one(tmp_path: Path) -> None:
