@@ -115,11 +115,16 @@ def main() -> None:
     systems = (OWN, *(name for name in options.peers.split(",") if name))
     cells = [(system, kind) for system in systems for kind in comparison.architectures]
     searched = [job for cell in cells for job in jobs_of(options, *cell)]
-    first, *others = (int(seed) for seed in options.seeds.split(","))
-    found = _trained(comparison, [replace(job, seed=first) for job in searched], started)
-    shown = {(p.system, p.sae_type, p.lr) for p in at_chosen_lrs(found)}
-    again = [job for job in searched if (job.system, job.sae_type, job.lr) in shown]
-    found += _trained(comparison, [replace(job, seed=seed) for seed in others for job in again], started)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    if len({(job.system, job.sae_type, job.lr) for job in searched}) == len(cells):  # no learning rate to choose
+        found = _trained(comparison, [replace(job, seed=seed) for seed in seeds for job in searched], started)
+    else:
+        found = _trained(comparison, [replace(job, seed=seeds[0]) for job in searched], started)
+        write(options.out, found)  # what a run that is cut leaves
+        shown = {(p.system, p.sae_type, p.lr) for p in at_chosen_lrs(found)}
+        again = [job for job in searched if (job.system, job.sae_type, job.lr) in shown]
+        found += _trained(comparison, [replace(job, seed=seed) for seed in seeds[1:] for job in again], started)
+    write(options.out, found)
     points = found + _ablations(comparison, [p for p in found if p.system == OWN], started)
     comparison.add_cross_entropy(at_chosen_lrs(points))
     log.info("cross-entropies: done after %.0f s", time.perf_counter() - started)
