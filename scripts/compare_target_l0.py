@@ -124,20 +124,16 @@ def path_of(run_dir: Path) -> dict[str, Any]:
 
 
 def above_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per architecture and target: L0 off by, and FVU over the front's, of each seed; how far the front's seeds are apart."""
+    """Per architecture and target: L0 off by and FVU over the front, of each seed; how far the front's seeds are apart."""
     found = []
     for sae_type, target in dict.fromkeys((r["type"], r["target_l0"]) for r in rows if "target_l0" in r):
         own = [r for r in rows if r["type"] == sae_type and r.get("target_l0") == target]
         curves = {r["seed"]: curve([p for p in rows if p["type"] == sae_type and p["seed"] == r["seed"]]) for r in own}
         above = [r["fvu"] / math.exp(curves[r["seed"]](math.log(r["l0"]))) - 1 for r in own]
         at_target = [math.exp(curve(math.log(target))) for curve in curves.values()]
-        found.append(
-            {
-                "type": sae_type, "target": target, "l0_off": [r["l0"] / target - 1 for r in own], "fvu_above": above,
-                "front_spread": max(at_target) / min(at_target) - 1 if len(at_target) > 1 else math.nan,
-                "dead": [r["fraction_dead"] for r in own],
-            }  # fmt: skip
-        )
+        spread = max(at_target) / min(at_target) - 1 if len(at_target) > 1 else math.nan
+        what = {"type": sae_type, "target": target, "front_spread": spread, "dead": [r["fraction_dead"] for r in own]}
+        found.append(what | {"l0_off": [r["l0"] / target - 1 for r in own], "fvu_above": above})
     return found
 
 
