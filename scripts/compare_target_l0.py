@@ -124,7 +124,7 @@ def path_of(run_dir: Path) -> dict[str, Any]:
 
 
 def above_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per architecture and target: L0 off by and FVU over the front, of each seed; how far the front's seeds are apart."""
+    """Per architecture and target: L0 off by, and FVU over the front, of each seed; how far its seeds are apart."""
     found = []
     for sae_type, target in dict.fromkeys((r["type"], r["target_l0"]) for r in rows if "target_l0" in r):
         own = [r for r in rows if r["type"] == sae_type and r.get("target_l0") == target]
