@@ -67,6 +67,8 @@ def created(
     """Store the study, and the lines that a person is told."""
     from saeopt.config import recipe_notice
     from saeopt.search.rounds import proposals_text
+    from saeopt.search.space import Space
+    from saeopt.search.starts import doubles_text
     from saeopt.search.stopping import stopping_text
     from saeopt.trials.create import create_study
     from saeopt.views.disk import disk_text
@@ -88,7 +90,8 @@ def created(
     what = "created with" if made.is_new else "is there already, with"
     yield f"study {spec.name} {what} {made.n_trials} trials in {store.shown}"
     limits = [*limits_text(spec), *(disk_text(spec, *planned) if planned and not elsewhere else ())]
-    for about in filter(None, (*said, proposals_text(spec), stopping_text(spec), *limits)):
+    doubles = doubles_text(spec, Space(spec))
+    for about in filter(None, (*said, doubles, proposals_text(spec), stopping_text(spec), *limits)):
         yield f"  {about}"
     for line in () if made.is_new else spending(store, made.study_id, spec).lines(store.command, spec.name):
         yield f"  {line}"

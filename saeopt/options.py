@@ -80,6 +80,13 @@ def either(argument: T | None, option: T | None, name: str) -> T | None:
     return option if argument is None else argument
 
 
+def _usage(error: Exception) -> str:
+    """What was wrong with a command line, and with which word: typer's own message for numbers does not say it."""
+    text = str(getattr(error, "format_message", error.__str__)())
+    details: Callable[[], list[dict[str, Any]]] | None = getattr(error.__cause__, "errors", None)
+    return text if details is None else f"{text.partition(', unable')[0]}, not '{details()[0]['input']}'"
+
+
 def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoReturn:
     """Run a typer application; usage errors and :class:`UserError` become one line and exit code 2."""
     from saeopt.config.settings import export_tokens, redact
@@ -105,5 +112,5 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     except Exception as error:
         if not isinstance(error, _USAGE_ERROR):
             raise
-        fail(redact(str(getattr(error, "format_message", error.__str__)())))
+        fail(redact(_usage(error)))
     sys.exit(code if isinstance(code, int) else 0)

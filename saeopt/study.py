@@ -72,8 +72,8 @@ def create(
     if dry_run:
         from saeopt.views.preview import print_preview
 
+        planned_trials(spec, elsewhere, is_there)  # what is refused is refused before anything is printed
         print_preview(spec)
-        planned_trials(spec, elsewhere, is_there)
         for about in said:
             say(about)
     else:
@@ -182,7 +182,7 @@ def best(
             told[hook_point]["importances"] = objectives
         say_json(told)
     else:
-        console.print(views.best_tables(found, trials, by), crop=False)
+        console.print(views.best_tables(found, trials, by, store.command("study", "best", name)), crop=False)
         if (table := auto.recommended_table(advice)) is not None:
             console.print(table, crop=False)
         if mattered:

@@ -93,6 +93,20 @@ def of_held_out_data() -> Iterator[None]:
         raise UserError(re.sub(r"'data\.(dataset_name|column_name|split)'", r"'data.eval_\1'", str(error))) from None
 
 
+def check_kind(data: DataConfig, files: Sequence[Path]) -> str | None:
+    """The kind of files, whose names say what they hold.
+
+    Raises:
+        UserError: `data.is_tokenized` says otherwise.
+    """
+    kind = kind_of(files[0]) if files else None
+    if kind == TEXT and data.is_tokenized:
+        raise UserError(f"'data.is_tokenized': {data.dataset_name} holds text, not token ids: set it to false")
+    if kind == TOKENS and not data.is_tokenized:
+        raise UserError(f"'data.is_tokenized': {data.dataset_name} holds token ids, not text: set it to true")
+    return kind
+
+
 def check_sources(data: DataConfig, splits: bool = True) -> None:
     """Refuse files that are not there, and splits that they do not have, before anything is loaded.
 
@@ -103,7 +117,7 @@ def check_sources(data: DataConfig, splits: bool = True) -> None:
     """
     if data.activations is not None:
         return
-    local_files(data.dataset_name)
+    check_kind(data, local_files(data.dataset_name))
     if data.eval_dataset_name is not None:
         with of_held_out_data():
             local_files(data.eval_dataset_name)

@@ -18,10 +18,10 @@ from saeopt.activations.local_files import (
     BUILDERS,
     TEXT,
     TOKENS,
+    check_kind,
     files_below,
     is_saved,
     json_list,
-    kind_of,
     local_files,
     read_texts,
     suffix_of,
@@ -118,12 +118,10 @@ def _open_rows(data: DataConfig) -> Rows:
     split = Split.parse(data.split)
     name = data.dataset_name
     files = local_files(name, split.name, tell=True)
-    kind = kind_of(files[0]) if files else None
+    kind = check_kind(data, files)
     if kind == TOKENS:
         return _sliced(ArrayRows(open_token_files(files, data)), split)
     if kind == TEXT:
-        if data.is_tokenized:
-            raise UserError(f"'data.is_tokenized': {name} holds text, not token ids: set it to false")
         return _sliced(ListTable(read_texts(files, data.text_unit)), split)
     if len(files) == 1 and suffix_of(files[0]) == ".json" and (listed := json_list(files[0])) is not None:
         return _sliced(ListTable(listed), split)

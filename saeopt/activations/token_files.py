@@ -31,8 +31,6 @@ def open_token_files(files: Sequence[Path], data: DataConfig) -> list[NDArray[An
     Raises:
         UserError: a file of another content, or a type that nobody knows.
     """
-    if not data.is_tokenized:
-        raise UserError(f"'data.is_tokenized': {data.dataset_name} holds token ids, not text: set it to true")
     try:
         return [_npy(file, data) if file.suffix.lower() == ".npy" else _bin(file, data) for file in files]
     except (OSError, ValueError, EOFError) as error:

@@ -34,7 +34,8 @@ def proposals_text(spec: StudySpec) -> str | None:
     size = min(spec.pack if isinstance(spec.pack, int) else round_size(spec), proposed)
     blind = 0 if first else size
     n_rounds = -(-proposed // size)
+    rounds = "1 round" if n_rounds == 1 else f"{n_rounds} rounds"
     return (
-        f"{spec.sampler.type} proposes {proposed} of {spec.max_trials} trials in {n_rounds} rounds of up to {size}"
+        f"{spec.sampler.type} proposes {proposed} of {spec.max_trials} trials in {rounds} of up to {size}"
         f" (one worker): {proposed - blind} will have seen a result, {proposed - size} the result of another proposal"
     )

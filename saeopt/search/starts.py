@@ -88,10 +88,28 @@ def first_cells(spec: StudySpec, space: Space, n: int) -> list[Cell]:
     """The trials whose values are known: `enqueue`, what was found for `start_from`, and the design up to `n` in all.
 
     Raises:
-        UserError: a point that lies outside the space, stands twice, or is no valid config.
+        UserError: a point that lies outside the space, or is no valid config.
     """
+    begun = _given_cells(spec, space)
+    doubles = spec.n_starts - len(begun)  # the design has a point more for each
+    shares = space.shares(max(n, spec.n_starts) + doubles, spec.sampler.seed)
+    design = [space.cell(space.at(point)) for point in shares[spec.n_starts : n + doubles]]
+    return [*begun.values(), *(cell for cell in design if key_of(cell.params) not in begun)]
+
+
+def doubles_text(spec: StudySpec, space: Space) -> str | None:
+    """What `create` says of given trials that stand twice; None where there are none."""
+    doubles = spec.n_starts - len(_given_cells(spec, space)) if spec.n_starts else 0
+    among = " and ".join(
+        name for name, there in (("'enqueue'", spec.enqueue), ("'start_from'", spec.start_from)) if there
+    )
+    return f"left out: {doubles} duplicate{'s'[: doubles != 1]} in {among}" if doubles else None
+
+
+def _given_cells(spec: StudySpec, space: Space) -> dict[str, Cell]:
+    """Key → cell, of `enqueue` and `start_from`; what stands twice is one."""
     found = (spec.start_from and spec.start_from.found) or []
-    shares = space.shares(max(n, spec.n_starts), spec.sampler.seed)
+    shares = space.shares(spec.n_starts, spec.sampler.seed)
     cells: dict[str, Cell] = {}
     for i, point in enumerate(spec.enqueue):
         where = f"study {spec.name}: 'enqueue.{i}'"
@@ -99,14 +117,10 @@ def first_cells(spec: StudySpec, space: Space, n: int) -> list[Cell]:
             cell = space.cell(given(space, point, shares[i]))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if key_of(cell.params) in cells:
-            raise UserError(f"{where}: is the same trial as a point before it")
-        cells[key_of(cell.params)] = cell
+        cells.setdefault(key_of(cell.params), cell)
     for one in found:
         cells.setdefault(key_of(one.params), space.cell(one.params))
-    begun = dict(cells)
-    design = [space.cell(space.at(point)) for point in shares[spec.n_starts : n]]
-    return [*begun.values(), *(cell for cell in design if key_of(cell.params) not in begun)]
+    return cells
 
 
 @dataclass

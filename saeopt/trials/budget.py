@@ -193,18 +193,24 @@ class Meter:
         return self._seconds + (0.0 if self._since is None else time.monotonic() - self._since)
 
     @property
+    def tokens(self) -> int:
+        """Of its trials, so far."""
+        return self._tokens
+
+    @property
     def spent(self) -> dict[str, Any]:
         """What is stored: the worker, its device's seconds, its trials' tokens."""
         with self._guard:
             return {"worker": self.worker, "seconds": round(self._now(), 3), "tokens": self._tokens}
 
-    def book(self, connection: db.Connection, study_id: int) -> None:
-        """Store what has been spent so far; nothing where the study is another one."""
+    def book(self, connection: db.Connection, study_id: int) -> int:
+        """Store what has been spent so far, and how many tokens that are; nothing where the study is another one."""
         try:
             check_identity(connection, study_id, self.identity)
         except StudyGone:
-            return
+            return 0
         with self._booking:  # of two threads the later one writes the larger numbers
             spent = self.spent
             if spent["seconds"] or spent["tokens"]:
                 db.set_attrs(connection, db.study_attrs, study_id, {self._key: spent})
+            return int(spent["tokens"])

@@ -38,6 +38,8 @@ class Heart(threading.Thread):
         self._seen: dict[int, tuple[dt.datetime, float]] = {}
         self._outage = False
         self._progress: float | None = None
+        self._enough: float | None = None
+        """Tokens of this worker with which the budget is used up, if no other spends any."""
         self.clock = PackClock()
 
     def hold(self, taken: Iterable[Claim]) -> None:
@@ -132,14 +134,32 @@ class Heart(threading.Thread):
             else:
                 self.study_stopped.clear()
             has_budget = budget.has_budget(connection, self.study_id, self.spec)
-            spent = budget.account(connection, self.study_id, self.spec) if has_budget else budget.Account({}, {})
             alive = db.running(connection, self.study_id)
-        self._over(spent)
+        if has_budget:
+            self.settle()
+        else:
+            self._over(budget.Account({}, {}))
         self._reap({t: beat for t, beat in alive.items() if t not in ours})
         progress = self._progress
         self.me.quiet = None if progress is None else time.monotonic() - progress
         self.me.pack, self.me.left, self.me.whole = self.clock.trials, self.clock.left, self.clock.whole
         presence.beat(self.store, self.study_id, self.me, self.identity, self.meter)
+
+    def settle(self) -> None:
+        """Book what was spent, and see whether that was all."""
+        with self.store.write() as connection:
+            booked = self.meter.book(connection, self.study_id)
+            limited = budget.has_budget(connection, self.study_id, self.spec)
+            spent = budget.account(connection, self.study_id, self.spec) if limited else budget.Account({}, {})
+        left = spent.left.get("tokens")
+        self._enough = None if left is None else booked + left
+        self._over(spent)
+
+    def reached(self, trial: str, samples: int) -> None:
+        """A trial has come this far. A small study spends much between two beats: what is left is watched here too."""
+        self.meter.reached(trial, samples)
+        if self._enough is not None and self.meter.tokens >= self._enough:
+            self.budget_spent.set()
 
     def _over(self, spent: budget.Account) -> None:
         units = [unit for unit in spent.used_up if unit in budget.AT_ONCE]

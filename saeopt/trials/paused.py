@@ -68,6 +68,15 @@ def promote(store: Store, study_id: int, wanted: Iterable[int], *, by_hand: bool
     return sorted(promoted)
 
 
+def stand_again(connection: db.Connection, study_id: int) -> list[int]:
+    """After the study's end, what was paused until then is paused again, where it stood; returns the numbers."""
+    there = {trial.trial_id: trial.number for trial in paused(connection, study_id, ended=True)}
+    moved = states.move(connection, there, PAUSED, of=PRUNED)
+    for trial_id in moved:
+        db.forget_result(connection, trial_id)
+    return sorted(there[trial_id] for trial_id in moved)
+
+
 class Ending:
     """The end of a study with rungs, as one worker sees it."""
 
@@ -82,7 +91,8 @@ class Ending:
             return False
         if best := self._best(most):
             promoted = promote(self.store, self.study_id, best, by_hand=False)
-            log.info("study %s: trials %s go on, the budget allows it", self.spec.name, ", ".join(map(str, promoted)))
+            who = f"trial{'s'[: len(promoted) != 1]} {', '.join(map(str, promoted))}"
+            log.info("study %s: the budget lets %s go on from the rung", self.spec.name, who)
             return bool(promoted)
         ended = finish(self.store, self.study_id, self.identity, keep=rule.keep_paused, spec=self.spec)
         for number in ended if not rule.keep_paused else ():

@@ -27,7 +27,6 @@ from saeopt.search.stopping import stand_in
 from saeopt.trials import claims
 from saeopt.trials import internals as db
 from saeopt.trials.attributes import CURVE_NAME
-from saeopt.trials.budget import Meter
 from saeopt.trials.states import Claim
 from saeopt.trials.stopper import CURVE, Report, Stopper
 from saeopt.trials.storage import Store, persistently
@@ -51,9 +50,9 @@ class Progress:
 class Reports(threading.Thread):
     """Collects log steps and evaluations, sends at most fifty per trial, and asks whether the trial should stop."""
 
-    def __init__(self, store: Store, study_id: int, spec: StudySpec, meter: Meter | None = None) -> None:
+    def __init__(self, store: Store, study_id: int, spec: StudySpec, settle: Callable[[], None] | None = None) -> None:
         super().__init__(name="saeopt-reports", daemon=True)
-        self.store, self.study_id, self.spec, self.meter = store, study_id, spec, meter
+        self.store, self.study_id, self.spec, self.settle = store, study_id, spec, settle
         self.stopper = Stopper(store, study_id, spec)
         self._named = self._asked = False
         self._fresh: list[tuple[Progress, int]] = []  # reported, and not judged yet: of the sending thread
@@ -149,15 +148,10 @@ class Reports(threading.Thread):
 
     def book(self) -> None:
         """Store what this worker has spent so far, before what comes of it is stored."""
-        if self.meter is not None:
-            self._queue.put(self._book)
+        if self.settle is not None:
+            self._queue.put(self.settle)
 
     # ---- in the thread
-    def _book(self) -> None:
-        assert self.meter is not None
-        with self.store.write() as connection:
-            self.meter.book(connection, self.study_id)
-
     def _checkpointed(self, claim: Claim, samples: int) -> None:
         """A refused report means a lost claim, which the heart notices."""
         claims.checkpointed(self.store, claim, samples, bytes_of(self.spec.run_dir(claim.number)))

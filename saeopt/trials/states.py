@@ -36,6 +36,7 @@ TRANSITIONS: Mapping[tuple[State | None, State], str] = {
     (PAUSED, WAITING): "promoted: it goes on from its rung",
     (PAUSED, PRUNED): "the study has come to its end, and nobody has promoted it",
     (PRUNED, WAITING): "a person promotes what was paused until the study's end",
+    (PRUNED, PAUSED): "a person gives a study that has ended more budget: it may be promoted as before the end",
 }
 """(from, to) → when. Every other change is refused; COMPLETE is final, and so is PRUNED for what was never paused."""
 
@@ -91,7 +92,7 @@ def move(
     before, after = _stored(of), _stored(to)
     ids = still_ours(connection, [what]) if isinstance(what, Claim) else set(what)
     mark: tuple[str, bool] | None = None
-    if before == WAITING or (of, to) == (PRUNED, WAITING):  # a claim has locked its rows already
+    if before == WAITING or of == PRUNED:  # a claim has locked its rows already
         mark = (db.PAUSED, of != WAITING)
         ids = ids if of == WAITING else set(db.in_state(connection, ids, before, lock=True))
     if not ids:
@@ -106,7 +107,7 @@ def move(
         ended = [ALONE, BEHIND] if after.is_finished() else []
         for trial_id in moved:
             db.drop_attrs(connection, db.trial_attrs, trial_id, [CLAIM, *ended])
-    for trial_id in moved if to == PAUSED else ():
+    for trial_id in moved if (of, to) == (RUNNING, PAUSED) else ():
         db.set_attrs(connection, db.trial_attrs, trial_id, {db.PAUSED: dict(told or {})})
     for trial_id in moved if mark == (db.PAUSED, True) and to == WAITING else ():
         db.drop_attrs(connection, db.trial_attrs, trial_id, [db.PAUSED])

@@ -156,19 +156,30 @@ def labels(found: Iterable[HookBest]) -> list[str]:
     return sorted(every, key=lambda label: int(label[1:]))
 
 
-def best_tables(found: Sequence[HookBest], trials: Mapping[str, Trained], by: str = "fvu") -> RenderableType:
-    """Two tables per hook point, then the parameters and the weights of every trial in them."""
+def best_tables(
+    found: Sequence[HookBest], trials: Mapping[str, Trained], by: str = "fvu", command: str = ""
+) -> RenderableType:
+    """Two tables per hook point, then the parameters and the weights of every trial in them.
+
+    `command`: this command, to name its option where a constraint leaves nothing.
+    """
     parts: list[RenderableType] = []
     for best in found:
         title = f"{best.hook_point}: Pareto front of {best.n} SAEs ({best.left_out})"
+        if not best.usable:
+            parts.append(Text(f"{best.hook_point}: no front, none of {best.n} SAEs is usable ({best.left_out})"))
+            if best.infeasible:
+                parts.append(unbroken(f"also those that violate a constraint: {command} --infeasible"))
+            continue
         parts.append(_table(title, ["trial"], [[p.label] for p in best.front], best.front))
         if best.unbeaten:
             parts.append(unbroken(f"beaten within the noise alone: {_labels(best.unbeaten)}"))
         rows, shown = [[_span(span), p.label] for span, p in best.ranges], [p for _, p in best.ranges]
         parts.append(_table(f"{best.hook_point}: best {by} per range of L0", ["L0 range", "trial"], rows, shown))
         parts += _noise_lines(best)
-    parts.append(Text("parameters and weights"))
-    for label in labels(found):
+    if shown_trials := labels(found):
+        parts.append(Text("parameters and weights"))
+    for label in shown_trials:
         trial = trials[label]
         weights = trial.weights or f"not on this host: {trial.run_dir}"
         parts += [Text(f"{label:>5}  {trial.text}"), unbroken(f"       {weights}")]

@@ -17,6 +17,7 @@ from saeopt.console import console, fits, titled
 from saeopt.errors import UserError
 from saeopt.search.rounds import proposals_text
 from saeopt.search.space import Cell, Space
+from saeopt.search.starts import doubles_text
 from saeopt.search.stopping import stopping_text
 from saeopt.trials.create import planned_cells
 from saeopt.views.disk import disk_text
@@ -44,7 +45,8 @@ def print_preview(spec: StudySpec) -> None:
     cells, proposed = planned_cells(spec)
     console.print(_space_table(spec))
     console.print(_cells_table(spec, cells, proposed))
-    for about in filter(None, (proposals_text(spec), stopping_text(spec), *limits_text(spec))):
+    doubles = doubles_text(spec, Space(spec))
+    for about in filter(None, (doubles, proposals_text(spec), stopping_text(spec), *limits_text(spec))):
         console.print(about, markup=False)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
     packs = packs_of(spec, cells, max(1, LARGEST_PACK // spec.n_seeds))

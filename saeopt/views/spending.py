@@ -120,9 +120,14 @@ def resume(store: Store, name: str, changes: list[str]) -> list[str]:
         raise UserError(f"study {name}: {reason}; give more in all than that: {more}")
     claims.set_stopped(store, study_id, False)
     show(store, study_id, spec, None)
-    with store.read() as connection:
+    with store.write() as connection:
+        again = paused.stand_again(connection, study_id) if budget.is_left(connection, study_id, spec) else []
         waits = any(db.counts(connection, study_id)[state] for state in ("WAITING", "RUNNING"))
         ended = [trial.number for trial in paused.paused(connection, study_id, ended=True)]
+    if again:
+        first = "once nothing else waits " if waits else ""
+        goes_on = f"{len(again)} paused trials go on {first}while the budget lasts, the best first"
+        return [f"study {name} goes on: {goes_on}", f"  work: {store.command('worker', name)}"]
     if waits or not ended:
         return [f"study {name} goes on: its trials can be claimed again"]
     promote = store.command("study", "promote", name, *ended[:3]) + (" …" if len(ended) > 3 else "")

@@ -41,6 +41,8 @@ NAMES = {
 STATES = tuple(NAMES)
 _RECENT = 50
 _ROWS = 12
+_SILENT_BEATS = 2
+"""After so many beats without a sign a worker's trials count as waiting: it was killed, most likely."""
 
 
 @dataclass
@@ -103,16 +105,17 @@ class Status:
         """Seconds until the last trial ends: from what the workers know of their packs, else from the pace so far."""
         if not self.remaining:
             return 0.0
-        trained = {number for worker in self.alive for number in worker.trials}
+        heard = [worker for worker in self.alive if abs(worker.age) <= _SILENT_BEATS * self.spec.heartbeat]
+        trained = {number for worker in heard for number in worker.trials}
         queue = [
             r
             for r in self.rows
             if (r.state == "WAITING" and not self.spending.over) or (r.state == "RUNNING" and r.number not in trained)
         ]
-        total = max((w.total for w in self.alive), default=0)
+        total = max((w.total for w in heard), default=0)
         shares = [1.0 - min(1.0, (row.step or 0) / total) if total else 1.0 for row in queue]
         learns = self.spec.pack == "auto" and n_proposed(self.spec) > 0
-        left = seconds_left(self.alive, shares, round_size(self.spec, len(self.alive)) if learns else None)
+        left = seconds_left(heard, shares, round_size(self.spec, len(heard)) if learns else None)
         pace = self.trials_per_hour
         return left if left is not None or not pace else 3600 * self.remaining / pace
 
@@ -179,13 +182,14 @@ def _pace(status: Status) -> RenderableType:
     table = _table()
     for name in ("workers alive", "trials/h", "tokens/s", "trial-tokens/s", "time left"):
         table.add_column(name, justify="right")
-    pace, speeds = status.trials_per_hour, [(w.tokens_per_s, len(w.trials)) for w in status.alive]
+    pace, left = status.trials_per_hour, status.eta_s
+    speeds = [(w.tokens_per_s, len(w.trials)) for w in status.alive]
     table.add_row(
         str(len(status.alive)),
         f"{pace:.1f}" if pace else "–",
         f"{sum(s for s, _ in speeds):,.0f}" if speeds else "–",
         f"{sum(s * n for s, n in speeds):,.0f}" if speeds else "–",
-        duration(status.eta_s),
+        "soon" if status.remaining and left is not None and left < 1 else duration(left),
     )
     return table
 

@@ -97,7 +97,7 @@ class Worker:
         label = f"{host}/{pid}/{options.device}"
         self.me = Presence(label, host, options.device, pid, time.time())
         self.heart = Heart(store, self.study_id, self.spec, self.me, self.identity)
-        self.reports = Reports(store, self.study_id, self.spec, self.heart.meter)
+        self.reports = Reports(store, self.study_id, self.spec, self.heart.settle)
         self.outcomes = Outcomes(store, self.study_id, self.spec, self.heart, self.leaving)
         self._refinement = Refinement(store, self.study_id, self.space, self.identity)
         self._growth = Growth(store, self.study_id, self.spec, self.identity)

@@ -73,6 +73,7 @@ class Watcher(Observer):
         rung, there = self.rung, {self.pack[name].claim: rows for name, rows in metrics.items()}
         total = max(self.outcomes.progress[name].total for name in metrics)
         reasons = self.reports.asked(lambda: rung.arrive(there, samples, total), dict[int, str](), self.leaving)
+        self.reports.asked(self.heart.settle, None, self.leaving)
         behind = {name: reasons[n] for name in metrics if (n := self.pack[name].claim.number) in reasons}
         stay = [self.pack[name] for name in metrics if name not in behind]
         if stay and not self.leaving():
@@ -82,11 +83,11 @@ class Watcher(Observer):
 
     def _measured(self, name: str, samples: int, metrics: Metrics, *, evaluated: bool) -> str | None:
         progress = self.outcomes.progress[name]
-        self.heart.meter.reached(name, samples)
+        self.heart.reached(name, samples)
         return self.reports.measured(progress, samples, metrics, evaluated=evaluated)
 
     def on_checkpoint(self, name: str, samples: int, path: Path) -> None:
-        self.heart.meter.reached(name, samples)
+        self.heart.reached(name, samples)
         self.reports.checkpointed(self.pack[name].claim, samples)
 
     def draw(self, name: str, folder: Path) -> None:
@@ -95,7 +96,7 @@ class Watcher(Observer):
         plot_run(folder)
 
     def on_end(self, name: str, result: TrialResult) -> None:
-        self.heart.meter.reached(name, result.samples)
+        self.heart.reached(name, result.samples)
         if result.status == "interrupted" or self.leaving():
             return
         self.reports.book()

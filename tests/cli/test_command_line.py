@@ -114,6 +114,19 @@ def complete(words: str, tmp_path: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["study", "promote", "s", 1, "x"], "'TRIAL...': Input should be a valid integer, not 'x'"),
+        (["study", "why", "s", "1.5"], "'TRIAL': Input should be a valid integer, not '1.5'"),
+        (["worker", "s", "--limit", "0"], "'--limit': Input should be greater than or equal to 1, not '0'"),
+    ],
+)
+def test_a_wrong_number_is_named(call: Call, words: list[object], wanted: str) -> None:
+    done = call(*words)
+    assert (done.code, wanted in done.err) == (2, True), done.err
+
+
 def test_the_shell_completes_commands_options_and_names_of_studies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _stores import grid_spec
 from _worker_kit import TOTAL, Trainer, run_together, spec_in, start, states
 from pydantic import ValidationError
 
@@ -76,6 +77,19 @@ def test_packs_go_back_with_their_checkpoints_when_the_tokens_are_used_up(store_
         assert budget.left(connection, worker.study_id, spec) == {"tokens": limit - spent}
         assert not budget.is_left(connection, worker.study_id, spec)
     assert claims.claim(store, worker.study_id, 4, {}, spec=spec) == []
+
+
+def test_a_study_that_ends_between_two_signs_of_life_keeps_to_its_tokens(store_address: str, tmp_path: Path) -> None:
+    limit = 5 * TOTAL * CONTEXT // 2
+    fields: dict[str, Any] = {"heartbeat": 30, "grace": 90, "output_dir": str(tmp_path / "out")}
+    store, spec = Store.open(store_address), grid_spec(6, budget={"tokens": limit}, **fields)
+    worker, trainer = start(store, spec, Trainer(), pack=2), Trainer()
+    worker.train = trainer
+    trainer.before = lambda names: worker.heart.settle()  # what the beat at its start has seen
+    worker.run()
+    spent = account_of(store, spec).spent["tokens"]
+    assert limit <= spent < limit + 2 * 4 * CONTEXT  # a log step of the pack
+    assert states(store).count("COMPLETE") == 2
 
 
 def test_what_a_worker_writes_again_counts_once(store_address: str, tmp_path: Path) -> None:

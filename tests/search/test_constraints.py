@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from _worker_kit import HOOK, Trainer, spec_in, start, states
 
+from saeopt.console import console
 from saeopt.errors import UserError
 from saeopt.search.constraints import violations, why_trial_infeasible
 from saeopt.search.samplers import make_sampler
@@ -90,6 +91,13 @@ def test_what_violates_a_constraint_is_told_and_is_on_no_front(store_address: st
     assert [p.label for p in found.front] == ["#0"]
     assert (found.n, found.usable, found.collapsed, found.infeasible) == (4, 2, 0, 2)
     assert best.as_json([found], trials)[HOOK]["infeasible"] == 2
+    (none,) = best.find_best([p for p in points if p.infeasible])
+    with console.capture() as shown:
+        console.print(best.best_tables([none], trials, command="saeopt study best s"))
+    assert "no front, none of 2 SAEs is usable (0 collapsed, 2 infeasible)" in " ".join(shown.get().split())
+    assert "also those that violate a constraint: saeopt study best s --infeasible" in shown.get()
+    assert "L0 range" not in shown.get()
+    assert "weights" not in shown.get()
     (asked,) = best.find_best(best.load_points(store, "s", infeasible=True)[0])
     assert [p.label for p in asked.front] == ["#1"]
 

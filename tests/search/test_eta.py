@@ -183,6 +183,10 @@ def test_status_counts_what_waits_and_what_dead_workers_have() -> None:
     assert status(running, [dataclasses.replace(worker, age=10.0)]).eta_s == 20
     more = [*running, row(2, "WAITING"), row(3, "RUNNING", step=500)]  # half done by a worker that is gone
     assert status(more, [worker]).eta_s == 130
+    killed = dataclasses.replace(worker, age=12.0, left=3.0)  # it was to end nine seconds ago
+    assert status(running, [killed]).eta_s is None
+    over = [row(4, "COMPLETE", start=dt.datetime(2025, 12, 31, 23), complete=dt.datetime(2026, 1, 1))]
+    assert status([*running, *over], [killed]).eta_s == pytest.approx(2 * 3600)
     assert status([row(2, "COMPLETE")], [worker]).eta_s == 0
     space = {"lr": {"low": 1e-4, "high": 1e-2}}
     tpe = {"space": space, "sampler": {"type": "tpe", "n_startup_trials": 2}, "max_trials": 12}

@@ -153,6 +153,30 @@ def test_at_the_end_what_is_paused_has_been_pruned_and_may_still_be_promoted(sto
     assert numbers(take(store, study)) == [0, 1]
 
 
+def test_after_the_end_they_are_paused_again_as_they_were_and_end_again(store: Store) -> None:
+    study = make(store, 4)
+    pack = claims.claim(store, study, 4, OWNER)
+    pause(store, pack[0], values=[0.5], constraints={"stopped": 1e-3})
+    assert endings.finish(store, pack[1], "PRUNED", None)  # for another reason
+    pause(store, pack[2], 32)
+    assert endings.finish(store, pack[3], "COMPLETE", [1.0, 2.0])
+    with store.read() as connection:
+        before = paused.paused(connection, study)
+    assert paused.finish(store, study, None) == [0, 2]
+    with store.write() as connection:
+        assert paused.stand_again(connection, study) == [0, 2]
+        assert paused.stand_again(connection, study) == []
+        assert paused.paused(connection, study) == before
+    assert states(store) == ["PAUSED", "PRUNED", "PAUSED", "COMPLETE"]
+    rows = queries.trial_rows(store.engine, study)
+    queries.add_values(store.engine, rows, study)
+    assert (rows[0].values, rows[0].complete) == ([], None)
+    assert rows[0].attributes["reason"] == "paused at 16: beaten by trial 9"
+    assert take(store, study) == []
+    assert paused.finish(store, study, None) == [0, 2]
+    assert [t.values for t in store.study("s").trials][:3] == [[0.5], None, None]
+
+
 def test_what_was_pruned_for_another_reason_is_not_promoted(store: Store) -> None:
     study = make(store, 1)
     (claim,) = claims.claim(store, study, 1, OWNER)

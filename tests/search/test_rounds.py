@@ -40,7 +40,7 @@ def test_what_create_says_about_proposals() -> None:
         f"{first}14{rounds}1 (one worker): 14 will have seen a result, 13 the result of another proposal"
     )
     assert proposals_text(spec(max_trials=24, pack=24)) == (
-        f"{first}1{rounds}14 (one worker): 14 will have seen a result, 0 the result of another proposal"
+        f"{first}1 round of up to 14 (one worker): 14 will have seen a result, 0 the result of another proposal"
     )
     assert "24 of 24 trials in 3 rounds of up to 8 (one worker): 16 will have seen a result, 16" in str(
         proposals_text(spec(max_trials=24, pack=8, startup=0))

@@ -14,7 +14,8 @@ from saeopt.errors import UserError
 from saeopt.search.objectives import objective_values
 from saeopt.search.ranking import ranked
 from saeopt.search.rounds import n_proposed
-from saeopt.search.space import Space
+from saeopt.search.space import Space, key_of
+from saeopt.search.starts import doubles_text
 from saeopt.trials import claims, endings
 from saeopt.trials.attributes import evaluation_attributes
 from saeopt.trials.create import create_study, planned_cells
@@ -49,6 +50,19 @@ def test_given_points_come_first_and_the_design_fills_them() -> None:
     assert [c.params for c in again] == [c.params for c in cells]
 
 
+def test_a_point_that_stands_twice_is_one_trial_and_is_told() -> None:
+    once = [{"sae_type": "topk", "saes.k": 8, "lr": 1e-3}, {"sae_type": "topk", "saes.k": 16, "lr": 1e-3}]
+    spec = sampled(enqueue=[once[0], once[1], {**once[0], "lr": "1e-3"}, once[1]])
+    cells, proposed = planned_cells(spec)
+    assert [c.params["saes.k"] for c in cells[:2]] == [8, 16]
+    assert len({key_of(c.params) for c in cells}) == len(cells) == 4  # the design fills up
+    assert proposed == n_proposed(spec) == 16
+    assert doubles_text(spec, Space(spec)) == "left out: 2 duplicates in 'enqueue'"
+    alone = sampled(enqueue=once)
+    assert doubles_text(alone, Space(alone)) is None
+    assert doubles_text(sampled(), Space(sampled())) is None
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "nsga2", "gp"])
 def test_every_sampled_study_begins_with_them(tmp_path: Path, sampler: str) -> None:
     store = Store.open(f"sqlite:///{tmp_path}/store.db")
@@ -72,9 +86,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"enqueue": [{"lr": "fast"}]}, "'enqueue.0': 'lr': "),
     "parent": ({"enqueue": [{"saes.k": 8}]}, "'saes.k' depends on 'saes.sae_type': the point must name both"),
     "condition": ({"enqueue": [{"sae_type": "relu", "saes.k": 8}]}, "'saes.k' does not exist under the other values"),
-    "twice": (
-        {"enqueue": [p := {"sae_type": "topk", "saes.k": 8, "lr": 1e-3}, p]}, "'enqueue.1': is the same trial as",
-    ),
     "empty": ({"enqueue": [{}]}, "'enqueue.0'"),
     "too many": ({"enqueue": [{"lr": 1e-3}] * 3, "max_trials": 2}, "'enqueue' has 3 points, 'max_trials' is 2"),
     "grid": ({"enqueue": [{"lr": 1e-3}], "sampler": "grid"}, "'enqueue' needs a sampled study"),

@@ -14,7 +14,7 @@ import saeopt.trials
 from saeopt.trials import claims, endings
 from saeopt.trials import internals as db
 from saeopt.trials.create import create_study
-from saeopt.trials.paused import finish, promote
+from saeopt.trials.paused import finish, promote, stand_again
 from saeopt.trials.states import TRANSITIONS, State, move
 from saeopt.trials.storage import Store
 
@@ -80,6 +80,11 @@ def taken_by_what_is_paused(store: Store) -> set[tuple[State | None, State]]:
         assert endings.pause(store, claim, 16, "behind")
         note()
         if after == "ended":
+            assert finish(store, study, None) == [0]
+            note()
+            with store.write() as connection:
+                assert stand_again(connection, study) == [0]
+            note()
             assert finish(store, study, None) == [0]
             note()
         assert promote(store, study, [0]) == [0]

@@ -110,6 +110,28 @@ def test_it_is_refused_with_one_line(name: str, base: dict[str, Any], tmp_path: 
     assert not (tmp_path / "store.db").exists()
 
 
+@pytest.mark.parametrize(("file", "tokens"), [("a.txt", True), ("a.npy", False)])
+def test_a_file_whose_name_says_what_it_holds_must_hold_that(
+    file: str, tokens: bool, base: dict[str, Any], tmp_path: Path, cli: Any
+) -> None:
+    (tmp_path / file).write_text("Once upon a time")
+    data = {"dataset_name": str(tmp_path / file), "is_tokenized": tokens}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": merged(base, {"data": data}), "space": GRID}))
+    holds = "text, not token ids: set it to false" if tokens else "token ids, not text: set it to true"
+    assert f"'data.is_tokenized': {tmp_path / file} holds {holds}" in cli("create", path, code=2).stderr
+
+
+def test_a_dry_run_prints_nothing_of_what_is_refused(base: dict[str, Any], tmp_path: Path, cli: Any) -> None:
+    path = tmp_path / "study.yaml"
+    space = {"lr": {"low": 1e-4, "high": 1e-2}}
+    raw = {"base": base, "space": space, "sampler": "tpe", "max_trials": 9, "objectives": ["l0", "fvu"]}
+    path.write_text(yaml.safe_dump({**raw, "early_stopping": {"type": "halving", "keep": 1}}))
+    done = cli("create", path, "--dry-run", code=2)
+    assert done.stdout == ""
+    assert "'keep' is 1: everybody goes on" in done.stderr
+
+
 @pytest.mark.parametrize("more", [{"int": True, "log": True}, {"step": 8}])
 def test_targets_of_whole_numbers_are_taken_by_all_architectures(
     more: dict[str, Any], base: dict[str, Any], tmp_path: Path, cli: Any
