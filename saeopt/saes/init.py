@@ -7,6 +7,7 @@ on the device. Shape suffixes: N tokens, d width read, e width written, h dictio
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -80,8 +81,35 @@ def active_subspace(x_Nd: Float[Tensor, "N d"]) -> Float[Tensor, "r d"]:
     return (vectors_dd * vectors_dd.gather(0, largest).sign())[:, :rank].T  # LAPACK fixes no signs
 
 
+_drawn: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+_DRAWN = 2
+"""Initial decoders that are kept, each with the state in which it left its generator: trials of one seed and shape
+start from the same, and an orthogonal one takes seconds. What writes something else than it reads draws two."""
+
+
 def initial_decoder(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Float[Tensor, "h d"]:
-    """Random unit rows; or orthonormal rows, or for h > d orthonormal columns whose rows are scaled to norm 1."""
+    """Random unit rows; or orthonormal rows, or for h > d orthonormal columns whose rows are scaled to norm 1.
+
+    The last ones are remembered until :func:`forget_decoders`.
+    """
+    key = (h, d, orthogonal, generator.get_state().numpy().tobytes())
+    if key in _drawn:
+        W_hd, after = _drawn[key]
+        generator.set_state(after)
+    else:
+        W_hd = _draw(h, d, orthogonal, generator)
+        _drawn[key] = W_hd, generator.get_state()
+        if len(_drawn) > _DRAWN:
+            _drawn.popitem(last=False)
+    return W_hd.clone()
+
+
+def forget_decoders() -> None:
+    """Give their memory back."""
+    _drawn.clear()
+
+
+def _draw(h: int, d: int, orthogonal: bool, generator: torch.Generator) -> Tensor:
     W_hd = torch.randn(h, d, generator=generator)
     if orthogonal:
         tall = W_hd if h >= d else W_hd.T

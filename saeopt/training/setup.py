@@ -21,6 +21,7 @@ from saeopt.errors import UserError
 from saeopt.files import digest
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE, Widths, where
+from saeopt.saes.init import forget_decoders
 from saeopt.saes.noise import derived_seed
 from saeopt.saes.normalisation import measured, outlier_severity
 from saeopt.saes.registry import get_sae
@@ -160,9 +161,10 @@ def calibrate(members: Sequence[Member], model: Source, tokens: Samples, config:
     found = calibration((m.site for m in members), model, tokens, config)
     limits = runtime.ranks.agree({site: part.norm_limit for site, part in found.items()})
     tell_severity(members, found)
-    for member in members:
+    for member in sorted(members, key=lambda m: (m.hook_point, m.seed, m.sae.h)):  # equal ones draw their decoder once
         member.sae.norm_limit = limits[member.site]
         begin(member, found[member.site], runtime)
+    forget_decoders()
 
 
 def tell_severity(members: Sequence[Member], found: Mapping[Site, Calibration]) -> None:

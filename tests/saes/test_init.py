@@ -8,7 +8,8 @@ import pytest
 import torch
 from sae_cases import IDS, VARIANTS, activations, build
 
-from saeopt.saes.init import geometric_median, initial_bias, initial_decoder
+from saeopt.saes import init
+from saeopt.saes.init import forget_decoders, geometric_median, initial_bias, initial_decoder
 
 every_variant = pytest.mark.parametrize(("sae_type", "fields"), VARIANTS, ids=IDS)
 
@@ -136,3 +137,21 @@ def test_gate_logits_start_at_order_1_whatever_the_units() -> None:
         x_Nd = unit * (torch.randn(300, 16, generator=generator()).double() + 1)
         sae.initialise(x_Nd, generator())
         assert 0.5 < sae.log_alpha_and_magnitude(x_Nd)[0].std().item() < 2
+
+
+def test_a_decoder_is_drawn_once_for_equal_members(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(init, "_draw", lambda *given, draw=init._draw: drawn.append(given[:3]) or draw(*given))
+    forget_decoders()
+    first, again, other = generator(), generator(), torch.Generator().manual_seed(9)
+    W_hd, more_hd = initial_decoder(20, 5, True, first), initial_decoder(8, 5, True, first)
+    same_hd = initial_decoder(20, 5, True, again)
+    same_hd[0] = 0.0
+    assert torch.equal(initial_decoder(20, 5, True, generator()), W_hd)
+    assert torch.equal(initial_decoder(8, 5, True, again), more_hd)  # the generator is where it would be
+    assert drawn == [(20, 5, True), (8, 5, True)]
+    assert not torch.equal(initial_decoder(20, 5, True, other), W_hd)
+    initial_decoder(20, 5, False, generator())
+    assert len(init._drawn) == 2
+    forget_decoders()
+    assert not init._drawn
