@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saeopt import dashboard, evaluator, study, train, worker
+from saeopt import dashboard, evaluator, project, study, train, worker
 from saeopt.options import new_app, run_cli
 
 app = new_app(add_completion=True, no_args_is_help=True)
@@ -16,6 +16,8 @@ app.command("worker")(worker.worker)
 app.command("evaluate")(evaluator.evaluate_run)
 app.command("evaluation", hidden=True)(evaluator.evaluate_run)
 app.command("dashboard")(dashboard.dashboard)
+app.command("init")(project.init)
+app.add_typer(project.app, name="configs")
 
 
 def _version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -15,9 +16,16 @@ _OTHER_RANK_SECONDS = 5
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names the file or field and says what would be right."""
+    """Bad input. The message is one line that names the file or field and says what would be right.
+
+    `more` has a line for each other mistake that was found with it (`saeopt study validate` tells them all).
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", more: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.more = tuple(more)
 
 
 class HostError(UserError):
@@ -52,10 +60,15 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
     if not speaks_first():
         time.sleep(_OTHER_RANK_SECONDS)
+    tell(message)
+    sys.exit(code)
+
+
+def tell(message: str) -> None:
+    """Write one line to stderr."""
     line = " ".join(message.split())
     sys.stderr.write("saeopt: error: " + (line if len(line) <= _LONGEST else line[:_LONGEST] + " …") + "\n")
     sys.stderr.flush()
-    sys.exit(code)
 
 
 def redact_tracebacks() -> None:

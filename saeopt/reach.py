@@ -46,11 +46,8 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
             continue
         seen.add(key)
         try:
-            check_sources(config.data)
-            _check_folders(config)
-            if config.tlens_model_path is None and config.data.activations is None:
+            if (members := reached(config, models)) is None:
                 continue
-            members = shapes(config, _model(config, models))
             _check_objectives(spec, [m.hook_point for m in members])
             _check_metrics(spec, config)
             _check_collapse(spec, members)
@@ -58,6 +55,19 @@ def check_reach(spec: StudySpec, cells: Sequence[Cell]) -> None:
             values = ", ".join(f"{k}={v}" for k, v in cell.params.items())
             hint = "" if "no such" not in str(error) else " (--elsewhere: it lies on the workers' hosts)"
             raise UserError(f"study {spec.name}: {values or 'base'}: {error}{hint}") from None
+
+
+def reached(config: RunConfig, models: dict[object, Source] | None = None) -> list[MemberShape] | None:
+    """The SAEs that a run would train; None where the model is one of the hub.
+
+    Raises:
+        UserError: data, tokenizer, hook points or weights are not there, or do not fit.
+    """
+    check_sources(config.data)
+    _check_folders(config)
+    if config.tlens_model_path is None and config.data.activations is None:
+        return None
+    return shapes(config, _model(config, {} if models is None else models))
 
 
 def with_first_targets(spec: StudySpec, *, elsewhere: bool = False) -> StudySpec:

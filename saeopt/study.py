@@ -13,13 +13,14 @@ from saeopt.console import console, log, say, say_json, set_up_logging
 from saeopt.errors import UserError
 from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result, run_cli
 from saeopt.runs.names import METRICS_FILE
+from saeopt.validation import validate
 
 if TYPE_CHECKING:
     from saeopt.trials.storage import Store
 
 app = new_app(no_args_is_help=True, help="Create, watch, mend and export studies.")
-PATIENCE_S = 10.0
-"""How long a store that does not answer is asked again."""
+app.command()(validate)
+PATIENCE_S = 10.0  # that a store which does not answer is asked again
 
 
 def _open(storage: str | None, *, create: bool = False) -> Store:
@@ -275,7 +276,7 @@ def retry(
 @app.command()
 def promote(
     name: StudyName,
-    trials: Annotated[list[int], typer.Argument(metavar="TRIAL...", help="Numbers of paused trials.")],
+    trials: Annotated[list[int], typer.Argument(metavar="TRIAL", help="Numbers of paused trials.")],
     storage: Storage = None,
 ) -> None:
     """Let paused trials go on from their rung.
@@ -386,7 +387,6 @@ def logs(
     row, run_dir = find_trial(store, name, trial)
     for text in [*head(row, run_dir), *log_lines(run_dir)]:
         say(text)
-
     for text in lines(run_dir / METRICS_FILE, (lambda: has_ended(store, name, trial)) if follow else None):
         say(text)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from saeopt.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 
 class StrictModel(BaseModel):
@@ -88,30 +91,41 @@ def explain(
     sae_type: str = "",
     changes: Iterable[str] = (),
 ) -> UserError:
-    """The first problem of a validation as one line; `known` maps a section to the names it accepts.
+    """The first problem of a validation as one line (`more` has the others); `known` maps a section to the names it
+    accepts.
 
     `changes` are the `key=value` of the command line: the one at fault is named instead of the file.
     """
+    # a misspelt key that is required is told as a misspelling, not as missing
+    problems = sorted(error.errors(include_url=False), key=lambda p: p["type"] != "extra_forbidden")
+    told: dict[tuple[str, ...], str] = {}  # a value that fits none of several kinds is one mistake
+    for problem in problems:
+        if problem["type"] == "default_factory_not_called" and len(problems) > 1:
+            continue  # because of another
+        location = tuple(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
+        about = next((f"--set {c[:200]}" for c in changes if _is_about(c, location, problem["msg"])), source)
+        told.setdefault(location[:2], f"{about}: {_explained(problem, location, known, sae_type)}")
+    first, *others = told.values()
+    return UserError(first, others)
+
+
+def _explained(
+    problem: ErrorDetails, location: tuple[str, ...], known: dict[tuple[str, ...], list[str]], sae_type: str
+) -> str:
     from saeopt.config.names import suggestion
 
-    problems = error.errors(include_url=False)
-    # a misspelt key that is required is told as a misspelling, not as missing
-    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
     field = ".".join(location) or "the file"
-    source = next((f"--set {c[:200]}" for c in changes if _is_about(c, location, first["msg"])), source)
-    if first["type"] == "extra_forbidden":
-        return UserError(f"{source}: unknown key '{field}'{suggestion(location, known, sae_type)}")
-    if first["type"] == "missing":
-        return UserError(f"{source}: '{field}' is missing")
-    if first["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        return UserError(f"{source}: '{field}' must be a section of 'key: value' pairs")
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{field}'{suggestion(location, known, sae_type)}"
+    if problem["type"] == "missing":
+        return f"'{field}' is missing"
+    if problem["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"'{field}' must be a section of 'key: value' pairs"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = re.sub(r"^\w+ should have (.+) after validation, not", r"must have \1, not", message)
-    shown = got(first.get("input"))
-    if first["type"] == "value_error" and not location:
-        return UserError(f"{source}: {message}")
-    return UserError(f"{source}: '{field}': {message[:1].lower() + message[1:]}{shown}")
+    if problem["type"] == "value_error" and not location:
+        return message
+    return f"'{field}': {message[:1].lower() + message[1:]}{got(problem.get('input'))}"
 
 
 def _is_about(change: str, location: tuple[str, ...], message: str) -> bool:

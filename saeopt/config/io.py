@@ -17,6 +17,7 @@ from saeopt.config.places import located
 from saeopt.config.roles import sections
 from saeopt.config.run import RunConfig, run_model
 from saeopt.config.saes import SAEConfig
+from saeopt.config.shipped import hint
 from saeopt.errors import UserError
 
 
@@ -58,7 +59,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file{hint(path)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: cannot be read: it is no UTF-8 text") from None
     except (OSError, ValueError) as error:  # a name that no file can have

@@ -11,7 +11,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+
+import saeopt
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +71,22 @@ def test_every_declared_dependency_is_pinned_inside_its_range() -> None:
 
 def test_the_image_takes_the_pinned_torch() -> None:
     assert f"ARG TORCH_VERSION={pins()['torch']}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_one_version_is_named_everywhere_and_the_citation_is_one() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["version"] == citation["version"] == saeopt.__version__
+    assert project["license"] == citation["license"] == "MIT"
+    assert valid("citation-file-format", ROOT / "CITATION.cff")
+    assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def valid(schema: str, file: Path) -> bool:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 def test_no_registry_host_and_no_machine_path_in_any_file() -> None:
