@@ -15,7 +15,7 @@ trap 'rm -rf "$scratch"' EXIT
 echo "torch==${TORCH:-2.13.0}" >"$scratch/seed.txt"
 [ "${1:-}" != --keep ] || grep '==' constraints.txt >"$scratch/seed.txt"
 "$(python_interpreter)" -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$scratch/seed.txt" -e ".[test,gguf,tensorboard]"
+"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check -c "$scratch/seed.txt" -e ".[test,gguf,tensorboard,docs]"
 {
   sed -n '/^#/p' constraints.txt
   "$scratch/venv/bin/python" -m pip freeze --all --exclude-editable --disable-pip-version-check |
