@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from saeopt.activations.padding import MASK, kept_spans
 from saeopt.activations.pretrained import one_line
 from saeopt.activations.token_files import spans
+from saeopt.config.names import CHAT
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def check_column(data: DataConfig, row: object) -> None:
         raise UserError(f"'data.is_tokenized': {where} holds token ids, not text: set it to true")
     if not (listed if data.is_tokenized else isinstance(row, str)):
         wanted = "lists of token ids" if data.is_tokenized else "text"
-        raise UserError(f"'data.column_name': {where} holds {_describe(row)}, not {wanted}")
+        chat = f": {CHAT}" if isinstance(row, list | dict) and "role" in str(row) else ""
+        raise UserError(f"'data.column_name': {where} holds {_describe(row)}, not {wanted}{chat}")
 
 
 def _describe(row: object) -> str:

@@ -37,6 +37,18 @@ _OTHER_NAMES = {
 _FIELDS = {other: field for field, others in _OTHER_NAMES.items() for other in others.split()}
 
 
+_MIXTURES = "mixtures of data sets are planned and not there yet; join the texts into one file or folder"
+CHAT = "chat templates are planned and not there yet; give text to which the template was applied"
+_PLANNED = {
+    _MIXTURES: "mixture mixtures mix data_mixture dataset_mixture datasets dataset_names sources data_sources weights"
+    " dataset_weights mixture_weights mixing_weights proportions ratios probabilities sampling_weights",
+    CHAT: "chat_template apply_chat_template chat_format chat messages conversations system_prompt prompt_template"
+    " template add_generation_prompt",
+}
+"""What is asked for and will come → how people write it."""
+_COMING = {name: what for what, names in _PLANNED.items() for name in names.split()}
+
+
 Known = dict[tuple[str, ...], list[str]]
 """Section → the names that it accepts."""
 
@@ -47,6 +59,17 @@ def suggestion(location: tuple[str, ...], known: Known, sae_type: str) -> str:
         return sure
     near = nearest(location[-1], known.get(location[:-1], []))
     return f" of sae_type '{sae_type}'{near}" if sae_type and location[:-1] == ("saes",) else near
+
+
+def one_data_set(value: object) -> object:
+    """The value of a field that names one data set.
+
+    Raises:
+        ValueError: it names several.
+    """
+    if isinstance(value, list | dict):
+        raise ValueError(f"must be one data set: {_MIXTURES}")
+    return value
 
 
 def field_suggestion(field: str, fields: Iterable[str], sae_type: str) -> str:
@@ -60,6 +83,8 @@ def field_suggestion(field: str, fields: Iterable[str], sae_type: str) -> str:
 
 def _sure(location: tuple[str, ...], known: Known, sae_type: str) -> str:
     section, name = location[:-1], location[-1]
+    if section in ((), ("data",)) and (coming := _COMING.get(name.lower().replace("-", "_"))):
+        return f": {coming}"
     elsewhere = [".".join((*at, name)) for at, names in known.items() if name in names]
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    BeforeValidator,
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
@@ -18,12 +19,14 @@ from pydantic import (
 from saeopt.config.base import Amount, BatchSize, Float, Int, Seed, Span, StrictModel, Text, word
 from saeopt.config.machine import ActivationsConfig, PerformanceConfig
 from saeopt.config.marks import Located, Made, Member, PackWide, Reporting, Resumable, Slow, Stack, Stream
+from saeopt.config.names import one_data_set
 from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import is_attention_output
 
 PositiveInt = Annotated[Int, Field(gt=0, le=10**9)]
 Decay = Annotated[Float, Field(ge=0, lt=1)]
 Cadence = Span | None
+OneDataSet = Annotated[Text, BeforeValidator(one_data_set)]
 NEWEST_RECIPE: Literal[3] = 3
 COOLDOWN_SHARE, SPARSITY_WARMUP_SHARE = 0.2, 0.05
 """Since recipe 2: over how much of the run the learning rate falls at its end, and λ rises at its beginning."""
@@ -43,7 +46,7 @@ Ablation = Literal["unmasked", "all"]
 class DataConfig(StrictModel):
     """The `data:` section. A sample is one token sequence of `context_length` tokens."""
 
-    dataset_name: Stream[Located[Text]]
+    dataset_name: Stream[Located[OneDataSet]]
     """Hub name, local folder, file or glob: `.parquet`, `.arrow`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.txt`, packed
     ones (`.gz`, `.bz2`, `.xz`, `.zst`) too; token ids as `.npy` and `.bin`. Left out beside `activations`."""
     activations: Stream[Located[Text | None]] = None
@@ -61,7 +64,7 @@ class DataConfig(StrictModel):
     n_threshold_samples: Stream[Amount | None] = None
     """Held-out samples behind those of the evaluation, which reports on none of them: `saes.threshold: held_out` is
     set on these."""
-    eval_dataset_name: Stream[Located[Text | None]] = None
+    eval_dataset_name: Stream[Located[OneDataSet | None]] = None
     """Data of their own for the held-out samples: nothing is set aside; null: `dataset_name`."""
     eval_column_name: Stream[Text | None] = None
     """The column of the held-out data; null: `column_name`."""

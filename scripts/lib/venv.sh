@@ -1,17 +1,17 @@
 # Sourced by the scripts beside it: a virtual environment with saeopt's pinned dependencies.
 # shellcheck shell=bash
 
-# python_interpreter: the first of $PYTHON, python3.12, python3.11, python3 that runs and is 3.11 or 3.12.
+# python_interpreter: the first of $PYTHON, python3.11, python3.12, python3.13, python3, python that runs and is 3.11 to 3.13.
 python_interpreter() {
   local candidate
-  for candidate in "${PYTHON:-}" python3.11 python3.12 python3 python; do
+  for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
     [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1; then
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
       command -v "$candidate"
       return
     fi
   done
-  echo "saeopt: Python 3.11 or 3.12 is needed (set PYTHON to its path)" >&2
+  echo "saeopt: Python 3.11, 3.12 or 3.13 is needed (set PYTHON to its path)" >&2
   return 1
 }
 

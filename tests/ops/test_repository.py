@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import saeopt
 
@@ -80,6 +81,19 @@ def test_one_version_is_named_everywhere_and_the_citation_is_one() -> None:
     assert project["license"] == citation["license"] == "MIT"
     assert valid("citation-file-format", ROOT / "CITATION.cff")
     assert "\n## Unreleased\n" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_is_valid_and_tries_every_python_that_is_admitted() -> None:
+    workflow = ROOT / ".github/workflows/ci.yml"
+    assert valid("github-workflows", workflow)
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    tried = jobs["tests"]["strategy"]["matrix"]["python"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    classified = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: Python :: 3." in line]
+    assert tried == classified
+    assert all(SpecifierSet(project["requires-python"]).contains(version) for version in tried)
+    wanted = f"not (3, {tried[0][2:]}) <= sys.version_info[:2] <= (3, {tried[-1][2:]})"
+    assert wanted in (ROOT / "scripts/lib/venv.sh").read_text(encoding="utf-8")
 
 
 def valid(schema: str, file: Path) -> bool:
