@@ -52,7 +52,7 @@ class EarlyStopping(StrictModel):
     reduction_factor: Annotated[Int, Field(ge=2)] = 3
     """asha and hyperband: at every rung one trial of this number goes on. halving: see `min_share`."""
     rungs: Annotated[list[Share], Field(min_length=1, max_length=20)] | None = None
-    """halving: where all are compared, as shares of a trial's samples; null: [0.1, 0.3] (docs/search.md), or with
+    """halving: where all are compared, as shares of a trial's samples; null: [0.1, 0.3] (docs/which-search.md), or with
     `min_share` its multiples by `reduction_factor`."""
     min_share: Share | None = None
     """halving: the first rung; the others are `reduction_factor` times later each. Instead of `rungs`."""
