@@ -15,6 +15,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 declare -A PACKAGES=(
   [sae-lens]="sae-lens==6.54.12 transformer-lens>=3.9,<4"
   [dictionary-learning]="dictionary-learning==0.1.0"
+  [sparsify]="eai-sparsify==1.3.3"
+  [circuit-tracer]="circuit-tracer==0.5.0"
   [syne-tune]="syne-tune==0.16.0"
 )
 [ $# -gt 0 ] || set -- sae-lens dictionary-learning
