@@ -41,13 +41,18 @@ def load(
     """The SAEs of a run folder (its newest checkpoint, or the one named) or of one weights file, by key.
 
     The key is the hook point's name where an SAE reads and gives back one hook point. `seed`: of a run with several
-    seeds this one; None: the first.
+    seeds this one; None: the first. What other tools saved is read as well, from a folder, a file or the hub
+    (`OWNER/NAME[@REVISION][:FOLDER]`); where the files tell no hook point, the key is their folder's name.
 
     Raises:
-        UserError: no such folder or file, or one that is damaged.
+        UserError: no such folder or file, one that is damaged, or an SAE that none of our architectures says.
     """
     from saeopt.host.devices import choose_device
+    from saeopt.imports.find import is_foreign
+    from saeopt.imports.trees import is_hub
 
+    if checkpoint is None and seed is None and (is_hub(str(path)) or (Path(path).exists() and is_foreign(Path(path)))):
+        return _imported(str(path), str(choose_device(device)))
     return load_checkpoint(path, checkpoint, choose_device(device), seed).saes
 
 
@@ -137,6 +142,20 @@ def evaluate_run(
     loaded = load_checkpoint(path, checkpoint, chosen)
     config = config_of(Path(path), loaded, on_other_data(loaded, data))
     return measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)[0]
+
+
+def _imported(source: str, device: str) -> dict[str, SAE]:
+    """What another tool saved, by key; of several that are called alike by their folders."""
+    from saeopt.imports.find import find
+
+    held = find(source)
+    keys = [one.key for one in held]
+    saes = {}
+    for one in held:
+        alone = keys.count(one.key) == 1
+        key = one.key if alone else f"{one.key} ({Path(one.path).parent.name})"
+        saes[key if key not in saes else one.path] = one.read()[0].sae(one.key, one.site, device)
+    return saes
 
 
 def _chosen(

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from saeopt.activations.local_files import check_sources
 from saeopt.config.normalise import FEWEST
+from saeopt.config.places import site_and_place
 from saeopt.config.starts import Found
 from saeopt.config.study import AUTO, TARGET, StudySpec
 from saeopt.errors import UserError
+from saeopt.imports.trees import is_hub
 from saeopt.metrics import METRICS
 from saeopt.runs.tensor_file import by_site, read_metadata, tensor_shapes
 from saeopt.search.sensible import check_refined
@@ -174,7 +176,10 @@ def _check_folders(config: RunConfig) -> None:
     places = [("saes.pretrained_sae_paths", path) for path in config.saes.pretrained_sae_paths or []]
     if Path(tokenizer).is_absolute() or tokenizer[:1] in (".", "~"):  # else it may be one of the hub
         places.append(("data.tokenizer_name", tokenizer))
-    for field, path in places:
+    for field, text in places:
+        _, path = site_and_place(text)
+        if field == "saes.pretrained_sae_paths" and is_hub(path):
+            continue  # the workers download it
         if not Path(path).exists():
             raise UserError(f"'{field}': {path}: no such file or folder")
 

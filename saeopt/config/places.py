@@ -33,6 +33,15 @@ def expanded(text: str) -> str:
     return found
 
 
+_AT_SITE = re.compile(r"([^/=~$]*hook_[^/=]*)=(.+)", re.DOTALL)
+
+
+def site_and_place(text: str) -> tuple[str | None, str]:
+    """`HOOK_POINT=PATH` as its two parts; of a path alone the site is None."""
+    found = _AT_SITE.fullmatch(text)
+    return (found[1], found[2]) if found and not os.path.exists(text) else (None, text)
+
+
 def located(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A run's raw config with its paths made absolute where they exist.
 
@@ -44,6 +53,9 @@ def located(raw: Mapping[str, Any]) -> dict[str, Any]:
     typed = dict(typed) if isinstance(typed, dict) else {}
 
     def locate(field: str, text: str) -> str:
+        site, place = site_and_place(text)
+        if site is not None:
+            return f"{site}={locate(field, place)}"
         first = typed.get(text, text)
         try:
             found = expanded(text)
@@ -65,7 +77,12 @@ def as_typed(dumped: Mapping[str, Any]) -> dict[str, Any]:
     """A dumped config with its paths as they were typed, wherever they lie: what makes two configs the same."""
     result: dict[str, Any] = copy.deepcopy(dict(dumped))
     typed = result.pop("as_typed", None) or {}
-    _map_paths(result, lambda _field, text: typed.get(text, text))
+
+    def as_it_was(text: str) -> str:
+        site, place = site_and_place(text)
+        return typed.get(text, text) if site is None else f"{site}={typed.get(place, place)}"
+
+    _map_paths(result, lambda _field, text: as_it_was(text))
     return result
 
 

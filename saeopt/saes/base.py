@@ -336,6 +336,19 @@ class SAE(Normalised):
             other.shift_code(-self.mean)
         return other
 
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Weights that read and give raw activations become those of normalised ones: the inverse of :meth:`folded`.
+
+        Called with what normalises in place (:meth:`normalise_by`). The code is unchanged.
+        """
+        if self.centres and self.widths is not None:
+            self.shift_code(self.mean)
+        for encoder in self.encoders():
+            encoder.copy_(self.normalised_reading(encoder))
+        self.W_dec.copy_(self.normalised_rows(self.W_dec))
+        self.b_dec.copy_(self.normalised_written(self.b_dec))
+
     def encoders(self) -> list[nn.Parameter]:
         """The (d, h) matrices that read normalised activations."""
         return [self.W_enc]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saeopt.config.base import Float
 from saeopt.config.marks import Member, Shape, Stack
 from saeopt.config.saes import FirstCoeff, SAEConfig
+from saeopt.errors import UserError
 from saeopt.saes.auxk import Revival, RevivalConfig
 from saeopt.saes.base import SAE, Forward, StepInputs
 from saeopt.saes.gated import MAGNITUDES, MagnitudeConfig
@@ -231,6 +232,22 @@ class HardConcreteSAE(NoisyGateSAE):
         else:  # directions with units of their own: each row gets a norm of its own
             other.row_norm = self.raw_rows(self.decoder_rows()).norm(dim=-1, keepdim=True)
         return other
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """As in the base; the decoder's units go into `row_norm`.
+
+        Raises:
+            UserError: each row would have a norm of its own.
+        """
+        super().unfold()
+        norm_h = self.normalised_rows(self.decoder_rows()).norm(dim=-1)
+        if not torch.allclose(norm_h, norm_h.mean(), rtol=1e-4):
+            raise UserError(
+                f"'saes.normalize_activations: {self.normalisation}': rows of a hard_concrete SAE that reads raw"
+                " activations would differ in length: set none, scale or mean_scale"
+            )
+        self.row_norm.copy_(norm_h.mean())
 
     def encoders(self) -> list[nn.Parameter]:
         """The gates' too."""

@@ -234,6 +234,18 @@ class Normalised(nn.Module):
         raw_dh = W_dh * self.read_scale.view(-1, 1)
         return self.whitening @ raw_dh if self.whitens else raw_dh
 
+    # ---- and there again, for weights that read and give raw activations
+    def normalised_rows(self, rows_he: Tensor) -> Tensor:
+        """The inverse of :meth:`raw_rows`."""
+        if not self.whitens:
+            return rows_he * self.write_scale
+        return rows_he @ (self.whitening if self.widths is None else self.whitening_written) * self.write_scale
+
+    def normalised_reading(self, W_dh: Tensor) -> Tensor:
+        """The inverse of :meth:`raw_reading`."""
+        own_dh = torch.linalg.solve(self.whitening, W_dh) if self.whitens else W_dh
+        return own_dh / self.read_scale.view(-1, 1)
+
 
 def _spread(scale: Tensor, widths: tuple[int, ...]) -> Tensor:
     return scale.repeat_interleave(torch.tensor(widths, device=scale.device), output_size=sum(widths))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +17,6 @@ from saeopt.config.saes import SAEConfig
 from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import UserError
-from saeopt.files import digest
-from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import SAE, Widths, where
 from saeopt.saes.init import forget_decoders
 from saeopt.saes.noise import derived_seed
@@ -27,6 +24,7 @@ from saeopt.saes.normalisation import measured, outlier_severity
 from saeopt.saes.registry import get_sae
 from saeopt.training.pack import Member
 from saeopt.training.plan import TrialPlan
+from saeopt.training.pretrained import load_pretrained, put_in_its_units
 from saeopt.training.runtime import Runtime
 
 
@@ -185,14 +183,15 @@ def begin(member: Member, found: Calibration, runtime: Runtime) -> None:
     y_Ne = x_Nd if found.y_Ne is found.x_Nd else found.y_Ne.to(runtime.weights_dtype)
     if len(x_Nd) == 0:
         raise UserError("'data': the first samples hold nothing but special tokens, which are masked")
-    if member.config.saes.pretrained_sae_paths:
-        load_pretrained(member)
-    else:
+    given = member.config.saes.pretrained_sae_paths
+    if not given or (load_pretrained(member) and member.sae_config.retrain_saes):
         normalise(sae, site, x_Nd, y_Ne)
+        if given:
+            put_in_its_units(member)
     x_Nd, raw_Ne = sae.normalised(x_Nd.to(runtime.device)), y_Ne.to(runtime.device)
     y_Ne = x_Nd if sae.widths is None else sae.normalised_written(raw_Ne)
     sae.measure(y_Ne)
-    if not member.config.saes.pretrained_sae_paths:
+    if not given:
         seed = derived_seed("initial weights", member.seed, member.hook_point)
         targets = () if sae.widths is None else (y_Ne,)
         sae.initialise(x_Nd, torch.Generator().manual_seed(seed), *targets)
@@ -224,48 +223,3 @@ def measure_norm_limits(
         limits = runtime.ranks.agree({site: measured.norm_limit for site, measured in found.items()})
         for member in lacking:
             member.sae.norm_limit = limits[member.site]
-
-
-def load_pretrained(member: Member) -> None:
-    """Start from the SAE of the same hook point (or the only one) among `pretrained_sae_paths`.
-
-    Raises:
-        UserError: no such SAE, or one of another architecture or shape.
-    """
-    found: dict[str, tuple[str, SAE, Path]] = {}
-    paths = member.config.saes.pretrained_sae_paths or []
-    for text in paths:
-        try:
-            loaded = load_checkpoint(text)
-            found |= {hook: (hook, sae, loaded.path) for hook, sae in loaded.saes.items()}
-        except UserError as error:
-            raise UserError(f"'saes.pretrained_sae_paths': {error}") from None
-    if member.hook_point not in found and len(found) != 1:
-        raise UserError(
-            f"'saes.pretrained_sae_paths': no SAE for {member.hook_point} (found: {', '.join(sorted(found)) or 'none'})"
-        )
-    key, sae, path = found.get(member.hook_point) or next(iter(found.values()))
-    own = member.sae
-    if type(sae) is not type(own) or (sae.d, sae.h, sae.widths) != (own.d, own.h, own.widths):
-        raise UserError(
-            f"{path}: holds a {sae.config.sae_type} SAE with {_shape(sae)}; "
-            f"the config asks for {own.config.sae_type} with {_shape(own)} at {member.hook_point}"
-        )
-    lost = [name for name, _ in sae.normalising() if not hasattr(own, name)]
-    if lost:
-        raise UserError(
-            f"{path}: its activations are normalised with '{lost[0]}': set saes.normalize_activations:"
-            f" {sae.normalisation} (the config has {own.normalisation})"
-        )
-    state = {name: tensor.to(own.W_enc.device) for name, tensor in sae.state_dict().items()}
-    own.load_state_dict({name: state.get(name, tensor) for name, tensor in own.state_dict().items()})
-    member.begun_from = {"file": str(path.absolute()), "sha256": digest(path), "sae": key}
-    if own.unit_rows and own.config.retrain_saes and own.rescale_rows():
-        log.warning("%s: its decoder rows are made 1 long (saes.decoder_norm: free keeps them)", path)
-
-
-def _shape(sae: SAE) -> str:
-    if sae.widths is None:
-        return f"d={sae.d}, h={sae.h}"
-    read, written = ("+".join(map(str, widths)) for widths in sae.widths[:2])
-    return f"widths read {read}, written {written}, h={sae.h}"
