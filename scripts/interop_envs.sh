@@ -3,7 +3,7 @@
 # TransformerLens than saeopt does.
 #
 #   scripts/interop_envs.sh                          both, in .interop/sae-lens and .interop/dictionary-learning
-#   scripts/interop_envs.sh sae-lens                 one of them (syne-tune, for compare_search.py, only so)
+#   scripts/interop_envs.sh sparsify circuit-tracer  those that are named (also syne-tune, for compare_search.py)
 #   INTEROP_DIR=PATH scripts/interop_envs.sh         elsewhere
 #   TORCH_INDEX=URL scripts/interop_envs.sh          torch from another index (PyTorch's own has small CPU builds)
 set -euo pipefail
@@ -33,7 +33,7 @@ for name in "$@"; do
   echo "saeopt: installing ${PACKAGES[$name]} into $folder (some minutes)" >&2
   pip=("$folder/bin/python" -m pip install --disable-pip-version-check --no-input -q)
   if [ -n "${TORCH_INDEX:-}" ]; then
-    "${pip[@]}" --index-url "$TORCH_INDEX" torch
+    "${pip[@]}" --index-url "$TORCH_INDEX" torch torchvision # of one build: transformers is not imported otherwise
   fi
   # shellcheck disable=SC2086  # several requirements
   if ! "${pip[@]}" ${PACKAGES[$name]} >"$folder/install.log" 2>&1; then

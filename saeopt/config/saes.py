@@ -100,7 +100,9 @@ class SAEConfig(StrictModel):
     """A latent is dead when it has not fired for this many tokens; null: 10M, or less in short runs: a tenth of the
     run, where recipe 3 resamples a twentieth."""
     pretrained_sae_paths: Member[WholeRun[Located[list[Text] | None]]] = None
-    """Saved SAEs (run folders or `.safetensors` files) to start from, one for all or one per hook point."""
+    """Saved SAEs to start from, one for all or one per hook point: run folders, `.safetensors` files, or what other
+    tools saved (docs/import.md), in a folder or on the hub (`OWNER/NAME[@REVISION][:FOLDER]`); `HOOK_POINT=PATH` says
+    which is whose."""
     retrain_saes: Stack[bool] = True
     """false keeps the pretrained SAEs as they are: the run only evaluates them."""
     per_hook: Member[WholeRun[dict[Text, dict[str, Any]]]] = Field(default_factory=dict)

@@ -38,7 +38,7 @@ def held(files: Tree, folder: str, names: set[str]) -> list[Held]:
     config = files.yaml(inside + _CONFIG) if _CONFIG in names else {}
     saes = config.get("saes") if isinstance(config.get("saes"), dict) else None
     if saes is None:
-        raise UserError(f"{files.where(weights)}: no {_CONFIG} beside it, which says what it is of")
+        raise UserError(f"{files.where(weights)}: no {_CONFIG} with a saes section beside it, which says what it is of")
     positions = saes.get("sae_positions") or []
     hooks = [positions] if isinstance(positions, str) else [str(hook) for hook in positions]
     path = files.where(weights)

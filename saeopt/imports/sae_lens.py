@@ -8,7 +8,7 @@ the source of sae-lens 6.54: what `normalize_activations` says without that file
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,9 @@ def _read(own: _Files, config: Mapping[str, Any], transcodes: bool) -> Imported:
     found = load_safetensors(path)
     if "log_threshold" in found:  # of training, before 6.40 or so
         found["threshold"] = found.pop("log_threshold").exp()
-    if "topk_threshold" in found:
-        found["threshold"] = found.pop("topk_threshold").to(found["b_enc"]).expand_as(found["b_enc"])
+    running = found.pop("topk_threshold", None)
+    if running is not None:
+        found["threshold"] = running.to(found["b_enc"]).expand_as(found["b_enc"])
     biases = ("b_gate", "b_mag", "r_mag") if form == "gated" else ("b_enc",)
     thresholds = ("threshold",) if form == "jumprelu" else ()
     need(path, found, ("W_enc", "W_dec", "b_dec", *biases, *thresholds), ("W_skip", "finetuning_scaling_factor"))
@@ -133,7 +134,7 @@ def _read(own: _Files, config: Mapping[str, Any], transcodes: bool) -> Imported:
         subtracts_bias=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
     )
     if config.get("rescale_acts_by_decoder_norm"):  # it selects in these units, and gives its code in them
-        portable = portable.unit_rows()
+        portable = replace(portable.unit_rows(), threshold=portable.threshold)
     try:
         return from_portable(_unscaled(own, portable), transcodes=transcodes)
     except UserError as error:
@@ -142,8 +143,6 @@ def _read(own: _Files, config: Mapping[str, Any], transcodes: bool) -> Imported:
 
 def _unscaled(own: _Files, portable: Portable) -> Portable:
     """What reads raw activations, of weights that read (x · scale − mean) · matrix."""
-    from dataclasses import replace
-
     if _SCALER not in own.names:
         return portable
     scaler = own.files.json(own.inside + _SCALER)
@@ -156,8 +155,6 @@ def _unscaled(own: _Files, portable: Portable) -> Portable:
 
 
 def _unwhitened(portable: Portable, given: Mapping[str, Tensor]) -> Portable:
-    from dataclasses import replace
-
     mean_d, matrix_dd, inverse_dd = (given[name].double() for name in ("mean", "matrix", "inverse_matrix"))
     W_enc = matrix_dd @ portable.W_enc.double()
     changed: dict[str, Any] = {

@@ -156,8 +156,8 @@ def _hub_tree(source: str) -> Tree:
         raise UserError(f"{source}: {repo} holds no folder '{folder}'")
 
     def get(name: str) -> Path:
-        try:
-            return Path(hf_hub_download(repo, inside + name, revision=info.sha))
+        try:  # by the revision's name, under which the cache is found without a network
+            return Path(hf_hub_download(repo, inside + name, revision=revision))
         except Exception as error:  # as above
             raise UserError(f"{source}: {inside}{name}: {_told(error)}") from None
 
