@@ -51,12 +51,14 @@ def evaluate_run(
     from saeopt.evaluation.held_out import config_of, is_older, measure, on_other_data
     from saeopt.files import write_json
     from saeopt.host.devices import choose_device
+    from saeopt.imports.find import refuse_foreign
     from saeopt.runs.weights import load_checkpoint
     from saeopt.views.plots import plot_run
 
     set_up_logging()
     check_alone("evaluate", "call it without a launcher")
     chosen = choose_device(device)
+    refuse_foreign(run_dir)
     loaded = load_checkpoint(run_dir, checkpoint, chosen)
     config = config_of(run_dir, loaded, [*(overrides or []), *on_other_data(loaded, data)])
     metrics, told = measure(loaded, config, chosen, n_eval_samples, cross_entropy, everything)

@@ -182,6 +182,19 @@ def _check_folders(config: RunConfig) -> None:
             continue  # the workers download it
         if not Path(path).exists():
             raise UserError(f"'{field}': {path}: no such file or folder")
+        if field == "saes.pretrained_sae_paths":
+            _check_foreign(field, path)
+
+
+def _check_foreign(field: str, path: str) -> None:
+    """Another tool's SAEs must be readable, as far as their configs tell."""
+    from saeopt.imports.find import find, is_foreign
+
+    if is_foreign(Path(path)):
+        try:
+            find(path)
+        except UserError as error:
+            raise UserError(f"'{field}': {error}") from None
 
 
 def _check_objectives(spec: StudySpec, hooks: Sequence[str]) -> None:

@@ -78,6 +78,24 @@ def _some(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
 
+def refuse_foreign(path: Path) -> None:
+    """Say what evaluates SAEs of another tool, which tell no language model and no text.
+
+    Raises:
+        UserError: these are such SAEs.
+    """
+    if not path.exists() or not is_foreign(path):
+        return
+    try:
+        held = find(str(path))
+    except UserError:
+        return  # no SAEs at all: told by who reads run folders
+    raise UserError(
+        f"{path}: {held[0].path.rpartition('/')[2]} is another tool's: a config with saes.pretrained_sae_paths:"
+        f" {path} and saes.retrain_saes: false evaluates it"
+    )
+
+
 def is_foreign(path: Path) -> bool:
     """Whether a path is none of our run folders or weights files."""
     from saeopt.runs.weights import list_checkpoints

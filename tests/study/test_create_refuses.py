@@ -74,6 +74,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"base": {"saes": {"per_hook": {"blocks.0.hook_resid_pre": {"sparsity_coeff": 1}}}}}, "no SAE trains there",
     ),
     "pretrained": ({"base": {"saes": {"pretrained_sae_paths": ["/absent"]}}}, "'saes.pretrained_sae_paths': /absent"),
+    "pretrained no SAE": (
+        {"base": {"saes": {"pretrained_sae_paths": [str(Path(__file__).parent)]}}}, "holds no SAE that is known here",
+    ),
     "tokenizer": ({"base": {"data": {"tokenizer_name": "/absent"}}}, "'data.tokenizer_name': /absent"),
     "objective nowhere": ({"objectives": [{"metric": "fvu", "hook_points": []}]}, "objectives.0.hook_points"),
     "objective twice": ({"objectives": ["fvu", "fvu"]}, "is given twice"),

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import saeopt
 from saeopt.config.sites import Site
 from saeopt.errors import UserError
+from saeopt.evaluator import app
 from saeopt.evaluation.held_out import config_of, measure
 from saeopt.imports.find import find
 from saeopt.runs.weights import load_checkpoint
@@ -174,3 +176,10 @@ def test_a_transcoder_is_found_by_what_it_reads_and_writes(tmp_path):
     code = torch.relu(x_Nd @ tensors["W_enc"].T + tensors["b_enc"])
     torch.testing.assert_close(sae.encode(x_Nd), code)
     torch.testing.assert_close(sae(x_Nd), code @ tensors["W_dec"] + tensors["b_dec"])
+
+
+def test_a_command_that_wants_a_run_says_what_evaluates_another_tools_sae(tmp_path):
+    sae_lens(tmp_path / "theirs")
+    done = CliRunner().invoke(app, [str(tmp_path / "theirs")])
+    assert isinstance(done.exception, UserError)
+    assert "sae_weights.safetensors is another tool's: a config with saes.pretrained_sae_paths" in str(done.exception)
