@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from saeopt.training.plan import Observer, TrialPlan, TrialResult
 from saeopt.trials.create import create_study
 from saeopt.trials.storage import Store
 from saeopt.workers.loop import Options, Worker
+from saeopt.workers.watcher import Watcher
 
 HOOK = "blocks.1.hook_resid_pre"
 TOTAL = 64
@@ -78,6 +81,39 @@ class Trainer:
         for name, reason in {**reasons, **observer.on_evaluated(samples)}.items():
             if reason and name in found:
                 results[name] = TrialResult("stopped", samples, reason, found[name])
+
+
+class Resuming(Trainer):
+    """Goes on from its checkpoints, notes every sample that it trains, and is killed at one."""
+
+    def __init__(self, dies_at: int | None = None, every: int = 16) -> None:
+        super().__init__()
+        self.dies_at, self.every = dies_at, every
+
+    def __call__(self, plans: Sequence[TrialPlan], observer: Observer) -> dict[str, TrialResult]:
+        at = {plan.name: plan.run_dir / "at" for plan in plans}
+        begin = min(int(path.read_text()) if path.exists() else 0 for path in at.values())
+        for plan in plans:
+            plan.run_dir.mkdir(parents=True, exist_ok=True)
+            observer.on_start(plan.name, begin, TOTAL)
+        for samples in range(begin + 4, TOTAL + 1, 4):
+            for plan in plans:
+                with (plan.run_dir / "trained").open("a") as file:
+                    file.write("4\n")
+                observer.on_log(plan.name, samples, {HOOK: good(plan, samples)})
+                if samples % self.every == 0:
+                    at[plan.name].write_text(str(samples))
+                    observer.on_checkpoint(plan.name, samples, at[plan.name])
+            if samples == self.dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            assert isinstance(observer, Watcher)
+            observer.reports.flush(30.0)  # a real step takes longer than what is sent
+        return {p.name: TrialResult("finished", TOTAL, None, {HOOK: good(p, TOTAL)}) for p in plans}
+
+
+def work_until_killed(address: str, spec: str, dies_at: int) -> None:
+    """A process of its own: a worker whose training is killed, and itself with it."""
+    start(Store.open(address), StudySpec.from_json(spec), Resuming(dies_at), pack=2).run()
 
 
 def start(store: Store, spec: StudySpec, trainer: Trainer, pack: int = 4, **options: Any) -> Worker:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _stores import grid_spec
-from _worker_kit import TOTAL, Trainer, run_together, spec_in, start, states
+from _worker_kit import TOTAL, Resuming, Trainer, run_together, spec_in, start, states, work_until_killed
 from pydantic import ValidationError
 
 from saeopt.config.limits import Budget
@@ -109,6 +111,29 @@ def test_what_a_worker_writes_again_counts_once(store_address: str, tmp_path: Pa
     with store.write() as connection:
         meters[1].book(connection, study)
     assert account_of(store, spec).spent["tokens"] == 80 + 80 + 80
+
+
+@pytest.mark.parametrize("dies_at", [28, 48])
+def test_of_a_killed_worker_no_more_is_uncounted_than_it_trained_since_its_last_checkpoint(
+    store_address: str, tmp_path: Path, dies_at: int
+) -> None:
+    spec = spec_in(tmp_path, 2, budget={"tokens": 10**9})
+    arguments = (store_address, spec.to_json(), dies_at)
+    killed = multiprocessing.get_context("spawn").Process(target=work_until_killed, args=arguments)
+    killed.start()
+    killed.join(60)
+    assert killed.exitcode == -signal.SIGKILL
+    store = Store.open(store_address)
+    at_checkpoint = 2 * (dies_at // 16 * 16 - (16 if dies_at % 16 == 0 else 0)) * CONTEXT  # the last word may be lost
+    before = account_of(store, spec).spent["tokens"]
+    assert at_checkpoint <= before <= 2 * dies_at * CONTEXT
+    start(store, spec, Resuming(), pack=2).run()
+    assert states(store) == ["COMPLETE"] * 2
+    trained = [len((spec.run_dir(n) / "trained").read_text().split()) * 4 for n in (0, 1)]
+    assert sum(trained) >= 2 * TOTAL
+    counted = account_of(store, spec).spent["tokens"]
+    assert 0 <= sum(trained) * CONTEXT - counted <= 2 * 16 * CONTEXT
+    assert counted - before == (sum(trained) - 2 * dies_at) * CONTEXT  # the heir counts what it trained, once
 
 
 def test_a_worker_of_a_deleted_study_books_nothing_on_its_heir(store_address: str, tmp_path: Path) -> None:
