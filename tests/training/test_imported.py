@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import saeopt
 from saeopt.config.sites import Site
 from saeopt.errors import UserError
-from saeopt.evaluator import app
 from saeopt.evaluation.held_out import config_of, measure
+from saeopt.evaluator import app
 from saeopt.imports.find import find
 from saeopt.runs.weights import load_checkpoint
 from saeopt.saes.base import Widths
