@@ -154,7 +154,7 @@ def _imported(source: str, device: str) -> dict[str, SAE]:
     for one in held:
         alone = keys.count(one.key) == 1
         key = one.key if alone else f"{one.key} ({Path(one.path).parent.name})"
-        saes[key if key not in saes else one.path] = one.read()[0].sae(one.key, one.site, device)
+        saes[key if key not in saes else one.path] = one.sae(device)
     return saes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from saeopt.errors import UserError
-from saeopt.imports.imported import Held
+from saeopt.imports.imported import Held, foreign
 from saeopt.imports.trees import Tree, tree
 
 READERS = (
@@ -52,7 +52,8 @@ def find(source: str) -> list[Held]:
     found: list[Held] = []
     for folder, names in files.folders().items():
         for reader in readers():
-            found += reader.held(files, folder, names)
+            with foreign(files.where(folder)):
+                found += reader.held(files, folder, names)
     if not found:
         known = "; ".join(reader.WHAT for reader in readers())
         raise UserError(f"{source}: holds no SAE that is known here (no run folder, nor {known})")

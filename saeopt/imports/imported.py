@@ -6,7 +6,8 @@ Shape suffixes: d width read, e width written, h dictionary width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
     from saeopt.saes.portable import Portable
 
 _THRESHOLDED = ("batch_topk", "matryoshka_batch_topk")
+
+
+@contextmanager
+def foreign(where: str) -> Iterator[None]:
+    """Files of others may hold anything: whatever is done with what they say ends in one line that names them.
+
+    Raises:
+        UserError: what they say cannot be used.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: is not as its tool writes it: {' '.join(what.split())[:200]}") from None
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,25 @@ class Held:
     path: str
     """The file of its weights, for messages."""
     read: Callable[[], tuple[Imported, Path]]
-    """Its weights, and the file that they were read from."""
+    """See :meth:`weights`."""
+
+    def weights(self) -> tuple[Imported, Path]:
+        """Its weights, and the file that they were read from.
+
+        Raises:
+            UserError: they cannot be read, or no architecture here has their code.
+        """
+        with foreign(self.path):
+            return self.read()
+
+    def sae(self, device: torch.device | str = "cpu") -> SAE:
+        """An SAE of its own.
+
+        Raises:
+            UserError: as :meth:`weights`.
+        """
+        with foreign(self.path):
+            return self.weights()[0].sae(self.key, self.site, device)
 
     def at(self, key: str) -> Held:
         """The same, whatever its files say, at this site."""
@@ -174,6 +207,8 @@ def from_portable(portable: Portable, *, transcodes: bool = False, **fields: Any
         tensors["threshold"] = portable.threshold.clamp_min(0)
     if portable.form == "topk":
         assert portable.k is not None
+        if portable.k < 1:
+            raise UserError(f"k is {portable.k}: must be 1 or more")
         fields["k"] = min(portable.k, portable.h)
     return Imported(portable.form, {n: t.detach().contiguous() for n, t in tensors.items()}, transcodes, fields)
 

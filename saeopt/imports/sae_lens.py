@@ -59,7 +59,8 @@ def held(files: Tree, folder: str, names: set[str]) -> list[Held]:
     where = files.where(inside + _CONFIG)
     config = _as_version_6(files.json(inside + _CONFIG))
     _check(where, config)
-    hooks = [hook for name in ("hook_name", "hook_name_out") if isinstance(hook := config["metadata"].get(name), str)]
+    told = [config["metadata"].get(name) for name in ("hook_name", "hook_name_out")]
+    hooks = [hook for hook in told if isinstance(hook, str) and hook]
     transcodes = "transcoder" in config["architecture"]
     site = _site(hooks, transcodes)
     own = _Files(files, inside, frozenset(names))
@@ -103,6 +104,8 @@ def _check(where: str, config: Mapping[str, Any]) -> None:
         raise UserError(f"{where}: 'finetuning_scaling_factor' is not read: fold it into W_dec")
     if config.get("activation_fn", "relu") != "relu":
         raise UserError(f"{where}: 'activation_fn: {config['activation_fn']}': relu and topk are known")
+    if not all(isinstance(config.get(name), int) for name in ("d_in", "d_sae")):
+        raise UserError(f"{where}: 'd_in' and 'd_sae' are missing: not sae-lens'")
     if config["metadata"].get("hook_head_index") is not None:
         raise UserError(f"{where}: 'hook_head_index': reads a single head, and hook points are read whole here")
 
@@ -130,7 +133,7 @@ def _read(own: _Files, config: Mapping[str, Any], transcodes: bool) -> Imported:
         r_mag=found.get("r_mag"),
         threshold=found.get("threshold"),
         W_skip=found["W_skip"].T if "W_skip" in found else None,
-        k=int(config["k"]) if form == "topk" else None,
+        k=int(config.get("k", 100)) if form == "topk" else None,
         subtracts_bias=not transcodes and bool(config.get("apply_b_dec_to_input", True)),
     )
     if config.get("rescale_acts_by_decoder_norm"):  # it selects in these units, and gives its code in them

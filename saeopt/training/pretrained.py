@@ -31,7 +31,7 @@ def load_pretrained(member: Member) -> bool:
     if wanted or (not own and foreign):
         try:
             held = choose(wanted or foreign, site)
-            weights, file = held.read()
+            weights, file = held.weights()
             weights.put_into(member.sae, held.path)
         except UserError as error:
             raise UserError(f"{FIELD}: {error}") from None

@@ -129,7 +129,7 @@ def test_of_a_whole_repository_the_hook_points_that_are_asked_for(hub, tmp_path)
     code = (
         "from saeopt.imports.find import choose, find\n"
         f"held = find({REPO!r})\n"
-        "print(len(held), choose(held, 'blocks.2.hook_resid_pre').read()[0].d)"
+        "print(len(held), choose(held, 'blocks.2.hook_resid_pre').weights()[0].d)"
     )
     assert ask(hub, tmp_path, code)[0] == "3 6"
     assert [name for name in hub.sent if name.endswith(".safetensors")] == ["layer_2/sae_weights.safetensors"]
