@@ -1,7 +1,7 @@
 """saeopt trains and evaluates sparse autoencoders on language-model activations, at the scale of sweeps.
 
-From Python: `saeopt.load`, `load_sae`, `train_run`, `evaluate_run` and the classes `SAE` and `Site` (docs/python.md).
-They are looked up when they are first used, so that importing saeopt is quick and imports no torch.
+From Python: `saeopt.load`, `load_sae`, `train_run`, `evaluate_run`, `export` and the classes `SAE` and
+`Site` (docs/python.md). They are looked up when they are first used: importing saeopt is quick and imports no torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,13 +10,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from saeopt.config.sites import Site
-    from saeopt.door import Run, evaluate_run, load, load_sae, train_run
+    from saeopt.door import Run, evaluate_run, export, load, load_sae, train_run
     from saeopt.errors import UserError
     from saeopt.saes.base import SAE
 
 _FROM = {
     "Run": "saeopt.door",
     "evaluate_run": "saeopt.door",
+    "export": "saeopt.door",
     "load": "saeopt.door",
     "load_sae": "saeopt.door",
     "train_run": "saeopt.door",
@@ -24,7 +25,7 @@ _FROM = {
     "Site": "saeopt.config.sites",
     "UserError": "saeopt.errors",
 }
-__all__ = ["SAE", "Run", "Site", "UserError", "evaluate_run", "load", "load_sae", "train_run"]
+__all__ = ["SAE", "Run", "Site", "UserError", "evaluate_run", "export", "load", "load_sae", "train_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saeopt import dashboard, evaluator, project, study, train, worker
+from saeopt import dashboard, evaluator, exporter, project, study, train, worker
 from saeopt.options import new_app, run_cli
 
 app = new_app(add_completion=True, no_args_is_help=True)
@@ -15,6 +15,7 @@ app.add_typer(study.app, name="study")
 app.command("worker")(worker.worker)
 app.command("evaluate")(evaluator.evaluate_run)
 app.command("evaluation", hidden=True)(evaluator.evaluate_run)
+app.command("export")(exporter.export)
 app.command("dashboard")(dashboard.dashboard)
 app.command("init")(project.init)
 app.add_typer(project.app, name="configs")

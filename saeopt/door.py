@@ -10,8 +10,10 @@ from typing import Any
 
 from saeopt.config import RunConfig, apply_overrides, told_of, validate_run
 from saeopt.config.sense import check_sense
+from saeopt.config.sites import Site
 from saeopt.errors import UserError
 from saeopt.evaluation.metrics import Metrics
+from saeopt.exports.formats import About
 from saeopt.files import remove_empty
 from saeopt.runs.folder import RunFolder
 from saeopt.runs.weights import load_checkpoint
@@ -156,6 +158,66 @@ def _imported(source: str, device: str) -> dict[str, SAE]:
         key = one.key if alone else f"{one.key} ({Path(one.path).parent.name})"
         saes[key if key not in saes else one.path] = one.sae(device)
     return saes
+
+
+def export(
+    saes: Run | SAE | Mapping[str, SAE] | Location,
+    *,
+    to: str,
+    folder: Location,
+    site: str | Site | None = None,
+    checkpoint: int | None = None,
+    seed: int | None = None,
+    unit_decoder: bool = False,
+    license: str | None = None,
+    push: str | None = None,
+) -> Path:
+    """Write SAEs in the format of another tool (docs/export.md), as `saeopt export` does, and return the folder.
+
+    Args:
+        saes: a run folder, weights file or `Run`; or SAEs by key, or one SAE.
+        to: sae-lens, dictionary-learning, sparsify, circuit-tracer or safetensors.
+        folder: is made anew.
+        site: of a run the key of one SAE; of one SAE the hook point that it was trained at, or its `Site`.
+        checkpoint, seed: of a run, as in :func:`load`.
+        unit_decoder: decoder rows of norm 1 in raw units.
+        license: an identifier for the model cards.
+        push: `OWNER/NAME` on the hub to upload the folder to.
+
+    Raises:
+        UserError: the format cannot say one of the SAEs exactly, or the hub refuses; nothing is left half-written.
+    """
+    from saeopt.exports import making, sources
+    from saeopt.exports.push import check_repo
+    from saeopt.exports.push import push as upload
+
+    if push is not None:
+        check_repo(push)
+    path, how = Path(folder), making.How(to, unit_decoder, license, push)
+    if isinstance(saes, SAE | Mapping):
+        given = saes if isinstance(saes, Mapping) else {site.key if isinstance(site, Site) else site or "": saes}
+        leaving = iter([sources.Leaving(About(_site(key, sae, site)), sae) for key, sae in given.items()])
+    else:
+        key = site.key if isinstance(site, Site) else site
+        wanted = sources.of_run(Path(saes.folder if isinstance(saes, Run) else saes), key)
+        leaving = sources.leaving(wanted, checkpoint, seed)
+    making.export_saes(leaving, (), how, path)
+    if push is not None:
+        upload(path, push)
+    return path
+
+
+def _site(key: str, sae: SAE, given: str | Site | None) -> Site:
+    """Where an SAE that was given by itself reads and writes; keys that name no site tell it."""
+    if isinstance(given, Site):
+        return given
+    reads, arrow, writes = key.partition("->")
+    if not key or (sae.widths is not None) != bool(arrow):
+        raise UserError(
+            f"export: '{key}' does not say where the SAE reads and writes: give 'site', a hook point's name for an"
+            " autoencoder, else Site(reads, writes, key)"
+        )
+    return Site(tuple(reads.split("+")), tuple(writes.split("+")), key) if arrow else Site.of(key)
 
 
 def _chosen(

@@ -62,7 +62,7 @@ ConfigArgument = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="T
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-def _in_results(path: Path | None) -> Path | None:
+def in_results(path: Path | None) -> Path | None:
     """Containers can write in few places: `SAEOPT_RESULTS` is where relative paths of results start."""
     folder = os.environ.get("SAEOPT_RESULTS")
     return Path(folder) / path if folder and path is not None else path
@@ -70,7 +70,7 @@ def _in_results(path: Path | None) -> Path | None:
 
 def result(help: str, metavar: str = "FILE") -> Any:
     """The option that names a file or folder to write."""
-    return typer.Option(metavar=metavar, help=help, callback=_in_results)
+    return typer.Option(metavar=metavar, help=help, callback=in_results)
 
 
 def either(argument: T | None, option: T | None, name: str) -> T | None:

@@ -86,6 +86,13 @@ def as_typed(dumped: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def without_folders(dumped: Mapping[str, Any]) -> dict[str, Any]:
+    """A dumped config for people elsewhere: paths as they were typed, of absolute ones the last part alone."""
+    result = as_typed(dumped)
+    _map_paths(result, lambda _field, text: os.path.basename(text.rstrip(os.sep)) if os.path.isabs(text) else text)
+    return result
+
+
 def _absolute(text: str) -> str | None:
     """The absolute path of what exists; None for anything else, a hub's name too."""
     there = os.path.exists(text) or (any(c in text for c in "*?[") and next(glob.iglob(text, recursive=True), None))

@@ -7,7 +7,7 @@ A format is one file here and one line in `FORMATS`. It gets an SAE's evaluation
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
     from saeopt.saes.portable import Portable
 
 FORMATS = {
+    "sae-lens": "saeopt.exports.sae_lens:SAELens",
     "safetensors": "saeopt.exports.plain:Plain",
 }
 """Name → `module:class`. In the order in which one is named where another one is refused; the last takes all."""
 
+REPO = "OWNER/NAME"
+"""Stands in text files for the repository on the hub, until they are pushed to one."""
+_UNFIT = re.compile(r"[^A-Za-z0-9._+-]")
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
 
 
@@ -37,25 +41,43 @@ class About:
     site: Site
     model: str | None = None
     """The language model's name, as TransformerLens and the hub know it, or a folder's name."""
+    hub_model: str | None = None
+    """The same where it is a name on the hub."""
     tokenizer: str | None = None
     """None: the model's own."""
     dataset: str | None = None
+    """A name on the hub, or a file's or folder's name."""
+    hub_dataset: str | None = None
+    """The same where it is a name on the hub."""
     context_size: int | None = None
     prepend_bos: bool | None = None
     masks_special_tokens: bool | None = None
     """Whether special tokens were left out of training and metrics."""
+    skip_first_positions: int = 0
+    """Positions at the start of every sample that were left out."""
+    compatibility: bool = False
+    """Whether the language model's weights were folded and centred (`lm_processing: compatibility`)."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Of the evaluation of these weights; names as in `saeopt.metrics`."""
     config: str | None = None
     """The run's config as YAML."""
     command: str | None = None
-    """What made it."""
+    """What makes it again from this config."""
+    exported_by: str | None = None
+    """What wrote these files."""
     name: str | None = None
-    """The run or `STUDY #TRIAL`."""
+    """The run, or the study and its trial."""
     trial: int | None = None
     seed: int | None = None
     samples: int | None = None
     """Samples of the checkpoint."""
+    architecture: str | None = None
+    """`saes.sae_type` of the training."""
+    normalised_by: str | None = None
+    """What was folded in: none, scale, mean_scale or whiten."""
+    latents: int | None = None
+    unit_decoder: bool = False
+    """Whether decoder rows were made 1 long."""
     license: str | None = None
     version: str = __version__
     """saeopt's."""
@@ -76,10 +98,20 @@ class Placed:
     folder: str
 
 
-class Format(Protocol):
-    """A foreign format. Subclasses inherit `place` and `finish`."""
+@dataclass(frozen=True)
+class Release:
+    """A set of SAEs that leaves as one."""
 
     name: str
+    placed: tuple[Placed, ...]
+
+
+class Format(Protocol):
+    """A foreign format. Subclasses inherit what has a body."""
+
+    name: str
+    library: str | None = None
+    """What the hub calls the library that loads it (`library_name` of a model card)."""
 
     def problem(self, portable: Portable, site: Site) -> str | None:
         """Why this format cannot say the SAE exactly, in words that follow `sae-lens: `; None where it can."""
@@ -89,37 +121,26 @@ class Format(Protocol):
         """Write one SAE's files into a folder that is there, and give their paths."""
         ...
 
+    def write_whole(self, sae: SAE, about: About, folder: Path) -> list[Path] | None:
+        """Write an SAE whose code no other tool has; None where that cannot be."""
+        return None
+
     def place(self, about: About, alone: bool) -> str:
         """The SAE's folder within a set, `.` where all share one; `alone`: the only one of its site."""
-        return about.site.file_name if alone or about.trial is None else f"{about.site.file_name}/trial-{about.trial}"
+        site = _UNFIT.sub("_", about.site.key.replace("->", "-to-"))
+        return site if alone or about.trial is None else f"{site}/trial-{about.trial}"
 
-    def set_problem(self, placed: Sequence[Placed]) -> str | None:
+    def set_problem(self, release: Release) -> str | None:
         """Why these SAEs, which this format can say one by one, are not a set of its; None where they are."""
         return None
 
-    def finish(self, placed: Sequence[Placed], folder: Path) -> list[Path]:
+    def usage(self, release: Release, placed: Placed) -> str:
+        """The lines of Python that load an SAE, for its model card."""
+        return ""
+
+    def finish(self, release: Release, folder: Path) -> list[Path]:
         """Write what a set has beside its SAEs, once these are there."""
         return []
-
-
-class WholeFormat(Format, Protocol):
-    """A format that takes any SAE as it is, also one whose code no other tool has."""
-
-    def write_whole(self, sae: SAE, about: About, folder: Path) -> list[Path]:
-        """Write one SAE's files: the folded weights."""
-        ...
-
-
-class Readable(Protocol):
-    """A format whose files are read as well."""
-
-    def read(self, folder: Path) -> dict[str, tuple[Portable, ...]]:
-        """Hook point (or site) → the SAEs that a folder of this format holds for it.
-
-        Raises:
-            UserError: no such files, damaged ones, or ones that say something this system has not.
-        """
-        ...
 
 
 def get_format(name: str) -> Format:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeopt.config.sites import Site
-from saeopt.exports.formats import About, WholeFormat
-from saeopt.runs.tensor_file import CorruptCheckpoint, read_metadata, read_tensors, write_tensors
+from saeopt.exports.formats import About, Format, Placed, Release
+from saeopt.runs.tensor_file import METADATA_KEY, write_tensors
 
 if TYPE_CHECKING:
     from saeopt.saes.base import SAE
@@ -25,7 +25,7 @@ OWN = "own"
 """The form of a code that no other tool has."""
 
 
-class Plain(WholeFormat):
+class Plain(Format):
     """Takes everything."""
 
     name = "safetensors"
@@ -48,17 +48,13 @@ class Plain(WholeFormat):
         told = {"form": OWN, "trained_as": sae.config.sae_type, "normalised_by": sae.normalisation}
         return _write(folder, tensors, {**told, "sae_config": sae.config.model_dump(mode="json")}, about)
 
-    def read(self, folder: Path) -> dict[str, tuple[Portable, ...]]:
-        """As `formats.Readable`; `folder` may be the file itself."""
-        from saeopt.saes.portable import Portable
-
-        path = folder / FILE if folder.is_dir() else folder
-        told: Any = read_metadata(path)
-        if told.get("layout") != LAYOUT or told.get("form") in (None, OWN):
-            raise CorruptCheckpoint(f"{path}: holds no SAE of layout {LAYOUT} in a form that other tools have")
-        known = {f.name for f in fields(Portable)}
-        values: dict[str, Any] = {name: value for name, value in told.items() if name in known} | read_tensors(path)
-        return {told["site"]["key"]: (Portable(**values),)}
+    def usage(self, release: Release, placed: Placed) -> str:
+        return (
+            "import json\n\nfrom safetensors import safe_open\n\n"
+            f'with safe_open("{placed.folder}/{FILE}", "pt") as file:\n'
+            "    tensors = {name: file.get_tensor(name) for name in file.keys()}\n"
+            f'    told = json.loads(file.metadata()["{METADATA_KEY}"])  # form, k, site, …\n'
+        )
 
 
 def _write(folder: Path, tensors: dict[str, Any], told: dict[str, Any], about: About) -> list[Path]:

@@ -95,6 +95,9 @@ class Imported:
         )
         widths = Widths((self.d,), (self.e,), False) if self.transcodes else None
         sae = cls(self.d, self.h, config, recipe=NEWEST_RECIPE, dtype=self.tensors["W_enc"].dtype, **where(widths))
+        for name, tensor in self.tensors.items():  # where whitening was folded in, one number became one for each row
+            if name in sae._buffers and sae._buffers[name] is not None and tensor.shape != sae.get_buffer(name).shape:
+                sae.register_buffer(name, torch.ones_like(tensor))
         self._copy_to(sae, self.tensors)
         return sae.to(device).requires_grad_(False)
 
@@ -115,6 +118,9 @@ class Imported:
             )
         told = own.config.model_dump(mode="json")
         fields = json.loads(json.dumps(dict(self.fields)))
+        odd = [n for n, t in own.named_buffers(recurse=False) if n in tensors and tensors[n].shape not in (t.shape, ())]
+        if odd:
+            raise UserError(f"{source}: '{odd[0]}' has a number for each latent, which only 'saeopt.load' can hold")
         differ = {name: value for name, value in fields.items() if name in told and told[name] != value}
         if differ:
             wanted = ", ".join(f"saes.{name}: {value}" for name, value in differ.items())
