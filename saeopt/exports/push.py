@@ -95,7 +95,9 @@ def _passes(error: BaseException) -> bool:
 def _tell(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     wait = state.next_action.sleep if state.next_action else 0
-    log.warning("the hub: %s; trying again in %.0f s", one_line(error) if error else "no answer", wait)
+    status = _status(error) if error else None
+    what = f"answers {status}" if status else one_line(error) if error else "gives no answer"
+    log.warning("the hub: %s; trying again in %.0f s", what, wait)
 
 
 def _told(folder: Path, repo: str, error: Exception) -> UserError:
@@ -109,4 +111,4 @@ def _told(folder: Path, repo: str, error: Exception) -> UserError:
         return UserError(f"--push {repo}: the token may not write there ({status}); {again}")
     if status is None and _unreachable(error):
         return HostError(f"--push {repo}: the hub cannot be reached: {one_line(error)}; {again}")
-    return UserError(f"--push {repo}: {one_line(error)}; {again}")
+    return UserError(f"--push {repo}: {f'the hub answers {status}: ' if status else ''}{one_line(error)}; {again}")

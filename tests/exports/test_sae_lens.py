@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from saeopt.config.sites import Site
 from saeopt.exports.formats import About
 from saeopt.exports.sae_lens import SAELens
 from saeopt.saes.base import SAE, Widths
-from saeopt.saes.portable import portable
+from saeopt.saes.portable import Portable, portable
 from saeopt.testing.cases import activations, build, normalise_awkwardly
 
 D, H, N = 6, 24, 200
@@ -69,6 +69,19 @@ def given_x(case: Case) -> Tensor:
     return (20 + activations(N, D)).to(case.dtype)
 
 
+STRICT = "on-the-threshold"
+
+
+def on_the_threshold() -> tuple[Portable, Tensor]:
+    """A jumprelu whose first threshold is exactly π of the first token."""
+    form, x_Nd = portable(build("jumprelu", d=D, h=H)), activations(2, D)
+    pre_h = ((x_Nd - form.b_dec) @ form.W_enc + form.b_enc)[0]
+    sign = 1.0 if pre_h[0] > 0 else -1.0  # a negative π is never on a threshold
+    form = replace(form, W_enc=form.W_enc * sign, b_enc=form.b_enc * sign)
+    assert form.threshold is not None
+    return replace(form, threshold=form.threshold.index_fill(0, torch.tensor(0), pre_h[0].abs().item())), x_Nd
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What SAELens makes of every case, in one process."""
@@ -80,8 +93,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         assert SAELens().problem(form, case.site) is None
         SAELens().write(form.unit_rows() if case.unit else form, About(case.site, model="m", prepend_bos=False), target)
         torch.save(x_Nd.view(2, N // 2, 2, D // 2) if case.site == HEADS else x_Nd, target / "x.pt")
+    form, x_Nd = on_the_threshold()
+    (folder / STRICT).mkdir()
+    SAELens().write(form, About(AUTOENCODER), folder / STRICT)
+    torch.save(x_Nd, folder / STRICT / "x.pt")
     run_worker("sae-lens", Path(__file__).with_name("sae_lens_worker.py"), folder)
-    return {case.name: torch.load(folder / case.name / "found.pt") for case in CASES}
+    return {case.name: torch.load(folder / case.name / "found.pt") for case in CASES} | {
+        STRICT: torch.load(folder / STRICT / "found.pt")
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -109,22 +128,10 @@ def test_what_it_knows_of_the_sae(found: dict[str, dict[str, Any]], case: Case) 
     assert theirs["hook_out"] == (case.site.writes[0] if case.site == TRANSCODER else None)
 
 
-def test_a_threshold_is_compared_strictly_there_too(tmp_path: Path) -> None:
-    form = portable(build("jumprelu"))
-    (tmp_path / "sae").mkdir()
-    SAELens().write(form, About(AUTOENCODER), tmp_path / "sae")
-    # an x whose π of latent 0 is θ itself: 0 there and here
-    target = form.threshold[0] - form.b_enc[0]
-    column = form.W_enc[:, 0]
-    x_Nd = (form.b_dec + target * column / column.square().sum()).unsqueeze(0)
-    exact = ((x_Nd - form.b_dec) @ form.W_enc + form.b_enc)[0, 0]
-    from dataclasses import replace
-
-    form = replace(form, threshold=form.threshold.index_fill(0, torch.tensor(0), exact.item()))
-    SAELens().write(form, About(AUTOENCODER), tmp_path / "sae")
-    torch.save(x_Nd, tmp_path / "sae" / "x.pt")
-    run_worker("sae-lens", Path(__file__).with_name("sae_lens_worker.py"), tmp_path)
-    assert torch.load(tmp_path / "sae" / "found.pt")["code"][0, 0] == 0 == form.encode(x_Nd)[0, 0]
+def test_a_threshold_is_compared_strictly_there_too(found: dict[str, dict[str, Any]]) -> None:
+    form, x_Nd = on_the_threshold()
+    assert form.encode(x_Nd)[0, 0] == found[STRICT]["code"][0, 0] == 0
+    assert (form.encode(x_Nd) != 0).equal(found[STRICT]["code"] != 0)
 
 
 @pytest.mark.parametrize(
