@@ -71,7 +71,7 @@ def match_hooks(patterns: Sequence[str], known: Sequence[str], misnamed: Mapping
             )
         matched = [pattern] if pattern in names else fnmatch.filter(known, pattern)
         if not matched:
-            raise UserError(f"'saes.sae_positions': the model has no hook point '{pattern}'{_near(pattern, known)}")
+            raise UserError(f"'saes.sae_positions': the model has no hook point '{pattern}'{near(pattern, known)}")
         found += matched
     return in_model_order(found)
 
@@ -104,7 +104,8 @@ def hook_of_module(name: str) -> str | None:
     return f"blocks.{match[1]}.{part}" if match and part else None
 
 
-def _near(pattern: str, known: Sequence[str]) -> str:
+def near(pattern: str, known: Sequence[str]) -> str:
+    """What an unknown name may have meant, as the end of a message: what a module's name is here, or near names."""
     here = hook_of_module(pattern)
     if here is not None and fnmatch.filter(known, here):
         return f"; that is '{here}' here"

@@ -79,6 +79,7 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu") -> Checkp
 
 def _build(path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, Any], tensors: dict[str, Tensor]) -> SAE:
     from saeopt.saes.base import where
+    from saeopt.saes.origin import Origin
     from saeopt.saes.registry import get_sae
 
     if "W_enc" not in tensors:
@@ -98,6 +99,7 @@ def _build(path: str | Path, config: RunConfig, hook: str, shape: Mapping[str, A
     except RuntimeError as error:
         raise CorruptCheckpoint(f"{path}: the tensors of '{hook}' do not fit its config: {error}") from None
     sae.norm_limit = float(shape.get("norm_limit", math.inf))
+    sae.origin = Origin(config.saes.site(hook), config)
     return sae.requires_grad_(False)
 
 

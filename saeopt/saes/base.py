@@ -8,11 +8,9 @@ everything that an architecture defines, works on normalised activations (:mod:`
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import wraps
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -22,10 +20,11 @@ from torch import Tensor, nn
 
 from saeopt.config.marks import fields_with
 from saeopt.config.saes import SAEConfig
-from saeopt.saes.first_contract import refuse_first_contract
+from saeopt.saes.first_contract import refuse_first_contract, with_target
 from saeopt.saes.init import initialise, point
 from saeopt.saes.normalisation import Normalised, Widths, kind_of
 from saeopt.saes.numbers import Number, sparsity_coeff
+from saeopt.saes.origin import Origin
 
 Reduction = Literal["sum", "min", "max"]
 
@@ -95,25 +94,6 @@ class Forward:
     tallies: dict[str, Tensor] = field(default_factory=dict)
 
 
-def with_target(forward: Callable[..., Forward]) -> Callable[..., Forward]:
-    """A `training_forward` that takes `(x, y, inputs)` or `(x, inputs)`, whichever of both it was written for.
-
-    Classes of users, from before there was a y, are written and call their base in the second way.
-    """
-    parameters = inspect.signature(forward).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    whole = len(places) > 3 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
-
-    @wraps(forward)
-    def either(self: SAE, x_Nd: Tensor, *rest: Any, **named: Any) -> Forward:
-        if named or len(rest) not in (1, 2):
-            return forward(self, x_Nd, *rest, **named)
-        y_Ne, inputs = rest if len(rest) == 2 else (x_Nd, rest[0])
-        return forward(self, x_Nd, y_Ne, inputs) if whole else forward(self, x_Nd, inputs)
-
-    return either
-
-
 class SAE(Normalised):
     """Base of all architectures: a subclass gives `code`, `training_forward` and its extra parameters.
 
@@ -173,6 +153,8 @@ class SAE(Normalised):
         self.normalisation = kind_of(config, legacy_scaling=legacy_scaling, recipe=recipe)
         self.norm_limit = math.inf
         """Raw norm above which a token is left out at its site (`data.mask_norm_outliers`)."""
+        self.origin: Origin | None = None
+        """Where it was trained; None where no file says so."""
         self.unit_lengths: Tensor | None
         """h lengths that the code is multiplied by (:meth:`unit_decoder`)."""
         self.register_buffer("unit_lengths", None, persistent=False)
@@ -386,7 +368,11 @@ class SAE(Normalised):
 
     def pre_activation(self, x_Nd: Tensor) -> Tensor:
         """π = x̄ W_enc + b_enc."""
-        return self.centred(x_Nd) @ self.W_enc + self.b_enc
+        return self.before_activation(self.centred(x_Nd) @ self.W_enc + self.b_enc)
+
+    def before_activation(self, pre_Nh: Tensor) -> Tensor:
+        """What the activation function gets: the same; a splice into a model looks in here (`hook_sae_acts_pre`)."""
+        return pre_Nh
 
     def decoder_norm_h(self) -> Tensor:
         """‖W_dec‖ per row, added up over the hook points that it writes; ones where the rows are kept at norm 1."""

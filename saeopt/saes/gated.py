@@ -73,8 +73,8 @@ class GatedSAE(Revival):
         """π_gate and f."""
         shared_Nh = self.centred(x_Nd) @ self.W_enc
         gate_Nh = shared_Nh + self.b_gate
-        magnitude_Nh = MAGNITUDES[self.config.magnitude_activation](self.r_mag.exp() * shared_Nh + self.b_mag)
-        return gate_Nh, magnitude_Nh * (gate_Nh > 0)
+        pre_Nh = self.before_activation(self.r_mag.exp() * shared_Nh + self.b_mag)
+        return gate_Nh, MAGNITUDES[self.config.magnitude_activation](pre_Nh) * (gate_Nh > 0)
 
     @torch.no_grad()
     def restart(self, dead_n: Tensor, alive_h: Tensor, along_nd: Tensor, opens_at_n: Tensor) -> None:

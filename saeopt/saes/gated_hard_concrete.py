@@ -56,7 +56,8 @@ class GatedHardConcreteSAE(NoisyGateSAE):
         """log α and the magnitude."""
         shared_Nh = self.centred(x_Nd) @ self.W_enc
         magnitude = MAGNITUDES[self.config.magnitude_activation]
-        return shared_Nh + self.b_gate, magnitude(self.r_mag.exp() * shared_Nh + self.b_mag)
+        pre_Nh = self.before_activation(self.r_mag.exp() * shared_Nh + self.b_mag)
+        return shared_Nh + self.b_gate, magnitude(pre_Nh)
 
     def code(self, x_Nd: Tensor) -> Tensor:
         """z ⊙ magnitude with the gate that `eval_gate` names."""

@@ -189,7 +189,8 @@ class HardConcreteSAE(NoisyGateSAE):
     def log_alpha_and_magnitude(self, x_Nd: Tensor) -> tuple[Tensor, Tensor]:
         """log α and m."""
         centred_Nd = self.centred(x_Nd)
-        m_Nh = MAGNITUDES[self.config.magnitude_activation](centred_Nd @ self.W_enc + self.b_enc)
+        pre_Nh = self.before_activation(centred_Nd @ self.W_enc + self.b_enc)
+        m_Nh = MAGNITUDES[self.config.magnitude_activation](pre_Nh)
         if self.config.input_dependent_gates:
             return centred_Nd @ self.W_gate + self.b_gate, m_Nh
         return self.b_gate.expand_as(m_Nh), m_Nh
