@@ -30,6 +30,12 @@ def stories() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tinystories_text() -> Path:
+    """1,000 TinyStories as a text file."""
+    return shared("data/tinystories-1000/tinystories_1000.txt")
+
+
+@pytest.fixture(scope="session")
 def tinystories() -> list[str]:
     """1,000 TinyStories."""
     return json.loads(shared("data/tinystories-1000/tinystories_1000.json").read_text(encoding="utf-8"))

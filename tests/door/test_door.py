@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,22 +53,43 @@ for name in saeopt.__all__:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_page_about_python_runs_as_it_stands(
-    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def run_page(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path
+) -> Callable[[str], dict[str, Any]]:
+    """Runs the blocks of a page one after the other, beside a run in output/my-run; gives what they left."""
     monkeypatch.chdir(tmp_path)
-    saeopt.train_run(config)  # output/my-run
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 4
-    there: dict[str, Any] = {"saeopt_config": config}
-    for block in blocks:
-        exec(compile(block, "docs/python.md", "exec"), there)
+    saeopt.train_run(config)
+
+    def run(page: str) -> dict[str, Any]:
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+        there: dict[str, Any] = {"saeopt_config": config, "model_path": str(tiny_model_dir), "n_blocks": len(blocks)}
+        for block in blocks:
+            exec(compile(block, f"docs/{page}", "exec"), there)
+        return there
+
+    return run
+
+
+def test_the_page_about_python_runs_as_it_stands(run_page: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    there = run_page("python.md")
+    assert there["n_blocks"] == 4
     assert there["run"].folder == tmp_path / "output" / "my-run-2"
     written = json.loads((there["run"].folder / "evaluation.json").read_text(encoding="utf-8"))
     assert there["metrics"][HOOK]["fvu"] == pytest.approx(written[HOOK]["fvu"], rel=1e-6)
     assert there["run"].evaluation[HOOK]["l0"] == written[HOOK]["l0"]
     assert {"training_curves.png", "feature_density.png"} <= {p.name for p in there["run"].folder.iterdir()}
+
+
+def test_the_page_about_steering_runs_as_it_stands(run_page: Callable[[str], dict[str, Any]]) -> None:
+    there = run_page("steering.md")
+    assert there["n_blocks"] == 6
+    plain = there["plain"]
+    for name in ("logits", "steered", "changed", "last", "everywhere", "ablated", "both"):
+        assert not torch.allclose(there[name], plain), name
+    assert torch.equal(there["last"][:, :2], plain[:, :2])  # steered from position 2 on
+    assert there["attribution"].shape == there["f"].shape
+    assert torch.equal(there["model"](there["tokens"]), plain)
 
 
 def test_mistakes_are_one_line_and_leave_no_folder(config: dict[str, Any], tmp_path: Path) -> None:
