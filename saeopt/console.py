@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -64,6 +65,14 @@ def set_up_logging(level: int = logging.INFO) -> None:
 def unbroken(text: str) -> Text:
     """A line that a narrow window does not break: commands and paths are there to be copied (print with crop=False)."""
     return Text(text, no_wrap=True, overflow="ignore")
+
+
+def wrapped(text: str) -> str:
+    """A sentence, which a terminal is given broken between words and set in; in a file it stays one line."""
+    if not console.is_terminal:
+        return text
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    return textwrap.fill(text, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def titled(title: str, table: RenderableType) -> RenderableType:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from saeopt.config.study import AUTO, TARGET
-from saeopt.console import log
+from saeopt.console import log, wrapped
 from saeopt.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def created(
     limits = [*limits_text(spec), *(disk_text(spec, *planned) if planned and not elsewhere else ())]
     doubles = doubles_text(spec, Space(spec))
     for about in filter(None, (*said, doubles, proposals_text(spec), stopping_text(spec), *limits)):
-        yield f"  {about}"
+        yield wrapped(f"  {about}")
     for line in () if made.is_new else spending(store, made.study_id, spec).lines(store.command, spec.name):
         yield f"  {line}"
     yield f"  work:      {store.command('worker', spec.name)}"

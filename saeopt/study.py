@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeopt.console import console, log, say, say_json, set_up_logging
+from saeopt.console import console, log, say, say_json, set_up_logging, wrapped
 from saeopt.errors import UserError
 from saeopt.options import AsJson, Changes, Storage, StudyName, new_app, result, run_cli
 from saeopt.runs.names import METRICS_FILE
@@ -243,7 +243,7 @@ def why(
         say_json([row.as_json() for row in rows])
         return
     for row in rows:
-        say(row.text)
+        say(wrapped(row.text))
     if not rows:
         say(f"no trial of study {name} was stopped, collapsed or failed")
 
@@ -260,6 +260,7 @@ def retry(
     """
     from saeopt.trials import endings
     from saeopt.views.logs import find_trial
+    from saeopt.views.spending import waiting_again
 
     store = _open(storage)
     study_id = store.study_id(name)
@@ -269,8 +270,7 @@ def retry(
             go_on = f"; '{store.command('study', 'promote', name, number)}' lets it go on"
             more = go_on if row.state == "PAUSED" else ""
             raise UserError(f"trial {number} of study '{name}' has not failed: it is {row.state}{more}")
-    done = endings.retry(store, study_id, trials or None)
-    say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
+    say(waiting_again(name, endings.retry(store, study_id, trials or None)))
 
 
 @app.command()
@@ -285,6 +285,7 @@ def promote(
     """
     from saeopt.trials import paused
     from saeopt.views.logs import find_trial
+    from saeopt.views.spending import going_on
 
     store = _open(storage)
     study_id = store.study_id(name)
@@ -295,9 +296,8 @@ def promote(
         if number not in known:
             paused_ones = f" (paused are {', '.join(map(str, sorted(known)))})" if known else " (none is)"
             raise UserError(f"trial {number} of study '{name}' is not paused: it is {row.state}{paused_ones}")
-    done = paused.promote(store, study_id, trials)
-    say(f"{len(done)} trials of study {name} wait again" + (f": {', '.join(map(str, done))}" if done else ""))
-    say(f"  work: {store.command('worker', name)}")
+    for line in going_on(store, name, paused.promote(store, study_id, trials)):
+        say(line)
 
 
 @app.command()

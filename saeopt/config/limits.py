@@ -19,7 +19,8 @@ _Size = Annotated[Float, Field(gt=0, le=1e9)]
 
 class Budget(StrictModel):
     """What all workers of a study may spend together. When one of them is used up no trial is begun any more:
-    `study status` says so, workers end, and `study resume NAME --budget UNIT=NUMBER` gives more."""
+    `study status` says so, workers end, and `study resume NAME --budget UNIT=NUMBER` gives more. What was paused at the
+    end is paused again then, and the best go on while the budget lasts, once nothing else waits."""
 
     gpu_hours: _Size | None = None
     """Hours that devices (GPUs, CPUs) were taken by packs, loading and evaluation included. When they are used up,

@@ -176,7 +176,7 @@ class StudySpec(StrictModel):
     pack, its values are means over them, and what differs by less than they do is called noise."""
     enqueue: list[Annotated[dict[str, Any], Field(min_length=1)]] = Field(default_factory=list)
     """Points of a sampled study that are tried first: `{field: value}` each, as in `space`. What a point leaves out is
-    filled by the quasi-random design."""
+    filled by the quasi-random design; what stands twice is tried once."""
     start_from: StartFrom | None = None
     """Trials of another study that a sampled study tries first, after `enqueue`: see below."""
     max_trials: Positive | None = None

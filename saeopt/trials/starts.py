@@ -55,7 +55,10 @@ def with_starts(spec: StudySpec, url: str | None = None) -> tuple[StudySpec, lis
         raise UserError(f"{where}: 'max_trials' ({spec.max_trials}) leaves no room beside 'enqueue'")
     found, translation = _translated(spec, other, rows[:most])
     said = [_summary(asked, spec, other, rows, found), *translation.told()]
-    told = {*spec.space, *((_LAMBDA, "saes.k") if TARGET in spec.space else ())}  # what the L0 stands for is not dropped
+    told = {
+        *spec.space,
+        *((_LAMBDA, "saes.k") if TARGET in spec.space else ()),
+    }  # what the L0 stands for is not dropped
     if dropped := sorted(set(other.space) - told):
         said.append(f"not varied here, so as 'base' says: {', '.join(dropped)}")
     if len(rows) > most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from saeopt.config.limits import UNITS, Budget
@@ -103,6 +103,21 @@ def gigabytes(size: float) -> str:
     return f"{size / of:.3g} {unit}"
 
 
+def waiting_again(name: str, numbers: Sequence[int]) -> str:
+    """Which trials have gone back into the queue."""
+    many = "1 trial of study {} waits again" if len(numbers) == 1 else f"{len(numbers)} trials of study {{}} wait again"
+    return many.format(name) + (f": {', '.join(map(str, numbers))}" if numbers else "")
+
+
+def going_on(store: Store, name: str, numbers: Sequence[int]) -> Iterator[str]:
+    """Which trials have gone back into the queue, and what trains them: more budget first, where it is used up."""
+    yield waiting_again(name, numbers)
+    found = spending(store, store.study_id(name), store.spec(name))
+    if found.over:
+        yield from (f"  {line}" for line in found.lines(store.command, name) if line.startswith("ended: "))
+    yield f"  work: {store.command('worker', name)}"
+
+
 def resume(store: Store, name: str, changes: list[str]) -> list[str]:
     """Let a study go on that was stopped or has ended by itself; the lines that a person is told.
 
@@ -125,9 +140,9 @@ def resume(store: Store, name: str, changes: list[str]) -> list[str]:
         waits = any(db.counts(connection, study_id)[state] for state in ("WAITING", "RUNNING"))
         ended = [trial.number for trial in paused.paused(connection, study_id, ended=True)]
     if again:
-        first = "once nothing else waits " if waits else ""
-        goes_on = f"{len(again)} paused trials go on {first}while the budget lasts, the best first"
-        return [f"study {name} goes on: {goes_on}", f"  work: {store.command('worker', name)}"]
+        what = "1 paused trial goes" if len(again) == 1 else f"{len(again)} paused trials go"
+        when = "while the budget lasts, the best first" + (", once nothing else waits" if waits else "")
+        return [f"study {name} goes on, and {what} on {when}", f"  work: {store.command('worker', name)}"]
     if waits or not ended:
         return [f"study {name} goes on: its trials can be claimed again"]
     promote = store.command("study", "promote", name, *ended[:3]) + (" …" if len(ended) > 3 else "")

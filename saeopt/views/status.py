@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saeopt.config.study import TARGET, StudySpec
-from saeopt.console import titled, unbroken
+from saeopt.console import titled, unbroken, wrapped
 from saeopt.metrics import METRICS
 from saeopt.search.collapse import rule_of, why_all_collapsed
 from saeopt.search.objectives import expanded, objective_values
@@ -22,7 +22,7 @@ from saeopt.search.pareto import Point
 from saeopt.search.rounds import n_proposed, round_size
 from saeopt.spread import STD
 from saeopt.trials import claims, presence
-from saeopt.trials.attributes import INFEASIBLE, REASON, evaluation_of
+from saeopt.trials.attributes import INFEASIBLE, PAUSED_AT, REASON, evaluation_of
 from saeopt.trials.internals import queries
 from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.presence import Presence
@@ -309,6 +309,8 @@ def _reasons(status: Status) -> RenderableType | None:
     if stopped:
         lines += ["\ntrials that ended early (the newest)", *_why(stopped[-5:])]
         lines += [f"  all:   {status.command('study', 'why', name)}"]
+        if was_paused := [row.number for row in stopped if PAUSED_AT in row.attributes]:
+            lines += [f"  go on: {status.command('study', 'promote', name, was_paused[-1])}"]
     paused = [row for row in status.rows if row.state == "PAUSED"]
     if paused:
         lines += ["\npaused trials (the newest); they keep their checkpoints", *_why(paused[-5:])]
@@ -326,7 +328,8 @@ def _reasons(status: Status) -> RenderableType | None:
 
 
 def _why(rows: list[TrialRow]) -> list[str]:
-    return [f"  trial {row.number}: {str(row.attributes.get(REASON, 'no reason stored'))[:200]}" for row in rows]
+    said = [(row.number, str(row.attributes.get(REASON, "no reason stored"))[:200]) for row in rows]
+    return [wrapped(f"  trial {number}: {reason}") for number, reason in said]
 
 
 def as_json(status: Status) -> dict[str, Any]:

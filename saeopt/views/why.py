@@ -11,6 +11,11 @@ from saeopt.trials.internals.queries import TrialRow
 from saeopt.trials.storage import Store
 from saeopt.views.logs import find_trial
 
+_WITHOUT = {
+    "COMPLETE": "trained to its end",
+    "WAITING": "it waits for a worker",
+    "RUNNING": "it is being trained",
+}
 EARLY = ("PAUSED", "PRUNED", "FAIL")
 
 
@@ -27,8 +32,9 @@ class Why:
     @property
     def text(self) -> str:
         """One line."""
-        without = "trained to its end" if self.state == "COMPLETE" else "no reason stored"
-        return f"trial {self.trial} ({self.state.lower()}): {self.reason or without}"
+        return (
+            f"trial {self.trial} ({self.state.lower()}): {self.reason or _WITHOUT.get(self.state, 'no reason stored')}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs."""

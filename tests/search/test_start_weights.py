@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from _chaos import PRELOAD, run_worker
 from _worker_kit import Trainer, spec_in, start, states
 
+from saeopt.config.io import load_run_config
 from saeopt.config.study import StudySpec
 from saeopt.config.study_file import study_spec
 from saeopt.errors import HostError, UserError, WorkerFault
@@ -119,6 +121,49 @@ def test_trials_begin_with_the_weights_where_they_fit(
         check_weights(found(new)[0].weights)
     with pytest.raises(UserError, match="has no weights of trial"):
         with_starts(spec("late", space=space, **more), address)
+    store.close()
+
+
+@pytest.fixture
+def other_model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """Another model with the same tokenizer: 24 wide, three layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = LlamaConfig.from_pretrained(tiny_model_dir)
+    config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.head_dim = 24, 3, 48, 12
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_study_of_another_model_width_and_architecture_starts_from_the_l0_that_was_reached(
+    spec: Callable[..., StudySpec], address: str, tmp_path: Path, other_model: Path
+) -> None:
+    small = spec("small", space={"saes.k": [4, 8], "lr": [1e-3]})
+    store = Store.open(address)
+    create_study(store, small)
+    work(address, "small", tmp_path / "small.log")
+    saes = {"sae_type": "relu", "sae_positions": ["blocks.2.hook_resid_pre"], "dict_size_to_input_ratio": 8}
+    base = {**small.base, "tlens_model_path": str(other_model), "saes": saes}
+    space = {"saes.target_l0": {"low": 2, "high": 16, "log": True}, "lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    asked = {"study": "small", "front": True, "from_weights": True}
+    more = {"sampler": {"type": "tpe", "n_startup_trials": 2}, "max_trials": 3, "start_from": asked}
+    new, said = with_starts(spec("new", base=base, space=space, **more), address)
+    assert [line.partition(":")[0] for line in said] == ["first come the fronts of study small"]
+    new, said = with_fitting_weights(new)
+    assert said[0].startswith("0 of 2 start from the weights of those trials; ")
+    assert {one.params["saes.target_l0"] for one in found(new)} == {4.0, 8.0}
+    assert {one.params["lr"] for one in found(new)} == {1e-3}
+    create_study(store, new)
+    work(address, "new", tmp_path / "new.log")
+    trials = store.study("new").trials
+    assert [t.state.name for t in trials] == ["COMPLETE"] * 3, [t.user_attrs.get("reason") for t in trials]
+    for i, one in enumerate(found(new)):
+        assert trials[i].user_attrs["started_from"] == f"small #{one.trial}"
+        config = load_run_config(new.run_dir(i) / "final_config.yaml")
+        assert config.saes.target_l0 == one.params["saes.target_l0"]
+        assert config.tlens_model_path == str(other_model)
     store.close()
 
 

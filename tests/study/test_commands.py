@@ -139,7 +139,7 @@ def test_exported_tables_hold_a_row_per_trial_and_hook_point(cli: Cli, study: st
 
 def test_retry_puts_failed_trials_back(cli: Cli, study: str, finish: Finish) -> None:
     assert "trial 0 of study 'six' has not failed" in cli("retry", study, "0", code=2).stderr
-    assert "1 trials of study six wait again: 4" in cli("retry", study).stdout
+    assert "1 trial of study six waits again: 4" in cli("retry", study).stdout
     finish("six", (5.0, 0.3))
     assert "#4 5" in cli("status", study).stdout
 

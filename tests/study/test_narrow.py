@@ -164,3 +164,18 @@ def test_a_pack_says_lines_where_there_is_no_terminal(
         bar.measured("0", {"a": {"l0": 5.0, "fvu": 0.5, "loss": 1.0}})
         bar.update(100, 1000, 50.0)
     assert "100 of 1,000 samples  L0 5.0  FVU 0.500  50 tok/s" in caplog.text
+
+
+def test_a_sentence_is_broken_between_words_for_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saeopt import console
+
+    text = "  trial 7: paused by halving at 16 of 160 samples: place 6 of 8: trial 0 is ahead (l0 8.125, fvu 0.58)"
+    monkeypatch.setattr(console, "console", Console(width=80, force_terminal=True))
+    lines = console.wrapped(text).splitlines()
+    assert len(lines) == 2
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("    ")
+    assert " ".join(" ".join(lines).split()) == text.strip()
+    assert "/a/long/path" * 9 in console.wrapped("  weights: " + "/a/long/path" * 9)
+    monkeypatch.setattr(console, "console", Console(width=80, force_terminal=False))
+    assert console.wrapped(text) == text

@@ -86,7 +86,7 @@ def test_a_worker_ends_the_studies_of_an_older_version(
     os.symlink(tiny_model_dir, tmp_path / "model")
     os.symlink(tiny_text, tmp_path / "text.jsonl")
     cli("resume", "cells")
-    assert "1 trials of study old wait again: 7" in cli("retry", "old").stdout
+    assert "1 trial of study old waits again: 7" in cli("retry", "old").stdout
     monkeypatch.chdir(tmp_path)
     training = LocalTraining("cpu")
     for name in ("old", "cells"):

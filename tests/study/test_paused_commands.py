@@ -75,7 +75,7 @@ def test_what_was_paused_when_the_study_ended_can_still_be_promoted(cli: Cli, st
     store.close()
     assert f"trial 1 (pruned): {REASON}" in cli("why", study).stdout
     assert "study promote six 1 2" in cli("resume", study).stdout, "nothing else waits"
-    assert "1 trials of study six wait again: 2" in cli("promote", study, 2).stdout
+    assert "1 trial of study six waits again: 2" in cli("promote", study, 2).stdout
     assert json.loads(cli("status", study, "--json").stdout)["trials"]["pruned"] == 1
 
 
@@ -83,4 +83,33 @@ def test_a_stopped_study_leaves_what_is_paused_as_it_is(cli: Cli, study: str, st
     cli("stop", study)
     cli("resume", study)
     assert json.loads(cli("status", study, "--json").stdout)["trials"]["paused"] == 2
-    assert "1 trials of study six wait again: 3" in cli("retry", study).stdout
+    assert "1 trial of study six waits again: 3" in cli("retry", study).stdout
+
+
+def test_more_budget_after_the_end_pauses_again_what_was_paused_and_workers_promote_it(
+    cli: Cli, study: str, store_url: str
+) -> None:
+    store = Store.open(store_url)
+    study_id = store.study_id(study)
+    for claim in claims.claim(store, study_id, 6, {"worker": "test"}, merging=Merging(6)):
+        endings.finish(store, claim, "COMPLETE", [10.0, 0.5])
+    assert paused.finish(store, study_id, None) == [1, 2]
+    assert "study promote six 2" in cli("status", study).stdout, "what was paused can go on"
+    said = cli("resume", study, "--budget", "trials=5").stdout
+    assert "goes on, and 2 paused trials go on while the budget lasts, the best first" in said
+    assert "worker six" in said
+    found = json.loads(cli("status", study, "--json").stdout)
+    assert (found["trials"]["paused"], found["trials"]["pruned"]) == (2, 0)
+    assert f"trial 1 (paused): {REASON}" in cli("why", study).stdout
+    ending = paused.Ending(store, study_id, store.spec(study), None)
+    assert ending.step(1)
+    assert json.loads(cli("status", study, "--json").stdout)["trials"]["waiting"] == 1
+    assert "trial 1 (waiting): it waits for a worker" in cli("why", study, 1).stdout, "the one at the higher rung"
+    (claim,) = claims.claim(store, study_id, 6, {"worker": "test"}, merging=Merging(6))
+    assert endings.finish(store, claim, "COMPLETE", [10.0, 0.4])
+    assert ending.step(1), "the budget is used up: the rest end"
+    assert json.loads(cli("status", study, "--json").stdout)["trials"]["pruned"] == 1
+    said = cli("promote", study, 2).stdout
+    assert "1 trial of study six waits again: 2" in said
+    assert "ended: the budget is used up: 5 of 5 trials; go on: " in said
+    store.close()
