@@ -1,4 +1,4 @@
-"""A stand-in of the hub's HTTP on loopback, as huggingface_hub speaks it: repositories, commits, large files, downloads.
+"""A stand-in of the hub on loopback, as huggingface_hub speaks with it: repositories, commits, large files, downloads.
 
 Faults are injected by path: each entry of `faults` is used up by the first request that it fits.
 """
