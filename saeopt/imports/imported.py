@@ -20,6 +20,7 @@ from saeopt.config.sites import Site
 from saeopt.console import log
 from saeopt.errors import UserError
 from saeopt.saes.base import SAE, Widths, where
+from saeopt.saes.origin import Origin
 from saeopt.saes.registry import get_sae
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Imported:
             if name in sae._buffers and sae._buffers[name] is not None and tensor.shape != sae.get_buffer(name).shape:
                 sae.register_buffer(name, torch.ones_like(tensor))
         self._copy_to(sae, self.tensors)
+        sae.origin = None if site is None else Origin(config.site(key))
         return sae.to(device).requires_grad_(False)
 
     def put_into(self, own: SAE, source: str) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """The site and the run's config, as a weights file tells them."""
+    """The site and the run's config, as a weights file tells them; of another tool's SAE the site alone."""
 
     site: Site
-    config: RunConfig
+    config: RunConfig | None = None

@@ -61,7 +61,8 @@ class Place:
         for name, point in self.points.items():
             point.name = f"{self.written}.{name}"
         self._read: dict[str, Tensor] = {}
-        self._data = sae.origin.config.data if sae.origin is not None else None
+        config = None if sae.origin is None else sae.origin.config
+        self._data = None if config is None else config.data
         self._special = self._special_ids()
 
     def _special_ids(self) -> set[int]:

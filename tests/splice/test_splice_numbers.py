@@ -259,10 +259,21 @@ def test_means_are_over_what_is_replaced_and_without_interventions(
             spliced.means(torch.zeros(1, 3, dtype=torch.long))
 
 
-def test_a_model_in_bfloat16_stays_as_it_is_with_the_error_term(tiny_model_dir: Path, tokens: Tensor) -> None:
-    model: Any = TransformerBridge.boot_transformers(str(tiny_model_dir), dtype=torch.bfloat16)
-    plain, sae = model(tokens), build("relu", {}, d=16, h=24, dtype=torch.float32)
-    with saeopt.splice(model, {HOOK: sae}, use_error_term=True):
-        assert torch.equal(model(tokens), plain)
-    with saeopt.splice(model, {HOOK: sae}):
-        assert model(tokens).dtype == torch.bfloat16
+def test_an_sae_that_left_and_came_back_knows_where_it_belongs(
+    tmp_path: Path, tiny_model_dir: Path, tokens: Tensor
+) -> None:
+    model: Any = TransformerBridge.boot_transformers(str(tiny_model_dir), dtype=torch.float32)
+    site = saeopt.Site((MLP["read"],), (MLP["write"],), "mlp1")
+    coder = build("relu", {}, d=16, h=24, dtype=torch.float32, widths=Widths((16,), (16,), False)).requires_grad_(False)
+    sae = build("jumprelu", {}, d=16, h=24, dtype=torch.float32).requires_grad_(False)
+    for own, place, to in ((sae, HOOK, "sae-lens"), (coder, site, "sae-lens"), (sae, HOOK, "safetensors")):
+        key = place if isinstance(place, str) else place.key
+        folder = saeopt.export(own, to=to, folder=tmp_path / f"{to}-{key}", site=place)
+        with saeopt.splice(model, {key: own if isinstance(place, str) else (place, own)}):
+            expected = model(tokens)
+        loaded = saeopt.load(folder)
+        with saeopt.splice(model, loaded) as spliced:
+            close(model(tokens), expected)
+            assert list(spliced.latents) == list(loaded)
+        with saeopt.splice(model, saeopt.load_sae(folder)):
+            close(model(tokens), expected)
