@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "sae-lens": "saeopt.exports.sae_lens:SAELens",
+    "dictionary-learning": "saeopt.exports.dictionary_learning:DictionaryLearning",
+    "sparsify": "saeopt.exports.sparsify:Sparsify",
+    "circuit-tracer": "saeopt.exports.circuit_tracer:CircuitTracer",
     "safetensors": "saeopt.exports.plain:Plain",
 }
 """Name → `module:class`. In the order in which one is named where another one is refused; the last takes all."""

@@ -26,6 +26,7 @@ from saeopt.saes.registry import get_sae
 if TYPE_CHECKING:
     from saeopt.saes.portable import Portable
 
+_OF_TRAINING = ("tokens_since_fired", "scale", "scale_written")
 _THRESHOLDED = ("batch_topk", "matryoshka_batch_topk")
 
 
@@ -152,7 +153,8 @@ class Imported:
     def _copy_to(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
         known = dict(sae.named_parameters()) | dict(sae.named_buffers())
         for name, tensor in tensors.items():
-            if name in known and name not in ("tokens_since_fired", "scale", "scale_written"):
+            of_each_row = name == "row_norm" and tensor.numel() > 1
+            if name in known and name not in _OF_TRAINING and not of_each_row:
                 known[name].copy_(tensor)
 
 

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from environments import close, run_peer
-from worker import activations
+from peers import close, run_peer
+from peers_worker import activations
 
 import saeopt
 from saeopt.errors import UserError

@@ -1,7 +1,7 @@
 """Run by the interpreter of another library's environment; needs torch and that library only.
 
-    python worker.py LIBRARY save FOLDER     SAEs of its own, written by itself, and found.pt: what they give
-    python worker.py LIBRARY load FOLDER     what its loaders read there, and found.pt: what that gives of x.pt
+    python peers_worker.py LIBRARY save FOLDER     SAEs of its own, written by itself, and found.pt: what they give
+    python peers_worker.py LIBRARY load FOLDER     what its loaders read there, and found.pt: what that gives of x.pt
 
 found.pt: folder → {code, decoded} of x, dense.
 """
