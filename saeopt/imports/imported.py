@@ -97,9 +97,8 @@ class Imported:
         )
         widths = Widths((self.d,), (self.e,), False) if self.transcodes else None
         sae = cls(self.d, self.h, config, recipe=NEWEST_RECIPE, dtype=self.tensors["W_enc"].dtype, **where(widths))
-        for name, tensor in self.tensors.items():  # where whitening was folded in, one number became one for each row
-            if name in sae._buffers and sae._buffers[name] is not None and tensor.shape != sae.get_buffer(name).shape:
-                sae.register_buffer(name, torch.ones_like(tensor))
+        if "row_norm" in self.tensors:  # where whitening was folded in, one number became one for each row
+            sae.register_buffer("row_norm", torch.ones_like(self.tensors["row_norm"]))
         self._copy_to(sae, self.tensors)
         sae.origin = None if site is None else Origin(config.site(key))
         return sae.to(device).requires_grad_(False)
@@ -153,8 +152,7 @@ class Imported:
     def _copy_to(sae: SAE, tensors: Mapping[str, Tensor]) -> None:
         known = dict(sae.named_parameters()) | dict(sae.named_buffers())
         for name, tensor in tensors.items():
-            of_each_row = name == "row_norm" and tensor.numel() > 1
-            if name in known and name not in _OF_TRAINING and not of_each_row:
+            if name in known and name not in _OF_TRAINING:
                 known[name].copy_(tensor)
 
 
