@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""What halving saves: a study trained twice, without early stopping and with halving, on the same devices in turn.
+"""What halving saves: a study trained twice, without early stopping and with halving, on the same devices in turn, or
+at the same time on two that are alike.
 
     python scripts/bench_halving.py studies/smollm2-halving.yaml --devices cuda:0
     python scripts/bench_halving.py FILE --set data.n_train_samples=2000 --rounds 3
+    python scripts/bench_halving.py FILE --devices cuda:0 --beside cuda:1
 
 Both are made by `saeopt study create` and trained by `saeopt worker`. Told are trials per device-hour (a trial that was
 stopped or paused until the end counts as one, as it does for whoever searches), and the hypervolume of each site's
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -69,7 +72,9 @@ def train(arm: str, spec: StudySpec, folder: Path, devices: str) -> Outcome:
     raw["early_stopping"] = given if arm == "halving" else {"type": "none"}
     (folder / "study.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     url = f"sqlite:///{folder}/study.db"
-    environment = os.environ | {"SAEOPT_STORAGE": url, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path[1:]])}
+    caches = {name: str(folder / "cache") for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}  # both cold
+    path = {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path[1:]])}
+    environment = os.environ | {"SAEOPT_STORAGE": url} | caches | path
     saeopt = [sys.executable, "-m", "saeopt"]
     subprocess.run([*saeopt, "study", "create", str(folder / "study.yaml")], env=environment, check=True)
     started = time.perf_counter()
@@ -133,6 +138,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="a study file; its early_stopping counts where it is halving")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change the base config")
     parser.add_argument("--devices", default="auto", help="as for saeopt worker")
+    parser.add_argument("--beside", help="train the study without early stopping there, at the same time")
     parser.add_argument("--rounds", type=int, default=1, help="how often both are trained, in turn")
     parser.add_argument("--folder", type=Path, default=Path("output/bench-halving"), help="must not be there yet")
     options = parser.parse_args()
@@ -143,11 +149,17 @@ def main() -> None:
     spec = spec.model_copy(update={"base": base})
     outcomes: list[Outcome] = []
     for number in range(options.rounds):
-        for arm in ARMS if number % 2 == 0 else reversed(ARMS):
-            folder = options.folder.resolve() / f"{number}-{arm}"
-            outcomes.append(train(arm, spec, folder, options.devices))
-            told = json.dumps([asdict(one) for one in outcomes], indent=1)
-            (options.folder / "outcomes.json").write_text(told, encoding="utf-8")
+        jobs = {
+            arm: (spec, options.folder.resolve() / f"{number}-{arm}", options.devices)
+            for arm in (ARMS if number % 2 == 0 else reversed(ARMS))
+        }
+        if options.beside is not None:
+            jobs["without"] = (*jobs["without"][:2], options.beside)
+        with ThreadPoolExecutor(1 if options.beside is None else 2) as pool:
+            for done in as_completed([pool.submit(train, arm, *job) for arm, job in jobs.items()]):
+                outcomes.append(done.result())
+                told = json.dumps([asdict(one) for one in outcomes], indent=1)
+                (options.folder / "outcomes.json").write_text(told, encoding="utf-8")
     report(outcomes)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,8 @@ _MARK = f'{_HEADER_SUM}\\": \\"'.encode()
 _ZEROS = "0" * 8
 """What these digits count as in the sum."""
 _CHUNK = 1 << 24
+_SUMMING = 4
+"""Threads that sum up tensors of one file."""
 
 
 class CorruptCheckpoint(UserError):
@@ -62,7 +65,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     # copies: members of a stack are views of shared storage, which the format refuses
     cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    sums = {name: zlib.crc32(t.view(-1).view(torch.uint8).numpy().data) for name, t in cpu.items()}
+    raw = [t.view(-1).view(torch.uint8).numpy().data for t in cpu.values()]
+    with ThreadPoolExecutor(_SUMMING) as pool:  # zlib lets other threads go on meanwhile
+        sums = dict(zip(cpu, pool.map(zlib.crc32, raw), strict=True))
     content = json.dumps({_HEADER_SUM: _ZEROS, _SUMS: sums, **metadata})
     try:
         with atomic_write(path) as temporary:

@@ -218,7 +218,8 @@ class GpuTopkPass(Pass):
         self.side.wait_stream(torch.cuda.current_stream(self.storage.device))
         with torch.cuda.stream(self.side):
             since_Mh = self.storage.since_Mh
-            places = self.call(dead_places, since_Mh, self.options.dead_after_tokens, self.capacity)
+            order_Mh = self.call(order_of_dead, since_Mh, self.options.dead_after_tokens)
+            places = any_size(1, dead_places(order_Mh, self.capacity))
             W_enc, W_dec, bias = self.call(of_dead, self.storage.low["W_enc"], self.storage.low["W_dec"], b_enc, places)
             # a product of their own costs less than to pick them out of all pre-activations
             f = kernels_select.keep_largest(torch.bmm(centred, W_enc.mT), bias, keep, self.aux_k)
@@ -227,6 +228,7 @@ class GpuTopkPass(Pass):
     def _aux_gradients(self, dead: tuple[Tensor, ...], error: Tensor, centred: Tensor) -> Store:
         self.side.wait_stream(torch.cuda.current_stream(self.storage.device))
         f, W_dec, W_enc, places = dead
+        any_size(1, W_dec, W_enc), any_size(2, f)
         with torch.cuda.stream(self.side):
             found = self.call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
         names = (AUX + "W_dec", AUX + "W_enc", AUX + "b_enc", AUX + "b_dec", "numerator")
@@ -240,6 +242,7 @@ class GpuTopkPass(Pass):
         if AUX + "places" not in grads:
             value_M: Tensor = self.call(ratio_parts, ratio, n)[0]
             return value_M
+        any_size(1, grads[AUX + "b_enc"], grads[AUX + "places"])
         small = (grads[VECTORS], grads[AUX + "b_enc"], grads[AUX + "b_dec"], grads[AUX + "places"])
         value_M, factor_M = self.call(join_vectors, ratio, n, *small, slices["b_enc"], slices["b_dec"])
         kernels_topk.add_rows(
@@ -302,15 +305,26 @@ def ratio_parts(ratio: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return ratio[:, 0] * over_M, over_M
 
 
-def dead_places(since_Mh: Tensor, dead_after: int, capacity: int) -> Tensor:
-    """Indices of the dead latents of every member, (M, C); −1 in places that hold none."""
+def any_size(axis: int, *tensors: Tensor) -> Tensor:
+    """The first of them, once a compiled stage takes them with any size of this axis: the places for dead latents
+    change many times, and each compilation takes seconds."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, axis)
+    return tensors[0]
+
+
+def order_of_dead(since_Mh: Tensor, dead_after: int) -> Tensor:
+    """How many dead latents of its member come before a dead latent, (M, h); h for one that is not dead."""
     dead_Mh = since_Mh >= dead_after
-    members, h = dead_Mh.shape
-    rank = dead_Mh.to(torch.int64).cumsum(1) - 1
-    slot = torch.where(dead_Mh & (rank < capacity), rank, capacity)
-    latent = torch.arange(h, device=dead_Mh.device).expand(members, h)
-    places = torch.full((members, capacity + 1), -1, dtype=torch.int64, device=dead_Mh.device)
-    return places.scatter_(1, slot, latent)[:, :capacity].contiguous()
+    return torch.where(dead_Mh, dead_Mh.to(torch.int64).cumsum(1) - 1, since_Mh.shape[1])
+
+
+def dead_places(order_Mh: Tensor, capacity: int) -> Tensor:
+    """Indices of the dead latents of every member, (M, C); −1 in places that hold none."""
+    members, h = order_Mh.shape
+    latent = torch.arange(h, device=order_Mh.device).expand(members, h)
+    places = torch.full((members, capacity + 1), -1, dtype=torch.int64, device=order_Mh.device)
+    return places.scatter_(1, order_Mh.clamp_max(capacity), latent)[:, :capacity].contiguous()
 
 
 def of_dead(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
