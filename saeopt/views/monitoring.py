@@ -1,8 +1,8 @@
 """What a study shows of itself in optuna-dashboard: notes, readable attributes, pictures. Imports no torch.
 
 For each trial the worker calls `on_trial_start` after the claim, passes `evaluation_attributes(…)` to `endings.finish`,
-and calls `on_trial_end` just before it; `on_study_progress` after it. All three are decoration: what goes wrong in them
-is a warning and never costs a trial.
+and calls `on_trial_end` just before it (of a paused trial `on_trial_paused` as well); `on_study_progress` after it. All
+are decoration: what goes wrong in them is a warning and never costs a trial.
 """
 
 from __future__ import annotations
@@ -99,16 +99,29 @@ def on_trial_end(
     *,
     claim: Claim | None = None,
     evaluation: Evaluation | None = None,
+    curves: bool = True,
 ) -> None:
     """Training curves as an artifact, the note with the results. Before the end: an ended trial takes no artifacts."""
-    from saeopt.files import read_metrics
-    from saeopt.views.plots import CURVES, training_curves
-
     if _is_lost(store, claim):
         return
     trial = store.optuna.get_trial(trial_id)
+    text = notes.trial_text(trial, spec.run_dir(trial.number), outcome, evaluation or {})
+    notes.save(store, study_id, trial_id, text)
+    if curves:
+        _draw_curves(store, study_id, trial, spec)
+
+
+@harmless
+def on_trial_paused(store: Store, study_id: int, trial_id: int, spec: StudySpec) -> None:
+    """Its training curves, once nobody waits for them."""
+    _draw_curves(store, study_id, store.optuna.get_trial(trial_id), spec)
+
+
+def _draw_curves(store: Store, study_id: int, trial: FrozenTrial, spec: StudySpec) -> None:
+    from saeopt.files import read_metrics
+    from saeopt.views.plots import CURVES, training_curves
+
     run_dir = spec.run_dir(trial.number)
-    notes.save(store, study_id, trial_id, notes.trial_text(trial, run_dir, outcome, evaluation or {}))
     picture = run_dir / CURVES
     rows = [] if picture.exists() else read_metrics(run_dir / METRICS_FILE)
     if rows:

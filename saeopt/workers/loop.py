@@ -154,6 +154,7 @@ class Worker:
             if pack:
                 idle_since = None
                 self._train_pack(pack)
+                self.outcomes.draw_paused()
                 monitoring.on_study_progress(self.store, self.study_id, self.spec, identity=self.identity)
                 continue
             if self._others_work():

@@ -33,6 +33,7 @@ class Outcomes:
         self.faults = Faults()
         self.progress: dict[str, Progress] = {}
         self._stored: set[str] = set()
+        self._undrawn: list[int] = []
 
     def begin(self, progress: dict[str, Progress]) -> None:
         """A pack starts."""
@@ -152,7 +153,7 @@ class Outcomes:
         """Others are ahead of it: it stays where it is, and nobody is told of a result."""
         claim, reason = assignment.claim, result.reason or "paused"
         where = (self.store, self.study_id, claim.trial_id, self.spec)
-        monitoring.on_trial_end(*where, reason, claim=claim, evaluation=result.evaluation)
+        monitoring.on_trial_end(*where, reason, claim=claim, evaluation=result.evaluation, curves=False)
         limits = self._constraints(result, reason, pruned=True)
         last = values if values is not None and len(values) == 1 else None
         self.heart.closing(claim)
@@ -163,7 +164,13 @@ class Outcomes:
         )
         if paused:
             log.info("trial %d: %s", claim.number, reason)
+            self._undrawn.append(claim.trial_id)
         self.part_with(claim)
+
+    def draw_paused(self) -> None:
+        """The curves of trials that were paused while the rest of their pack waited: a picture takes a second."""
+        while self._undrawn and not self.leaving():
+            monitoring.on_trial_paused(self.store, self.study_id, self._undrawn.pop(), self.spec)
 
     def _judged(self, result: TrialResult) -> tuple[list[float] | None, str | None]:
         """The objectives of a trial, and what is to be said of it; None for one that no front may hold.

@@ -85,7 +85,7 @@ def _no_pictures() -> None:
     from saeopt.views import monitoring, plots
 
     plots.plot_run = lambda folder: []
-    monitoring.on_trial_end = monitoring.on_study_progress = lambda *args, **kwargs: None
+    monitoring.on_trial_end = monitoring.on_trial_paused = monitoring.on_study_progress = lambda *args, **kwargs: None
 
 
 def _stderr_to(path: Path) -> None:

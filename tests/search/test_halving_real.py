@@ -34,7 +34,7 @@ def training() -> LocalTraining:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
 
 
@@ -139,6 +139,22 @@ def test_survivors_leave_their_training_process_at_the_rung_itself(
         child.close()
     assert [start for _, start in spy.packs] == [0, 0, 80]
     assert claims.counts(store, store.study_id("s"))["COMPLETE"] == 4
+    store.close()
+
+
+def test_the_curves_of_what_is_paused_are_drawn_once_its_pack_is_over(
+    training: LocalTraining, tiny_model_dir: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, Any]] = []
+    end = lambda *where, curves=True, **more: told.append(("drawn" if curves else "told", where[2]))  # noqa: E731
+    monkeypatch.setattr(monitoring, "on_trial_end", end)
+    monkeypatch.setattr(monitoring, "on_trial_paused", lambda *where: told.append(("drawn", where[2])))
+    spec = make_spec(
+        tiny_model_dir, tiny_text, tmp_path / "out", {"rungs": [0.3], "keep": 0.5}, space={"lr": [1e-2, 1e-6]}
+    )
+    store = Store.open(f"sqlite:///{tmp_path}/store.db")
+    work(store, spec, Spy(training))
+    assert told == [("told", 2), ("drawn", 1), ("drawn", 2)]
     store.close()
 
 

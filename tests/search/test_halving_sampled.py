@@ -18,7 +18,7 @@ def test_a_sampled_study_under_its_default_rule_comes_to_its_end(
 ) -> None:
     from saeopt.views import monitoring
 
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
     space = {"lr": {"low": 1e-6, "high": 1e-2, "log": True}, "saes.k": {"low": 2, "high": 16, "int": True}}
     sampler = {"type": "tpe", "n_startup_trials": 4, "seed": 0}

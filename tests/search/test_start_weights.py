@@ -170,7 +170,7 @@ def test_a_study_of_another_model_width_and_architecture_starts_from_the_l0_that
 @pytest.fixture
 def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, StudySpec, Path]:
     """A study of four trials whose first starts from a file, which training only pretends to read."""
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(loop, "_HOST_PAUSE", 0.0)
     file = tmp_path / "samples_64.safetensors"

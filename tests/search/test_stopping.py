@@ -49,7 +49,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
 
 

@@ -37,7 +37,7 @@ def test_the_hopeless_are_stopped_in_every_row(
     kind: str, objectives: list[str], fields: dict[str, Any], pack: int, training: LocalTraining, stories: Path,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
     text = stories.parents[1] / "data/tinystories-1000/tinystories_1000.json"
     base: dict[str, Any] = {

@@ -31,7 +31,7 @@ from saeopt.views.status import as_json, gather
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("on_trial_start", "on_trial_end", "on_study_progress"):
+    for name in ("on_trial_start", "on_trial_end", "on_trial_paused", "on_study_progress"):
         monkeypatch.setattr(monitoring, name, lambda *args, **kwargs: None)
 
 
