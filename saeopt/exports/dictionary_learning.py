@@ -37,6 +37,7 @@ class DictionaryLearning(Format):
 
     name = "dictionary-learning"
     library = "dictionary_learning"
+    unit_rows = frozenset({"relu"})
 
     def problem(self, portable: Portable, site: Site) -> str | None:
         if not site.one:

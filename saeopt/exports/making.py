@@ -44,7 +44,7 @@ def export_saes(saes: Iterable[Leaving], keys: Sequence[str], how: How, folder: 
     form, of_site, placed = get_format(how.to), Counter(keys), list[Placed]()
     with _new_folder(folder, how.repo) as made:
         for one in saes:
-            about = _with(one, how)
+            about = _with(one, how, form)
             where = form.place(about, of_site[about.site.key] <= 1)
             (made / where).mkdir(parents=True, exist_ok=where == ".")
             _write(form, replace(one, about=about), made / where)
@@ -60,12 +60,13 @@ def export_saes(saes: Iterable[Leaving], keys: Sequence[str], how: How, folder: 
     return release
 
 
-def _with(one: Leaving, how: How) -> About:
+def _with(one: Leaving, how: How, form: Format) -> About:
     """What is known of an SAE, with what it tells itself and how it leaves."""
     sae = one.sae
     return replace(
         one.about, architecture=sae.config.sae_type, normalised_by=sae.normalisation, latents=sae.h,
-        license=how.license, exported_by=how.command, unit_decoder=how.unit_decoder,
+        license=how.license, exported_by=how.command,
+        unit_decoder=how.unit_decoder or sae.config.sae_type in form.unit_rows,
     )  # fmt: skip
 
 

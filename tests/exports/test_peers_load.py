@@ -11,7 +11,10 @@ from peers import close, run_peer
 
 import saeopt
 from saeopt.config.sites import Site
+from saeopt.errors import UserError
 from saeopt.exports.formats import About, Placed, Release, get_format
+from saeopt.exports.making import How, export_saes
+from saeopt.exports.sources import Leaving
 from saeopt.saes.base import SAE, Widths
 from saeopt.saes.portable import Portable, portable
 from saeopt.testing.cases import build, normalise_awkwardly
@@ -157,3 +160,20 @@ def test_what_a_format_cannot_say_is_told() -> None:
     first = Placed(About(Site(("blocks.1.hook_resid_mid",), ("blocks.1.hook_mlp_out",), "one")), ".")
     problem = get_format("circuit-tracer").set_problem(Release("set", (first,)))
     assert problem == "it needs one transcoder for every layer from 0 on (there are those of 1)"
+
+
+def test_a_card_says_where_the_code_is_longer_and_a_set_with_a_gap_leaves_nothing(tmp_path: Path) -> None:
+    words = {
+        "relu": "decoder rows have norm 1, the code is longer by as much",
+        "gated": "the code is that of the training",
+    }
+    for sae_type, said in words.items():
+        sae = trained(sae_type)
+        leaving = [Leaving(about(sae), sae)]
+        export_saes(leaving, [HOOK.key], How("dictionary-learning"), tmp_path / sae_type)
+        assert said in (tmp_path / sae_type / "README.md").read_text()
+    site = Site(("blocks.1.hook_resid_mid",), ("blocks.1.hook_mlp_out",), "one")
+    sae = trained("relu", widths=Widths((D,), (D,), False))
+    with pytest.raises(UserError, match=r"circuit-tracer: it needs one transcoder for every layer from 0 on"):
+        export_saes([Leaving(about(sae, site), sae)], [site.key], How("circuit-tracer"), tmp_path / "gap")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gated", "relu"]
