@@ -176,7 +176,7 @@ def export(
 
     Args:
         saes: a run folder, weights file or `Run`; or SAEs by key, or one SAE.
-        to: sae-lens, dictionary-learning, sparsify, circuit-tracer or safetensors.
+        to: the format's name, as `saeopt export -h` lists them.
         folder: is made anew.
         site: of a run the key of one SAE; of one SAE the hook point that it was trained at, or its `Site`.
         checkpoint, seed: of a run, as in :func:`load`.

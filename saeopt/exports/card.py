@@ -21,7 +21,7 @@ def set_card(form: Format, release: Release) -> str:
     abouts = [placed.about for placed in release.placed]
     shown = [m for m in shown_in(Shown.TABLE) if any(m.of(a.metrics) is not None for a in abouts)]
     rows = [[_link(p), *(metric.text(metric.of(p.about.metrics)) for metric in shown)] for p in release.placed]
-    what = _count(len(abouts), "sparse autoencoder")
+    what = _count(len(abouts), "SAE")
     usage = form.usage(release, release.placed[0])
     parts = [
         _front(form, abouts),

@@ -73,7 +73,8 @@ def run_page(
 
 def test_the_page_about_python_runs_as_it_stands(run_page: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
     there = run_page("python.md")
-    assert there["n_blocks"] == 4
+    assert there["n_blocks"] == 5
+    assert (tmp_path / "exported" / HOOK / "cfg.json").exists()
     assert there["run"].folder == tmp_path / "output" / "my-run-2"
     written = json.loads((there["run"].folder / "evaluation.json").read_text(encoding="utf-8"))
     assert there["metrics"][HOOK]["fvu"] == pytest.approx(written[HOOK]["fvu"], rel=1e-6)
