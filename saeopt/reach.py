@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saeopt.activations.local_files import check_sources
+from saeopt.activations.documents import check_column
+from saeopt.activations.local_files import check_sources, local_files
 from saeopt.config.normalise import FEWEST
 from saeopt.config.places import site_and_place
 from saeopt.config.starts import Found
@@ -23,7 +25,7 @@ from saeopt.training.dry_run import blank_saes, shapes, weightless
 
 if TYPE_CHECKING:
     from saeopt.activations.source import Source
-    from saeopt.config.run import RunConfig
+    from saeopt.config.run import DataConfig, RunConfig
     from saeopt.search.space import Cell
     from saeopt.training.memory import MemberShape
 
@@ -66,6 +68,7 @@ def reached(config: RunConfig, models: dict[object, Source] | None = None) -> li
         UserError: data, tokenizer, hook points or weights are not there, or do not fit.
     """
     check_sources(config.data)
+    _check_first_row(config.data)
     _check_folders(config)
     if config.tlens_model_path is None and config.data.activations is None:
         return None
@@ -168,6 +171,25 @@ def _distinct(spec: StudySpec) -> list[RunConfig]:
         saes = cell.config.saes.model_dump_json(include={"sae_positions", "dict_size_to_input_ratio", "per_hook"})
         found.setdefault(f"{cell.config.model} {cell.config.data.activations} {saes}", cell.config)
     return list(found.values())
+
+
+def _check_first_row(data: DataConfig) -> None:
+    """Refuse a column of local JSON lines or Parquet that holds text where ids are meant, or ids for text. What cannot
+    be read is left to the workers."""
+    files = [] if data.activations is not None else local_files(data.dataset_name, data.split.partition("[")[0])
+    row: Any = None
+    try:
+        if files and files[0].suffix.lower() in (".jsonl", ".ndjson"):
+            with files[0].open(encoding="utf-8") as lines:
+                row = json.loads(next(lines, "{}"))
+        elif files and files[0].suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            row = next((b.to_pylist()[0] for b in pq.ParquetFile(files[0]).iter_batches(1)), None)
+    except (OSError, ValueError):  # pyarrow's are among them
+        return
+    if isinstance(row, dict) and row.get(data.column_name) is not None:
+        check_column(data, row[data.column_name])
 
 
 def _check_folders(config: RunConfig) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -123,6 +126,24 @@ def test_a_file_whose_name_says_what_it_holds_must_hold_that(
     path.write_text(yaml.safe_dump({"base": merged(base, {"data": data}), "space": GRID}))
     holds = "text, not token ids: set it to false" if tokens else "token ids, not text: set it to true"
     assert f"'data.is_tokenized': {tmp_path / file} holds {holds}" in cli("create", path, code=2).stderr
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("row", "tokens"), [("Once upon", True), ([1, 2], False)])
+def test_the_first_row_must_be_what_is_tokenized_says(
+    suffix: str, row: Any, tokens: bool, base: dict[str, Any], tmp_path: Path, cli: Any
+) -> None:
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"text": [row], "more": [1]}), file)
+    else:
+        file.write_text(json.dumps({"text": row, "more": 1}) + "\n")
+    path = tmp_path / "study.yaml"
+    for given in (tokens, not tokens):
+        data = {"dataset_name": str(file), "is_tokenized": given, "column_name": "text"}
+        path.write_text(yaml.safe_dump({"base": merged(base, {"data": data}), "space": GRID}))
+        done = cli("create", path, code=2 if given is tokens else 0)
+        assert (f"'data.is_tokenized': column 'text' of {file} holds " in done.stderr) is (given is tokens)
 
 
 def test_a_dry_run_prints_nothing_of_what_is_refused(base: dict[str, Any], tmp_path: Path, cli: Any) -> None:
