@@ -123,6 +123,8 @@ def _explained(
         return f"'{field}' must be a section of 'key: value' pairs"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = re.sub(r"^\w+ should have (.+) after validation, not", r"must have \1, not", message)
+    if problem["type"] == "string_pattern_mismatch":  # the one pattern is that of names
+        message = "must begin with a letter or digit and hold no others but '.', '_' and '-'"
     if problem["type"] == "value_error" and not location:
         return message
     return f"'{field}': {message[:1].lower() + message[1:]}{got(problem.get('input'))}"

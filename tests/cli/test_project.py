@@ -63,7 +63,8 @@ def test_a_study_is_copied_with_its_base_and_what_is_there_stays(call: Call, tmp
         (["train", "configs/gpt2/gpt2-relu.yaml"], "no such file (it comes with saeopt: saeopt configs cp gpt2-relu)"),
         (["init", "there"], "there: is there already"),
         (["init", "new", "--hook", "blocks.0.hook\x07"], "init: 'saes.sae_positions"),
-        (["init", "sub/a b/c?:*" + "x" * 300], "name"),
+        (["init", "my sweep"], "init: 'name': must begin with a letter or digit and hold no others but"),
+        (["init", "sub/a b/c" + "x" * 300], "init: 'name': "),
     ],
 )
 def test_a_mistake_is_one_line_and_makes_nothing(call: Call, tmp_path: Path, words: list[str], told: str) -> None:
