@@ -99,10 +99,12 @@ def refuse_foreign(path: Path) -> None:
 
 def is_foreign(path: Path) -> bool:
     """Whether a path is none of our run folders or weights files."""
+    from saeopt.runs.names import CONFIG
     from saeopt.runs.weights import list_checkpoints
 
     if path.is_dir():
-        return not list_checkpoints(path)
+        begun = (path / CONFIG).exists() and not any(path.glob("samples_*.pt"))  # a run that has no checkpoint yet
+        return not begun and not list_checkpoints(path)
     return path.suffix != ".safetensors" or not _ours(path)
 
 

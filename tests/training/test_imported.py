@@ -183,3 +183,9 @@ def test_a_command_that_wants_a_run_says_what_evaluates_another_tools_sae(tmp_pa
     done = CliRunner().invoke(app, [str(tmp_path / "theirs")])
     assert isinstance(done.exception, UserError)
     assert "sae_weights.safetensors is another tool's: a config with saes.pretrained_sae_paths" in str(done.exception)
+
+
+def test_a_run_without_a_checkpoint_is_no_other_tools(tmp_path):
+    (tmp_path / "final_config.yaml").write_text("saes: {}")
+    with pytest.raises(UserError, match="no checkpoint"):
+        saeopt.load(tmp_path)
