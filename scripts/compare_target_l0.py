@@ -33,10 +33,10 @@ BASE = Path(__file__).resolve().parents[1] / "configs" / "stories260k" / "storie
 """Of this only what is not the SAE's: every architecture has the defaults of its fields."""
 FRONT = {
     "relu": (0.11, 0.16, 0.24, 0.36, 0.54, 0.8, 1.2),
-    "gated": (0.11, 0.16, 0.24, 0.36, 0.54, 0.8, 1.2),
+    "gated": (0.36, 0.54, 0.8, 1.2, 1.8, 2.6),
     "jumprelu": (0.015, 0.025, 0.04, 0.065, 0.1, 0.17, 0.3),
-    "hard_concrete": (0.06, 0.09, 0.14, 0.2, 0.3, 0.45),
-    "gated_hard_concrete": (0.025, 0.04, 0.06, 0.09, 0.14, 0.22),
+    "hard_concrete": (0.06, 0.09, 0.14, 0.22, 0.35, 0.55),
+    "gated_hard_concrete": (0.04, 0.07, 0.12, 0.2, 0.33, 0.55),
 }
 """λ at d 64."""
 
