@@ -228,9 +228,9 @@ class GpuTopkPass(Pass):
     def _aux_gradients(self, dead: tuple[Tensor, ...], error: Tensor, centred: Tensor) -> Store:
         self.side.wait_stream(torch.cuda.current_stream(self.storage.device))
         f, W_dec, W_enc, places = dead
-        any_size(1, W_dec, W_enc), any_size(2, f)
+        any_size(1, W_dec)
         with torch.cuda.stream(self.side):
-            found = self.call(aux_gradients, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
+            found = aux_gradients(self.call, f, error, centred, W_dec, W_enc, places, self.variance_M, self.aux_share)
         names = (AUX + "W_dec", AUX + "W_enc", AUX + "b_enc", AUX + "b_dec", "numerator")
         return dict(zip(names, found, strict=True)) | {AUX + "places": places}
 
@@ -336,18 +336,30 @@ def of_dead(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, places: Tensor) -> tupl
 
 
 def aux_gradients(
-    f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor, variance_M: Tensor,
-    share: float,
+    call: Call, f: Tensor, error: Tensor, centred: Tensor, W_dec: Tensor, W_enc: Tensor, places: Tensor,
+    variance_M: Tensor, share: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of share · V · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error."""
+    """Gradients of share · V · Σ‖e − ê‖² on the rows of the dead latents, on b_dec, and that sum; e = −error.
+
+    The sum over tokens of what has C columns is no part of a compiled stage: how one adds up depends on the first size
+    that it saw, and a run that goes on in another process must give the same bits.
+    """
+    g_hat, g_f, sum_M = call(aux_errors, any_size(2, f), error, W_dec, variance_M, share)
+    g_bias = g_f.sum(1, dtype=torch.float32)
+    g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
+    numerator = sum_M * (places >= 0).any(-1)
+    return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
+
+
+def aux_errors(
+    f: Tensor, error: Tensor, W_dec: Tensor, variance_M: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients on ê (M, N, d) and on f, and share · V · Σ‖e − ê‖² per member."""
     weight_M = share * variance_M
     left = error.float() + torch.bmm(f, W_dec).float()
     g_hat = (2 * weight_M[:, None, None] * left).to(f.dtype)
     g_f = torch.where(f > 0, torch.bmm(g_hat, W_dec.mT), 0.0)
-    g_bias = g_f.sum(1, dtype=torch.float32)
-    g_b_dec = -torch.bmm(g_bias.to(W_enc.dtype).unsqueeze(1), W_enc).squeeze(1).float()
-    numerator = weight_M * left.square().sum((1, 2)).double() * (places >= 0).any(-1)
-    return torch.bmm(f.mT, g_hat), torch.bmm(g_f.mT, centred), g_bias, g_b_dec, numerator
+    return g_hat, g_f, weight_M * left.square().sum((1, 2)).double()
 
 
 def assembled(
