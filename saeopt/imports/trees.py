@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -127,7 +128,9 @@ def tree(source: str) -> Tree:
     return Tree(source, tuple(names), lambda name: folder / name)
 
 
+@cache
 def _hub_tree(source: str) -> Tree:
+    """Asked for once per process: a run of many hook points looks each of them up."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     found = _HUB.match(source) or _HUB_PATH.match(source)
@@ -155,6 +158,7 @@ def _hub_tree(source: str) -> Tree:
     if not names:
         raise UserError(f"{source}: {repo} holds no folder '{folder}'")
 
+    @cache
     def get(name: str) -> Path:
         try:  # by the revision's name, under which the cache is found without a network
             return Path(hf_hub_download(repo, inside + name, revision=revision))

@@ -119,6 +119,7 @@ def test_a_folder_of_a_repository_is_loaded_and_nothing_else_is_downloaded(hub, 
     found, error = ask(hub, tmp_path, CODE.format(source=source))
     assert found.startswith("['blocks.1.hook_resid_pre']"), error
     assert sorted(hub.sent) == ["layer_1/cfg.json", "layer_1/sae_weights.safetensors"]
+    assert len([path for path in hub.asked if path.startswith("/api/models/")]) == 1
     hub.shutdown()
     hub.server_close()
     offline, error = ask(hub, tmp_path, CODE.format(source=source), HF_HUB_OFFLINE="1")
