@@ -49,6 +49,8 @@ def export_saes(saes: Iterable[Leaving], keys: Sequence[str], how: How, folder: 
             (made / where).mkdir(parents=True, exist_ok=where == ".")
             _write(form, replace(one, about=about), made / where)
             placed.append(Placed(about, where))
+        sites = list(dict.fromkeys(each.about.site.key for each in placed))
+        placed.sort(key=lambda each: sites.index(each.about.site.key))
         release = Release(folder.absolute().name, tuple(placed))
         if (problem := form.set_problem(release)) is not None:
             raise UserError(f"{form.name}: {problem}")
