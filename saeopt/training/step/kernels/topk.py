@@ -55,11 +55,29 @@ def _decode(
 
 
 @triton.jit
+def _in_order(
+    slot_ptr, given_values_ptr, given_dots_ptr, given_rows_ptr, values_ptr, dots_ptr, rows_ptr, entries,
+    K: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """Entries in the order of their latents: found once here, and not by every program that has some of the columns."""
+    o = tl.program_id(0) * B + tl.arange(0, B)
+    mask = o < entries
+    slot = tl.load(slot_ptr + o, mask=mask, other=0)
+    row = (slot // K).to(tl.int32) if K > 0 else tl.load(given_rows_ptr + slot, mask=mask, other=0)
+    tl.store(rows_ptr + o, row, mask=mask)
+    tl.store(values_ptr + o, tl.load(given_values_ptr + slot, mask=mask, other=0.0), mask=mask)
+    tl.store(dots_ptr + o, tl.load(given_dots_ptr + slot, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def _over_tokens(
     begin, end, c, slot_ptr, values_ptr, dots_ptr, rows_ptr, error_ptr, centred_ptr, shift,
     D: tl.constexpr, K: tl.constexpr, G: tl.constexpr, TB: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Columns c of Σ value · error and Σ dot · x̄, and Σ dot and the number of firings, over entries [begin, end)."""
+    """Columns c of Σ value · error and Σ dot · x̄, and Σ dot and the number of firings, over entries [begin, end).
+
+    Without `slot_ptr` the entries lie in the order of their latents.
+    """
     cm = c < D
     dec = tl.zeros([C], tl.float32)
     enc = tl.zeros([C], tl.float32)
@@ -68,7 +86,9 @@ def _over_tokens(
     for t0 in range(begin, end, TB):
         o = t0 + tl.arange(0, TB)
         om = o < end
-        slot = tl.load(slot_ptr + o, mask=om, other=0).to(tl.int64)
+        slot = o
+        if slot_ptr is not None:
+            slot = tl.load(slot_ptr + o, mask=om, other=0).to(tl.int64)
         row = slot // K if K > 0 else tl.load(rows_ptr + slot, mask=om, other=0).to(tl.int64)
         v = tl.load(values_ptr + slot, mask=om, other=0.0)
         g = tl.load(dots_ptr + slot, mask=om, other=0.0)
@@ -254,9 +274,15 @@ def by_latent(
     g_dec = torch.empty(members, h, d, dtype=error.dtype, device=device)
     g_enc = torch.empty_like(g_dec)
     g_bias, fired = torch.empty(members, h, device=device), torch.empty(members, h, device=device)
-    columns = min(triton.next_power_of_2(d), 128 if d <= 1024 else 256)
+    ordered_once = 128 < d <= 1024 and entries < _MANY
+    columns = min(triton.next_power_of_2(d), 128 if d <= 1024 and not ordered_once else 256)
     at_once = 8 if columns <= 64 else 4
-    read = (slot, values, dots, rows, error, centred_MNd, widths)
+    taken: tuple[Tensor | None, ...] = (slot, values, dots, rows)
+    if ordered_once:  # with 256 columns every thread has some of its own, and adds up entries without the others
+        in_order = (*torch.empty(2, entries, device=device), torch.empty(entries, dtype=torch.int32, device=device))
+        _in_order[(triton.cdiv(entries, 1024),)](*taken, *in_order, entries, k, 1024)
+        taken, k, at_once = (None, *in_order), 0, 2
+    read = (*taken, error, centred_MNd, widths)
     # all first columns, then all the next: what they read stays in the second-level cache meanwhile
     _pieces[(pieces, triton.cdiv(d, columns))](
         ordered, start, *read, *parts, *part_sums, n, h, entries, latents, shift,
