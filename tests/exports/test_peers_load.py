@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peers import close, run_peer
+from peer_sessions import close, run_peer
 
 import saeopt
 from saeopt.config.sites import Site

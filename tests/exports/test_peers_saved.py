@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from peers import close, run_peer
+from peer_sessions import close, run_peer
 from peers_worker import activations
 
 import saeopt
