@@ -106,7 +106,7 @@ def complete(words: str, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["study", "promote", "s", 1, "x"], "'TRIAL...': Input should be a valid integer, not 'x'"),
+        (["study", "promote", "s", 1, "x"], "'TRIAL': Input should be a valid integer, not 'x'"),
         (["study", "why", "s", "1.5"], "'TRIAL': Input should be a valid integer, not '1.5'"),
         (["worker", "s", "--limit", "0"], "'--limit': Input should be greater than or equal to 1, not '0'"),
     ],
