@@ -112,5 +112,8 @@ def run_cli(app: Callable[..., object], args: list[str] | None = None) -> NoRetu
     except Exception as error:
         if not isinstance(error, _USAGE_ERROR):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help: not one line
+            typer.echo(_usage(error), err=True)
+            sys.exit(2)
         fail(redact(_usage(error)))
     sys.exit(code if isinstance(code, int) else 0)

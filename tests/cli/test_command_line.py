@@ -52,6 +52,13 @@ MODULES = [["-m", "saeopt"], ["-m", "saeopt.cli"], ["-m", "saeopt.study"], ["-m"
            ["-m", "saeopt.evaluation"], ["-m", "saeopt.train"], [str(ROOT / "saeopt/train.py")]]  # fmt: skip
 
 
+@pytest.mark.parametrize("words", [[], ["study"], ["configs"]], ids=str)
+def test_without_a_command_the_help_is_shown_as_it_is(call: Call, words: list[str]) -> None:
+    shown = call(*words)
+    assert shown.code == 2
+    assert shown.err.strip() == call(*words, "-h").out.strip()
+
+
 @pytest.mark.parametrize("words", MODULES, ids=lambda words: words[-1].rpartition("/")[2])
 def test_every_way_to_start_a_command_has_the_same_help(words: list[str], call: Call, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
