@@ -10,6 +10,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"saeopt {version}"
 html_show_sourcelink = False
+html_static_path, html_css_files = ["_static"], ["site.css"]
 myst_heading_anchors = 3
 default_role = "code"  # a docstring's `name` is code
 autodoc_typehints = "signature"
