@@ -28,3 +28,18 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
         assert not [link for link in links if not (ROOT / link).exists()], page
+
+
+def test_the_comparison_quotes_the_measured_tables() -> None:
+    """Means ± standard deviations per architecture and library stand in docs/recipes.md, whose rows name both."""
+    recipes = (ROOT / "docs/recipes.md").read_text(encoding="utf-8").splitlines()
+    measured = [line for line in recipes if "±" in line and ": CE" not in line]
+    quality = (ROOT / "docs/comparison.md").read_text(encoding="utf-8").partition("## Speed")[0]
+    rows = [line.strip("| ").split(" | ") for line in quality.splitlines() if "±" in line]
+    assert len(rows) == 5
+    for kind, *cells in rows:
+        for library, cell in zip(("saeopt", "sae-lens", "dictionary_learning"), cells, strict=True):
+            assert any(line.startswith(f"| {kind}, {library}") and f" {cell} " in line for line in measured), (
+                kind,
+                cell,
+            )
