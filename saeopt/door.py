@@ -178,7 +178,8 @@ def export(
         saes: a run folder, weights file or `Run`; or SAEs by key, or one SAE.
         to: the format's name, as `saeopt export -h` lists them.
         folder: is made anew.
-        site: of a run the key of one SAE; of one SAE the hook point that it was trained at, or its `Site`.
+        site: of a run the key of one SAE; of one SAE the hook point that it was trained at, or its `Site` (an SAE
+            that was loaded knows it).
         checkpoint, seed: of a run, as in :func:`load`.
         unit_decoder: decoder rows of norm 1 in raw units.
         license: an identifier for the model cards.
@@ -208,9 +209,11 @@ def export(
 
 
 def _site(key: str, sae: SAE, given: str | Site | None) -> Site:
-    """Where an SAE that was given by itself reads and writes; keys that name no site tell it."""
+    """Where an SAE that was given by itself reads and writes: it knows it, or its key tells it."""
     if isinstance(given, Site):
         return given
+    if sae.origin is not None and key in ("", sae.origin.site.key):
+        return sae.origin.site
     reads, arrow, writes = key.partition("->")
     if not key or (sae.widths is not None) != bool(arrow):
         raise UserError(

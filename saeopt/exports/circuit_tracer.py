@@ -37,7 +37,7 @@ class CircuitTracer(Format):
         if read is None or written is None or read[1] != written[1]:
             return "its transcoders read and write the same block"
         if portable.form not in ("relu", "jumprelu"):
-            return f"it has no {portable.form} transcoder"
+            return f"it has no {portable.trained_as or portable.form} transcoder"
         if portable.d != portable.e:
             return f"it writes as wide as it reads ({portable.d}, and not {portable.e})"
         return None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from saeopt.errors import UserError
+from saeopt.errors import HostError, UserError
 from saeopt.exports.card import CARD, sae_card, set_card
 from saeopt.exports.formats import REPO, About, Format, Placed, Release, get_format, nearest_format
 from saeopt.exports.sources import Leaving
@@ -115,6 +115,8 @@ def _new_folder(folder: Path, repo: str | None) -> Iterator[Path]:
         if repo is not None:
             fill_in(made, repo)
         _put(made, folder, repo)
+    except HostError as error:  # of a file that is gone in a moment
+        raise HostError(str(error).replace(str(made), str(folder))) from error
     except OSError as error:
         raise write_error(folder, error) from error
     finally:

@@ -46,7 +46,7 @@ class SAELens(Format):
         if site.one:
             return None if portable.W_skip is None else "it has no autoencoder with W_skip"
         if portable.form not in _TRANSCODERS:
-            return f"it has no {portable.form} transcoder"
+            return f"it has no {portable.trained_as or portable.form} transcoder"
         if any(hook.endswith(_HEADS) for hook in site.hooks):
             return "its transcoders do not lay heads side by side (hook_z)"
         return None

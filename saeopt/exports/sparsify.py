@@ -30,7 +30,7 @@ class Sparsify(Format):
         if len(site.reads) > 1 or len(site.writes) > 1:
             return "it has no SAE over several hook points"
         if portable.form != "topk":
-            return f"it has topk alone, and no {portable.form}"
+            return f"it has topk alone, and no {portable.trained_as or portable.form}"
         if portable.d != portable.e:
             return f"it writes as wide as it reads ({portable.d}, and not {portable.e})"
         if site.one and not portable.subtracts_bias:

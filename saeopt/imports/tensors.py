@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,15 @@ def load_torch(path: Path) -> dict[str, Tensor]:
         UserError: it holds other things, or is damaged.
     """
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles by others than torch
+            found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Weights only load failed" not in str(error):
             raise UserError(f"{path}: truncated or damaged: {_first(error)}") from None
         raise UserError(f"{path}: holds pickled objects besides tensors, which are not loaded") from None
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a place before the file's start was looked for
+            raise UserError(f"{path}: truncated or damaged") from None
         raise read_error(path, error) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: truncated or damaged: {_first(error)}") from None
@@ -59,7 +64,7 @@ def load_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _first(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
+    return str(error).split("\n")[0][:200] or type(error).__name__
 
 
 def need(path: Path, tensors: Mapping[str, Tensor], names: Sequence[str], also: Sequence[str] = ()) -> None:

@@ -125,7 +125,7 @@ def portable(sae: SAE) -> Portable:
         UserError: no other tool has such a code.
     """
     if sae.unit_lengths is not None:
-        raise UserError("this SAE was given by unit_decoder(): take the SAE that was loaded, and Portable.unit_rows()")
+        raise UserError("this SAE was given by unit_decoder(): take the SAE that was loaded, with unit_decoder=True")
     folded = sae.folded()
     form = folded.evaluation_form()
     if isinstance(form, str):

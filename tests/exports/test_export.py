@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -198,6 +199,29 @@ def test_what_a_format_cannot_say_is_refused_with_the_nearest_that_can(tmp_path:
     with pytest.raises(saeopt.UserError, match="does not say where the SAE reads and writes"):
         saeopt.export(transcoder, to="sae-lens", folder=tmp_path / "o", site="x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path) -> None:
+        path.write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(saeopt.UserError, match=rf"{tmp_path}/new/out/x/sae_w\S+: cannot be written: the disk is full"):
+        saeopt.export(build("relu"), to="sae-lens", folder=tmp_path / "new/out", site="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_sae_that_was_loaded_knows_its_site(tmp_path: Path) -> None:
+    own = saeopt.Site(("blocks.1.mlp.hook_in",), ("blocks.1.hook_mlp_out",), "mlp1")
+    transcoder: SAE = build("relu", widths=Widths((6,), (4,), False))
+    saeopt.export(transcoder, to="safetensors", folder=tmp_path / "out", site=own)
+    saes = saeopt.load(tmp_path / "out")
+    for given in (saes, saes["mlp1"]):
+        saeopt.export(given, to="sae-lens", folder=tmp_path / "again")
+        (again,) = saeopt.load(tmp_path / "again").values()
+        assert again.origin is not None
+        assert again.origin.site.hooks == own.hooks
 
 
 def test_from_python(tmp_path: Path) -> None:

@@ -137,3 +137,8 @@ def test_weights_that_do_not_fit_are_refused(make, tmp_path):
         assert message is None or weights.name in message
     weights.write_bytes(b"no weights")
     assert weights.name in str(told(tmp_path))
+    (torch.save if torch_file else save_file)({**found, "more": torch.zeros(20_000)}, weights)
+    whole = weights.read_bytes()
+    for kept in (0, len(whole) // 4, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:kept])
+        assert f"{weights.name}: truncated or damaged" in str(told(tmp_path))
