@@ -91,7 +91,8 @@ def test_the_workflow_is_valid_and_tries_every_python_that_is_admitted() -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     classified = [line.rpartition(" ")[2] for line in project["classifiers"] if ":: Python :: 3." in line]
     assert tried == classified
-    assert all(SpecifierSet(project["requires-python"]).contains(version) for version in tried)
+    admitted = SpecifierSet(project["requires-python"])
+    assert [version for version in (f"3.{minor}" for minor in range(40)) if admitted.contains(version)] == tried
     wanted = f"not (3, {tried[0][2:]}) <= sys.version_info[:2] <= (3, {tried[-1][2:]})"
     assert wanted in (ROOT / "scripts/lib/venv.sh").read_text(encoding="utf-8")
 
