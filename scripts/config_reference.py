@@ -140,7 +140,7 @@ def study() -> str:
     for title, model in STUDY_SECTIONS.items():
         parts.append(f"## {title}\n{_text(model)}\n\n" + table(model))
     known = ", ".join(f"`{name}`" for name in objective_metrics())
-    parts.append(f"## Metrics that can be objectives\n{known}: see [metrics.md](metrics.md).\n")
+    parts.append(f"## Metrics that can be objectives\n{known}: see [Metrics](metrics.md).\n")
     return "\n".join(parts)
 
 

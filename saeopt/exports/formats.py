@@ -116,10 +116,10 @@ class Format(Protocol):
     library: str | None = None
     """What the hub calls the library that loads it (`library_name` of a model card)."""
     unit_rows: frozenset[str] = frozenset()
-    """Architectures that it has with decoder rows of norm 1 alone: they leave so."""
+    """Architectures that it has with decoder rows of norm 1 alone; they leave so."""
 
     def problem(self, portable: Portable, site: Site) -> str | None:
-        """Why this format cannot say the SAE exactly, in words that follow `sae-lens: `; None where it can."""
+        """Why this format cannot say the SAE exactly, in words that follow `sae-lens:`; None where it can."""
         ...
 
     def write(self, portable: Portable, about: About, folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ class Portable:
     W_dec: Tensor
     """h × e."""
     b_dec: Tensor
-    """e."""
+    """Of length e."""
     subtracts_bias: bool
     k: int | None = None
     threshold: Tensor | None = None
@@ -41,7 +41,7 @@ class Portable:
     b_gate: Tensor | None = None
     r_mag: Tensor | None = None
     W_skip: Tensor | None = None
-    """d × e: a linear way past the code (skip transcoders)."""
+    """d × e; a linear way past the code (skip transcoders)."""
     trained_as: str = ""
     """The architecture of the training, as `saes.sae_type` names it."""
     normalised_by: str = "none"

@@ -24,6 +24,12 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert all(f'id="{name}"' in api for name in ("saeopt.load", "saeopt.train_run", "saeopt.saes.base.SAE.encode"))
 
 
+def test_pages_are_called_by_their_titles() -> None:
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    assert pages
+    assert not [page.name for page in pages if re.search(r"\[`?[\w-]+\.md`?\]\(", page.read_text(encoding="utf-8"))]
+
+
 def test_links_of_the_readme_lead_somewhere() -> None:
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
