@@ -64,7 +64,7 @@ def _facts(about: About) -> dict[str, str | None]:
         "writes": ", ".join(f"`{hook}`" for hook in about.site.writes),
         "language model": about.model and f"`{about.model}`",
         "its weights": "folded and centred (`lm_processing: compatibility`)" if about.compatibility else None,
-        "data": about.dataset and f"`{about.dataset}`",
+        "evaluated on" if about.kept else "data": about.dataset and f"`{about.dataset}`",
         "tokenizer": about.tokenizer and f"`{about.tokenizer}`",
         "tokens per sample": _number(about.context_size),
         "BOS before every sample": _word(about.prepend_bos, "yes", "no"),
@@ -72,6 +72,7 @@ def _facts(about: About) -> dict[str, str | None]:
         "positions left out at the start": _number(about.skip_first_positions),
         "from": about.name and about.name + seed,
         "trained on": _number(about.samples, " samples"),
+        "weights": "imported, and not trained on (`saes.retrain_saes: false`)" if about.kept else None,
     }
 
 
@@ -106,7 +107,9 @@ def _model(abouts: Iterable[About]) -> str:
 
 def _trained(abouts: Sequence[About]) -> str:
     data = ", ".join(sorted({f"`{a.dataset}`" for a in abouts if a.dataset}))
-    return f"trained on {data} with saeopt {abouts[0].version}" if data else f"written by saeopt {abouts[0].version}"
+    what = {False: "trained", True: "evaluated"}
+    done = " or ".join(word for kept, word in what.items() if kept in {a.kept for a in abouts})
+    return f"{done} on {data} with saeopt {abouts[0].version}" if data else f"written by saeopt {abouts[0].version}"
 
 
 def _units(abouts: Iterable[About]) -> str:

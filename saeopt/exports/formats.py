@@ -51,7 +51,7 @@ class About:
     dataset: str | None = None
     """A name on the hub, or a file's or folder's name."""
     hub_dataset: str | None = None
-    """The same where it is a name on the hub."""
+    """The same where it is a name on the hub, of what was trained on."""
     context_size: int | None = None
     prepend_bos: bool | None = None
     masks_special_tokens: bool | None = None
@@ -73,7 +73,9 @@ class About:
     trial: int | None = None
     seed: int | None = None
     samples: int | None = None
-    """Samples of the checkpoint."""
+    """Samples of the checkpoint; None where none were trained on."""
+    kept: bool = False
+    """Whether the run took the weights over and only evaluated them (`saes.retrain_saes: false`)."""
     architecture: str | None = None
     """`saes.sae_type` of the training."""
     normalised_by: str | None = None

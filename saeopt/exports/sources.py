@@ -107,6 +107,7 @@ def _about(one: Wanted, key: str, loaded: Checkpoint) -> About:
     public = without_folders(config.model_dump(mode="json", exclude=set(REPORTING) - {"as_typed"}))
     section = public["data"]
     data_name, model = section.get("dataset_name") or section.get("activations") or "", config.tlens_model_name
+    kept = not loaded.saes[key].config.retrain_saes
     hub = data_name if _HUB_NAME.fullmatch(data_name) and not os.path.exists(data_name) else None
     return About(
         site=config.saes.site(key),
@@ -114,7 +115,7 @@ def _about(one: Wanted, key: str, loaded: Checkpoint) -> About:
         hub_model=model,
         tokenizer=section.get("tokenizer_name"),
         dataset=hub or os.path.basename(data_name),
-        hub_dataset=hub,
+        hub_dataset=None if kept else hub,
         context_size=data.context_length,
         prepend_bos=data.prepend_bos,
         masks_special_tokens=data.mask_special_tokens,
@@ -126,7 +127,8 @@ def _about(one: Wanted, key: str, loaded: Checkpoint) -> About:
         name=one.name,
         trial=one.trial,
         seed=config.seed,
-        samples=loaded.samples,
+        samples=None if kept else loaded.samples,
+        kept=kept,
     )
 
 

@@ -172,6 +172,9 @@ def splice(
 
 def _sites(saes: Given, hooked: Hooked) -> list[tuple[Site, SAE]]:
     """The SAEs with their sites, checked against the model and against each other."""
+    given: object = saes
+    if isinstance(given, str) or not isinstance(given, SAE | Iterable):
+        raise _no_sae(given)
     if isinstance(saes, Mapping):
         found = [_with_site(key, value) for key, value in saes.items()]
     else:
@@ -192,7 +195,13 @@ def _sites(saes: Given, hooked: Hooked) -> list[tuple[Site, SAE]]:
     return found
 
 
+def _no_sae(value: object) -> UserError:
+    return UserError(f"splice: '{value}' is no SAE: saeopt.load(FOLDER) gives those of a folder")
+
+
 def _own_site(sae: SAE) -> Site:
+    if not isinstance(sae, SAE):
+        raise _no_sae(sae)
     if sae.origin is None:
         raise UserError("splice: this SAE does not know its hook point: give {'blocks.…': sae}")
     return sae.origin.site
@@ -202,6 +211,8 @@ def _with_site(key: str, value: SAE | tuple[Site, SAE]) -> tuple[Site, SAE]:
     """An SAE by its key: at the site given with it, at its own, or as an autoencoder at another hook point."""
     if isinstance(value, tuple):
         return replace(value[0], key=key), value[1]
+    if not isinstance(value, SAE):
+        raise _no_sae(value)
     if value.origin is not None and value.origin.site.key == key:
         return value.origin.site, value
     if value.widths is not None:

@@ -106,6 +106,19 @@ def test_a_front_is_a_release_of_saelens(place: Path, command: Command) -> None:
         assert path.is_dir() or str(place.parent).encode() not in path.read_bytes(), path
 
 
+def test_a_card_does_not_say_that_what_was_imported_was_trained(place: Path, command: Command) -> None:
+    config = yaml.safe_load((place / "out/s/0/final_config.yaml").read_text(encoding="utf-8"))
+    config["saes"] |= {"pretrained_sae_paths": str(place / "out/s/0"), "retrain_saes": False}
+    run = saeopt.train_run({**config, "seeds": 1, "save_dir": str(place / "kept")}, device="cpu")
+    command("export", run.folder, "kept-card", "--to", "safetensors", "--site", HOOKS[0])
+    for card in (place / "kept-card/README.md", place / f"kept-card/{HOOKS[0]}/README.md"):
+        text = card.read_text(encoding="utf-8").split("```yaml")[0]
+        assert "trained on `" not in text
+        assert "| trained on |" not in text
+        assert ("evaluated on `" in text) is (card.parent.name == "kept-card")
+    assert "imported, and not trained on" in text
+
+
 def test_a_card_has_what_made_the_sae(place: Path, command: Command) -> None:
     command("export", "--study", "s", "--trial", 1, "--to", "safetensors", "card", "--seed", 1)
     card = (place / f"card/{HOOKS[0]}/README.md").read_text(encoding="utf-8")

@@ -226,6 +226,9 @@ def test_what_cannot_be_is_one_line(model: Any, tokens: Tensor, make_sae: MakeSA
     coder = make_sae(widths=two)
     for saes, message in (
         ({}, "no SAE was given"),
+        ("out/run", r"'out/run' is no SAE: saeopt.load\(FOLDER\)"),
+        (Path("out/run"), "'out/run' is no SAE"),
+        ({HOOK: "out/run"}, "'out/run' is no SAE"),
         (sae, "does not know its hook point"),
         ({"model.layers.1": sae}, "no hook point 'model.layers.1'; that is 'blocks.1.hook_resid_post' here"),
         ({"mlp": coder}, "what 'mlp' reads and writes is not known"),
