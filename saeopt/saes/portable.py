@@ -86,7 +86,7 @@ class Portable:
 
     @property
     def selection_holds(self) -> bool:
-        """Whether the rows may be made 1 long: they are equally long, or the code does not choose between latents."""
+        """Whether the rows may be made 1 long (they are equally long, or the code does not choose between latents)."""
         norm_h = self.W_dec.norm(dim=-1)
         return self.form != "topk" or bool(torch.allclose(norm_h, norm_h.mean(), rtol=1e-4))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from saeopt.config.run import RunConfig
 from saeopt.config.study import LARGEST_PACK, MEMORY_SHARE, StudySpec
-from saeopt.console import console, fits, titled
+from saeopt.console import console, fits, set_up_logging, titled
 from saeopt.errors import UserError
 from saeopt.search.rounds import proposals_text
 from saeopt.search.space import Cell, Space
@@ -48,7 +47,7 @@ def print_preview(spec: StudySpec) -> None:
     doubles = doubles_text(spec, Space(spec))
     for about in filter(None, (doubles, proposals_text(spec), stopping_text(spec), *limits_text(spec))):
         console.print(about, markup=False)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each attempt at a hub that is away
+    set_up_logging()  # before the hub is asked: its library, imported then, sets its own level
     packs = packs_of(spec, cells, max(1, LARGEST_PACK // spec.n_seeds))
     try:
         packs = packs_of(spec, cells, _largest_pack(spec))
