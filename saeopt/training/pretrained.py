@@ -31,6 +31,8 @@ def load_pretrained(member: Member) -> bool:
     if wanted or (not own and foreign):
         try:
             held = choose(wanted or foreign, site)
+            if held.site is not None and held.site.one and held.key != site:
+                log.warning("%s: is of %s, as its files say, and is taken for %s", held.path, held.key, site)
             weights, file = held.weights()
             weights.put_into(member.sae, held.path)
         except UserError as error:

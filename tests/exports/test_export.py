@@ -119,6 +119,19 @@ def test_a_card_does_not_say_that_what_was_imported_was_trained(place: Path, com
     assert "imported, and not trained on" in text
 
 
+def test_an_sae_that_is_taken_for_another_hook_point_is_told(
+    place: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    command("export", "out/s/0", "one", "--to", "safetensors", "--site", HOOKS[0])
+    config = yaml.safe_load((place / "out/s/0/final_config.yaml").read_text(encoding="utf-8"))
+    config["saes"] = {"sae_type": "jumprelu", "dict_size_to_input_ratio": 2, "retrain_saes": False}
+    for path, wanted in ((place / "one", 1), (f"{HOOKS[1]}={place / 'one'}", 0)):
+        config["saes"] |= {"pretrained_sae_paths": str(path), "sae_positions": [HOOKS[1]]}
+        caplog.clear()
+        saeopt.train_run({**config, "seeds": 1, "save_dir": str(place / "taken")}, device="cpu")
+        assert caplog.text.count(f"is of {HOOKS[0]}, as its files say, and is taken for {HOOKS[1]}") == wanted
+
+
 def test_a_card_has_what_made_the_sae(place: Path, command: Command) -> None:
     command("export", "--study", "s", "--trial", 1, "--to", "safetensors", "card", "--seed", 1)
     card = (place / f"card/{HOOKS[0]}/README.md").read_text(encoding="utf-8")
