@@ -12,6 +12,7 @@ from saeopt.errors import UserError, tell
 
 _OF_A_STUDY = {"base", "space", "objectives", "sampler", "early_stopping", "max_trials"}
 _OF_A_RUN = {"data", "saes", "tlens_model_name", "tlens_model_path"}
+_OF_HUB = " (hook points: not looked at, the model is one of the hub)"
 
 
 def validate(
@@ -63,7 +64,9 @@ def _study(file: Path, elsewhere: bool) -> str:
     spec = with_default_rule(given_spec(file, None, None, None, None, None))
     spec, _ = looked_up(spec, True, elsewhere, lambda _name: False, None)
     cells, proposed = planned_trials(spec, elsewhere, lambda _name: False)
-    return f"study {spec.name}, {len(cells) + proposed} trials"
+    here = spec.base.get("tlens_model_path") or spec.base["data"].get("activations") or "tlens_model_path" in spec.space
+    of_hub = not (here or elsewhere)
+    return f"study {spec.name}, {len(cells) + proposed} trials{_OF_HUB if of_hub else ''}"
 
 
 def _run(file: Path, elsewhere: bool) -> str:
@@ -76,6 +79,5 @@ def _run(file: Path, elsewhere: bool) -> str:
     with told_of(config, file):
         check_sense(config)
         check_sinks(config)
-        if not elsewhere:
-            reached(config)
-    return f"run config, {config.saes.sae_type}"
+        of_hub = not elsewhere and reached(config) is None
+    return f"run config, {config.saes.sae_type}{_OF_HUB if of_hub else ''}"

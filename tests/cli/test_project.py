@@ -101,6 +101,8 @@ def test_init_without_a_name_fills_the_folder_one_is_in(call: Call, tmp_path: Pa
     config = load_run_config(tmp_path / "config.yaml")
     assert (config.tlens_model_name, config.recipe) == ("roneneldan/TinyStories-1M", 3)
     assert yaml.safe_load((tmp_path / "study.yaml").read_text())["name"] == tmp_path.name
+    checked = call("study", "validate", "config.yaml", "study.yaml")
+    assert (checked.code, checked.out.count("not looked at, the model is one of the hub")) == (0, 2)
     before = {name: (tmp_path / name).read_text() for name in files(tmp_path)}
     again = call("init")
     assert (again.code, "config.yaml: is there already" in again.err) == (2, True)
