@@ -93,9 +93,14 @@ def amounts(given: float | Tensor, n: int, name: str) -> Tensor:
     """Numbers for n latents, which broadcast to (B, T, n).
 
     Raises:
-        UserError: as many as fit nothing.
+        UserError: no numbers, not finite ones, or as many as fit nothing.
     """
-    values = torch.as_tensor(given, dtype=None if isinstance(given, Tensor) else torch.float32)
+    try:
+        values = torch.as_tensor(given, dtype=None if isinstance(given, Tensor) else torch.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: {given!r} is no number") from None
+    if not values.isfinite().all():
+        raise UserError(f"{name}: must be finite numbers")
     if values.ndim and values.shape[-1] not in (1, n):
         raise UserError(f"{name}: {tuple(values.shape)} numbers do not fit {n} latents")
     return values

@@ -252,6 +252,8 @@ def test_what_cannot_be_is_one_line(model: Any, tokens: Tensor, make_sae: MakeSA
             (lambda: spliced.ablate(HOOK, [1, 1]), "one stands twice"),
             (lambda: spliced.ablate(HOOK, [0.5]), "give whole numbers"),
             (lambda: spliced.set(HOOK, [1, 2], torch.ones(3)), "do not fit 2 latents"),
+            (lambda: spliced.steer(HOOK, 1, "much"), "strength: 'much' is no number"),
+            (lambda: spliced.set(HOOK, 1, float("nan")), "value: must be finite"),
             (lambda: spliced.steer(HOOK, 1, 1.0, positions="frist"), "positions: 'frist' must be"),
             (lambda: spliced.steer(HOOK, 1, 1.0, positions=torch.ones(9)), "must be bool"),
             (lambda: spliced.steer(HOOK, 1, 1.0, positions=99).model(tokens), "99 is beyond the 9 positions"),
