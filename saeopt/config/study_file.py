@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,15 @@ def study_spec(raw: dict[str, Any], source: str | Path) -> StudySpec:
         raise explain(error, str(source), known_names()) from None
     found = normalised(spec, str(source))
     if "recipe" not in spec.base and found.base["recipe"] == NEWEST_RECIPE:
-        older = ({"recipe": 2, **spec.base}, stored(spec.base))
-        found.set_older(*(normalised(spec.model_copy(update={"base": base}), str(source)) for base in older))
+        found.set_older(*_older(spec, str(source)))
     return found
+
+
+def _older(spec: StudySpec, source: str) -> Iterator[StudySpec]:
+    """The study as it was made under older recipes, where these allow it."""
+    for base in ({"recipe": 2, **spec.base}, stored(spec.base)):
+        with suppress(UserError):
+            yield normalised(spec.model_copy(update={"base": base}), source)
 
 
 def without_auto(base: object) -> tuple[Any, bool]:

@@ -131,6 +131,13 @@ def test_a_key_that_matches_no_field_is_an_error(tmp_path: Path, text: str) -> N
         sweep(tmp_path, text)
 
 
+def test_what_an_older_recipe_does_not_allow_is_no_mistake_of_the_file():
+    """Recipe 1 had a cosine, which needs a number of samples; a run of recipe 3 does without."""
+    data = {name: value for name, value in BASE["data"].items() if name != "n_train_samples"}
+    made = spec(base=BASE | {"data": data}, space={"lr": [1e-3, 2e-3]})
+    assert [older.base["recipe"] for older in made.older] == [2]
+
+
 def test_a_study_of_before_recipes_is_found_again_by_its_file(tmp_path):
     """What is stored has no recipe and no field that is newer; the file, unchanged, would now mean recipe 3."""
     made = spec(space={"lr": [1e-3, 2e-3]})
