@@ -199,10 +199,7 @@ def from_portable(portable: Portable, *, transcodes: bool = False, **fields: Any
     """
     if portable.W_skip is not None:
         raise UserError("has a skip connection (W_skip), which no architecture here has")
-    if not transcodes:
-        portable = _with_bias_in_x(portable)
-    elif portable.subtracts_bias:
-        portable = portable.without_bias_in_x()
+    portable = portable.without_bias_in_x() if transcodes else portable.with_bias_in_x()
     tensors = {"W_enc": portable.W_enc, "W_dec": portable.W_dec, "b_dec": portable.b_dec}
     if portable.form == "gated":
         assert portable.b_gate is not None
@@ -219,23 +216,6 @@ def from_portable(portable: Portable, *, transcodes: bool = False, **fields: Any
             raise UserError(f"k is {portable.k}: must be 1 or more")
         fields["k"] = min(portable.k, portable.h)
     return Imported(portable.form, {n: t.detach().contiguous() for n, t in tensors.items()}, transcodes, fields)
-
-
-def _with_bias_in_x(portable: Portable) -> Portable:
-    """The same map of an autoencoder that takes b_dec from x, as ours all do."""
-    if portable.subtracts_bias:
-        return portable
-    W_enc, b_dec = portable.W_enc.double(), portable.b_dec.double()
-    moved_h = b_dec @ W_enc
-    biases = {"b_enc": moved_h, "b_gate": moved_h}
-    if portable.form == "gated" and portable.r_mag is not None:
-        biases["b_enc"] = portable.r_mag.double().exp() * moved_h
-    changed: dict[str, Any] = {
-        name: (bias.double() + biases[name]).to(bias.dtype)
-        for name in biases
-        if (bias := getattr(portable, name)) is not None
-    }
-    return replace(portable, subtracts_bias=True, **changed)
 
 
 def shape_of(sae: SAE) -> str:

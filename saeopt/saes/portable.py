@@ -106,15 +106,19 @@ class Portable:
 
     def without_bias_in_x(self) -> Self:
         """The same map that reads x itself: b_enc takes b_dec in."""
-        if not self.subtracts_bias:
-            return self
-        moved_h = self.b_dec @ self.W_enc
-        changed: dict[str, Any] = {"b_enc": self.b_enc - moved_h}
-        if self.form == "gated":
-            assert self.b_gate is not None
-            assert self.r_mag is not None
-            changed = {"b_enc": self.b_enc - self.r_mag.exp() * moved_h, "b_gate": self.b_gate - moved_h}
-        return replace(self, subtracts_bias=False, **changed)
+        return self._moved(-1.0) if self.subtracts_bias else self
+
+    def with_bias_in_x(self) -> Self:
+        """The same map that takes b_dec from x, as our autoencoders do."""
+        return self if self.subtracts_bias else self._moved(1.0)
+
+    def _moved(self, sign: float) -> Self:
+        """b_dec W_enc times `sign` added to what is compared with, in float64."""
+        moved_h = sign * (self.b_dec.double() @ self.W_enc.double())
+        stretched_h = moved_h if self.r_mag is None else self.r_mag.double().exp() * moved_h
+        biases = {"b_enc": (self.b_enc, stretched_h), "b_gate": (self.b_gate, moved_h)}
+        changed: dict[str, Any] = {n: (b + more).to(b.dtype) for n, (b, more) in biases.items() if b is not None}
+        return replace(self, subtracts_bias=not self.subtracts_bias, **changed)
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ def test_the_portable_form_is_the_sae(sae_type, fields, kind, widths):
     form, f_Nh = portable(sae), sae.encode(x_Nd)
     assert (f_Nh > 0).any()
     assert (form.d, form.h, form.e) == (sae.d, sae.h, sae.e)
-    for other in (form, form.without_bias_in_x()):
+    plain = form.without_bias_in_x()
+    for other in (form, plain, plain.with_bias_in_x() if widths is None else plain):
         torch.testing.assert_close(other.encode(x_Nd), f_Nh, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(other.decode(f_Nh), sae.decode(f_Nh), rtol=1e-9, atol=1e-9)
     if form.selection_holds:
