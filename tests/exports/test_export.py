@@ -116,6 +116,7 @@ def test_a_card_does_not_say_that_what_was_imported_was_trained(place: Path, com
         assert "trained on `" not in text
         assert "| trained on |" not in text
         assert ("evaluated on `" in text) is (card.parent.name == "kept-card")
+        assert ("| evaluated on | `" in text) is (card.parent.name != "kept-card")
     assert "imported, and not trained on" in text
 
 
