@@ -159,10 +159,12 @@ def calibrate(members: Sequence[Member], model: Source, tokens: Samples, config:
     found = calibration((m.site for m in members), model, tokens, config)
     limits = runtime.ranks.agree({site: part.norm_limit for site, part in found.items()})
     tell_severity(members, found)
-    for member in sorted(members, key=lambda m: (m.hook_point, m.seed, m.sae.h)):  # equal ones draw their decoder once
-        member.sae.norm_limit = limits[member.site]
-        begin(member, found[member.site], runtime)
-    forget_decoders()
+    try:
+        for member in sorted(members, key=lambda m: (m.hook_point, m.seed, m.sae.h)):  # equal ones draw a decoder once
+            member.sae.norm_limit = limits[member.site]
+            begin(member, found[member.site], runtime)
+    finally:
+        forget_decoders()
 
 
 def tell_severity(members: Sequence[Member], found: Mapping[Site, Calibration]) -> None:

@@ -55,11 +55,8 @@ def with_starts(spec: StudySpec, url: str | None = None) -> tuple[StudySpec, lis
         raise UserError(f"{where}: 'max_trials' ({spec.max_trials}) leaves no room beside 'enqueue'")
     found, translation = _translated(spec, other, rows[:most])
     said = [_summary(asked, spec, other, rows, found), *translation.told()]
-    told = {
-        *spec.space,
-        *((_LAMBDA, "saes.k") if TARGET in spec.space else ()),
-    }  # what the L0 stands for is not dropped
-    if dropped := sorted(set(other.space) - told):
+    stood_for = {_LAMBDA, "saes.k"} if TARGET in spec.space else set()  # by the L0
+    if dropped := sorted(set(other.space) - set(spec.space) - stood_for):
         said.append(f"not varied here, so as 'base' says: {', '.join(dropped)}")
     if len(rows) > most:
         said.append(f"'max_trials' leaves room for {most} of {len(rows)}: the best")
